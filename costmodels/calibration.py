@@ -1,0 +1,221 @@
+"""What one device achieves: constants measured on it, loaded from a file, with their sources.
+
+Data sheets say what a device could do (:mod:`meshwright.hardware_specs.specs`); a calibration says what
+kernels and collectives reach. Devices without a measured calibration borrow the one that represents their
+architecture, and the borrowing is said in :attr:`DeviceCalibration.reason`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from meshwright.errors import CalibrationError, SpecError
+from meshwright.hardware_specs.specs import GpuSpec
+from meshwright.hardware_specs.yaml_document import Section, parse_yaml
+
+__all__ = ["AttentionCurve", "CollectiveCurve", "DeviceCalibration", "GemmCurve", "load_device_calibration"]
+
+# A slower power-limited sibling of the same die keeps this share of the clock: the two measured H100 parts
+# differ by 0.77 at 500 W against 700 W, which is (5/7) ** 0.78; 0.7 is used for parts never measured.
+CLOCK_POWER_EXPONENT = 0.7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmCurve:
+    """Smooth four-parameter roofline of matrix multiplications in one number format.
+
+    ``time = launch_time + ((flops / (peak * compute_efficiency)) ** exponent
+    + (bytes / (bandwidth * memory_efficiency)) ** exponent) ** (1 / exponent)``.
+    """
+
+    launch_time: float
+    compute_efficiency: float
+    memory_efficiency: float
+    exponent: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCurve:
+    """Fused attention: FLOP/s approach ``peak_flops_per_second`` as sequences pass ``half_length`` tokens."""
+
+    peak_flops_per_second: float
+    half_length: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveCurve:
+    """One collective inside a node by group size: p-norm of a latency and a bandwidth term.
+
+    Parameters
+    ----------
+    ranks, latency, link_efficiency, exponent : tuple[float, ...]
+        One entry per measured group size, ascending; latency [s]; bus bandwidth over link bandwidth.
+    """
+
+    ranks: tuple[float, ...]
+    latency: tuple[float, ...]
+    link_efficiency: tuple[float, ...]
+    exponent: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCalibration:
+    """Everything operator times need beyond the data sheet.
+
+    Parameters
+    ----------
+    id : str
+        File the constants come from.
+    reason : str
+        Why this calibration was chosen, one sentence for the user.
+    is_estimate : bool
+        True when the constants were not measured on this device.
+    gemm : Mapping[str, GemmCurve]
+        By number format; formats without a curve borrow bf16's.
+    sustained_clock : Mapping[str, float]
+        Sustained over burst tensor throughput under hours of training, by format (bf16, fp8).
+    memory_stream_efficiency : float
+        Streaming bandwidth of element-wise kernels over the data sheet's.
+    attention : Mapping[str, AttentionCurve]
+        By kernel generation (``flash_2``, ``flash_3``).
+    attention_backward_efficiency : float
+        Backward FLOP/s of fused attention over forward.
+    collectives : Mapping[str, CollectiveCurve]
+        ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all`` inside one node.
+    """
+
+    id: str
+    reason: str
+    is_estimate: bool
+    gemm: Mapping[str, GemmCurve]
+    sustained_clock: Mapping[str, float]
+    memory_stream_efficiency: float
+    attention: Mapping[str, AttentionCurve]
+    attention_backward_efficiency: float
+    collectives: Mapping[str, CollectiveCurve]
+
+    def gemm_curve(self, precision: str) -> GemmCurve:
+        """Return the curve of a number format; formats without one of their own borrow bf16's."""
+        return self.gemm.get(precision) or self.gemm["fp8" if "fp8" in precision and "fp8" in self.gemm else "bf16"]
+
+    def clock(self, precision: str) -> float:
+        """Return sustained over burst tensor throughput for a number format."""
+        is_narrow = precision not in ("fp32", "tf32", "fp16", "bf16")
+        return self.sustained_clock["fp8" if is_narrow and "fp8" in self.sustained_clock else "bf16"]
+
+    def attention_curve(self, kernel: str) -> AttentionCurve:
+        """Return the curve of a fused-attention generation, or of the best older one the device has."""
+        return self.attention.get(kernel) or self.attention["flash_2"]
+
+
+def load_device_calibration(gpu: GpuSpec) -> DeviceCalibration:
+    """Return the built-in calibration of a device, or the one that represents its architecture.
+
+    Raises
+    ------
+    CalibrationError
+        If neither the device nor its architecture has one.
+    """
+    sections = _built_in_sections()
+    own = sections.get(gpu.id)
+    if own is not None:
+        note = own.optional_text("estimate")
+        return _read(own, gpu, borrowed=False, reason=note or f"built-in calibration of {gpu.id}")
+    for lender, section in sections.items():
+        if section.text("architecture") == gpu.architecture and section.boolean("represents_architecture"):
+            reason = f"no calibration of {gpu.id}; borrows that of {lender} ({gpu.architecture}), expect +-20 %"
+            return _read(section, gpu, borrowed=True, reason=reason)
+    raise CalibrationError(f"no calibration for {gpu.id} ({gpu.architecture}), and none represents its architecture")
+
+
+@cache
+def _built_in_sections() -> Mapping[str, Section]:
+    """Return every built-in calibration file by device id, parsed once per process."""
+    entries = (files("meshwright.hardware_specs") / "calibrations").iterdir()
+    named = {entry.name.removesuffix(".yaml"): entry for entry in entries if entry.name.endswith(".yaml")}
+    return {name: parse_yaml(named[name].read_text(encoding="utf-8"), f"{name}.yaml") for name in sorted(named)}
+
+
+def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> DeviceCalibration:
+    section.integer("schema_version")
+    lender = section.text("gpu")
+    section.text("architecture")
+    section.boolean("represents_architecture")
+    note = section.optional_text("estimate")
+    gemm_section = section.section("gemm")
+    gemm = {name: _gemm_curve(gemm_section.section(name)) for name in gemm_section.keys()}
+    clock_section = section.section("sustained_clock")
+    clock_section.text("source")
+    scale = _clock_scale(gpu, lender) if borrowed else 1.0
+    clock = {name: clock_section.number(name) * scale for name in clock_section.keys() if name != "source"}
+    stream = section.section("memory_stream")
+    stream.text("source")
+    attention_section = section.section("attention")
+    attention_section.text("source")
+    attention = {
+        name: AttentionCurve(
+            peak_flops_per_second=attention_section.section(name).quantity("peak", "flops_per_second")
+            * (_peak_scale(gpu, lender) if borrowed else 1.0),
+            half_length=attention_section.section(name).number("half_length"),
+        )
+        for name in attention_section.keys()
+        if name.startswith("flash")
+    }
+    collectives_section = section.section("collectives")
+    collectives_section.text("source")
+    return DeviceCalibration(
+        id=section.file.removesuffix(".yaml"),
+        reason=reason,
+        is_estimate=borrowed or note is not None,
+        gemm=gemm,
+        sustained_clock=clock,
+        memory_stream_efficiency=stream.number("efficiency"),
+        attention=attention,
+        attention_backward_efficiency=attention_section.number("backward_efficiency"),
+        collectives={n: _collective_curve(collectives_section, n) for n in collectives_section.keys() if n != "source"},
+    )
+
+
+def _gemm_curve(section: Section) -> GemmCurve:
+    section.text("source")
+    return GemmCurve(
+        launch_time=section.quantity("launch_time", "seconds"),
+        compute_efficiency=section.number("compute_efficiency"),
+        memory_efficiency=section.number("memory_efficiency"),
+        exponent=section.number("exponent"),
+    )
+
+
+def _collective_curve(section: Section, name: str) -> CollectiveCurve:
+    rows = section.sections(name)
+    if not rows:
+        raise SpecError(f"{section.file}: collectives.{name} has no measured group size")
+    return CollectiveCurve(
+        ranks=tuple(float(row.integer("ranks")) for row in rows),
+        latency=tuple(row.quantity("latency", "seconds") for row in rows),
+        link_efficiency=tuple(row.number("link_efficiency") for row in rows),
+        exponent=tuple(row.number("exponent") for row in rows),
+    )
+
+
+def _clock_scale(gpu: GpuSpec, lender: str) -> float:
+    """Scale the lender's sustained clock to a part with another power limit for the same peak."""
+    from meshwright.hardware_specs.catalog import load_gpu
+
+    other = load_gpu(lender)
+    power_per_peak = (gpu.power_watts / _tensor_peak(gpu)) / (other.power_watts / _tensor_peak(other))
+    return float(min(1.0, power_per_peak) ** CLOCK_POWER_EXPONENT)
+
+
+def _peak_scale(gpu: GpuSpec, lender: str) -> float:
+    from meshwright.hardware_specs.catalog import load_gpu
+
+    return _tensor_peak(gpu) / _tensor_peak(load_gpu(lender))
+
+
+def _tensor_peak(gpu: GpuSpec) -> float:
+    peaks = gpu.peak_flops_per_second
+    return peaks.get("bf16") or peaks["fp16"]

@@ -1,0 +1,92 @@
+"""What every cost function of one job shares: model, machines, workload, calibration, software."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meshwright.costmodels.calibration import DeviceCalibration, load_device_calibration
+from meshwright.costmodels.software import AttentionKernel, SoftwareGeneration, load_software
+from meshwright.errors import SpecError
+from meshwright.hardware_specs.specs import ClusterSpec, GpuSpec
+from meshwright.simcore.domain.job import TrainingJob
+from meshwright.simcore.domain.model import ModelSpec
+from meshwright.simcore.domain.workload import TrainingWorkload
+
+__all__ = ["KNOWN_FEATURES", "CostContext", "cost_context", "require_costed_model"]
+
+KNOWN_FEATURES = frozenset({"eager", "compile", "async_tp", "float8_linear", "no_overlap", "tp_overlap",
+                            "overlap_grad_reduce", "overlap_param_gather"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostContext:
+    """The fixed side of a cost evaluation; plans are the varying side.
+
+    Parameters
+    ----------
+    features : frozenset[str]
+        Software switches of this run beyond its generation's defaults (``eager``, ``async_tp``, ...).
+    attention_kernel : AttentionKernel
+        Kernel generation in use, the software's default unless the run says otherwise.
+    """
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    workload: TrainingWorkload
+    software: SoftwareGeneration
+    calibration: DeviceCalibration
+    attention_kernel: AttentionKernel
+    features: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def gpu(self) -> GpuSpec:
+        """The accelerator."""
+        return self.cluster.gpu
+
+    @property
+    def compute_precision(self) -> str:
+        """Number format of attention and LM head: 16 bits even when the linear layers run in fp8."""
+        precision = self.workload.precision
+        if precision in ("fp32", "tf32", "fp16", "bf16"):
+            return precision
+        return "bf16"
+
+
+def cost_context(
+    job: TrainingJob,
+    *,
+    features: frozenset[str] = frozenset(),
+    attention_kernel: AttentionKernel | None = None,
+) -> CostContext:
+    """Return the context of a job, with its software generation and device calibration loaded.
+
+    Raises
+    ------
+    SpecError
+        If the software is unknown, the device lacks the precision, or the model has layers not costed yet.
+    CalibrationError
+        If the device has no calibration.
+    """
+    require_costed_model(job.model)
+    job.cluster.gpu.peak(job.workload.precision)
+    software = load_software(job.software)
+    return CostContext(
+        model=job.model,
+        cluster=job.cluster,
+        workload=job.workload,
+        software=software,
+        calibration=load_device_calibration(job.cluster.gpu),
+        attention_kernel=attention_kernel or software.attention_kernel,
+        features=features,
+    )
+
+
+def require_costed_model(model: ModelSpec) -> None:
+    """Raise a SpecError when the model has layers that no cost model prices yet."""
+    parts = [name for name, part in (("mixture-of-experts", model.moe), ("multi-head latent attention", model.mla)) if part]
+    if parts:
+        raise SpecError(
+            f"model {model.name} has {' and '.join(parts)} layers, which are described and counted but not costed "
+            "yet; plan a dense model (Llama, Mistral, Qwen2.5, GPT, ...) or see 'meshwright specs show "
+            f"{model.name}' for its parameters"
+        )

@@ -1,0 +1,234 @@
+"""Device memory of one rank, by what fills it: a breakdown per pipeline stage, for many plans at once.
+
+Stored activations follow Korthikanti et al. 2022 (section 4) generalised to grouped queries and gated MLPs:
+their 10 + 24/t + 5as/(ht), 34/t and 2 bytes per token and hidden unit come out for a GPT layer (tested).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.parallelism.data import is_fsdp_per_micro_batch, shard_ranks
+from meshwright.costmodels.plan_columns import (
+    FloatColumn,
+    PlanColumns,
+    Recomputes,
+    Schedules,
+    Shardings,
+    VocabParallels,
+)
+from meshwright.simcore.domain.plan import ParallelPlan
+
+__all__ = ["MemoryColumns", "layer_activation_bytes", "peak_memory", "plan_memory", "stage_memory"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MemoryColumns:
+    """Bytes of one rank by use; arrays of one shape, ``(num_plans,)`` or ``(num_stages,)``.
+
+    ``working_set`` is the layer being recomputed and what FSDP holds gathered.
+    """
+
+    weights: FloatColumn
+    gradients: FloatColumn
+    optimizer_states: FloatColumn
+    activations: FloatColumn
+    working_set: FloatColumn
+    logits: FloatColumn
+    communication: FloatColumn
+    framework: FloatColumn
+
+    @property
+    def total(self) -> FloatColumn:
+        """Sum of all uses [B]."""
+        result: FloatColumn = np.sum([getattr(self, f.name) for f in fields(self)], axis=0)
+        return result
+
+    def row(self, index: int) -> dict[str, float]:
+        """Return one entry as a mapping of use to bytes."""
+        return {f.name: float(getattr(self, f.name)[index]) for f in fields(self)}
+
+
+def layer_activation_bytes(context: CostContext, columns: PlanColumns) -> FloatColumn:
+    """Return the bytes one layer stores for backward per micro-batch on one rank, shape ``(num_plans,)``.
+
+    Notes
+    -----
+    Per token, 2-byte elements: inputs of both norms and of both column-split products (8h), dropout masks (2h),
+    split over tp: queries, keys, values and the projection's input, MLP pre-activations and its output; the
+    score matrix (5 a s) only when attention is unfused and not recomputed. Sequence parallelism splits the
+    first group too. Full recompute keeps the layer's input alone.
+    """
+    model = context.model
+    tp = columns.tp.astype(np.float64)
+    tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
+    shared = 8.0 * model.hidden_size
+    if model.has_parallel_block or model.norms_per_layer == 1:
+        shared = 4.0 * model.hidden_size
+    if model.position_embedding == "learned":
+        shared += 2.0 * model.hidden_size
+    query = model.num_attention_heads * model.head_dim
+    key_value = np.maximum(model.num_query_groups / tp, 1.0) * model.head_dim * tp
+    split = 4.0 * query + 4.0 * key_value + (6.0 if model.is_gated_mlp else 4.0) * model.ffn_hidden_size
+    scores = 0.0
+    if context.attention_kernel == "unfused":
+        scores = 5.0 * model.num_attention_heads * context.workload.sequence_length
+    shared_divisor = np.where(columns.sequence_parallel, tp, 1.0)
+    none = tokens * (shared / shared_divisor + (split + scores) / tp)
+    selective = tokens * (shared / shared_divisor + split / tp)
+    if context.software.selective_recompute == "operators":
+        # The layer's input, attention's output and every second product stay (torchtitan's operator policy):
+        # queries, values, the first MLP product and the MLP's output.
+        kept = 2.0 * query + key_value + model.ffn_hidden_size
+        selective = tokens * 2.0 * (2.0 * model.hidden_size / shared_divisor + kept / tp)
+    full = tokens * 2.0 * model.hidden_size / shared_divisor
+    return np.where(columns.recompute == Recomputes.FULL, full,
+                    np.where(columns.recompute == Recomputes.SELECTIVE, selective, none))
+
+
+def stage_memory(
+    context: CostContext,
+    columns: PlanColumns,
+    stage: FloatColumn,
+    layers: FloatColumn,
+    has_embedding: FloatColumn,
+    has_head: FloatColumn,
+) -> MemoryColumns:
+    """Return the memory of one stage per plan.
+
+    Parameters
+    ----------
+    context : CostContext
+        Job and software.
+    columns : PlanColumns
+        Plans.
+    stage : FloatColumn
+        Physical stage of each entry, 0 is the first.
+    layers : FloatColumn
+        Layers of that stage, all chunks.
+    has_embedding, has_head : FloatColumn
+        1.0 where the stage holds the embedding, the LM head.
+    """
+    model, software = context.model, context.software
+    tp = columns.tp.astype(np.float64)
+    is_vocab_parallel = columns.vocab_parallel >= VocabParallels.VOCAB_1
+    head_parameters = model.num_head_parameters
+    if model.has_tied_embeddings:
+        # One table on a single stage; a copy on the last of several.
+        head_parameters = model.num_embedding_parameters
+    tied_extra = np.where((columns.pp == 1) & model.has_tied_embeddings, 0.0, head_parameters)
+    boundary = has_embedding * model.num_embedding_parameters + has_head * tied_extra
+    spread = (model.num_embedding_parameters + head_parameters) / columns.pp
+    boundary = np.where(is_vocab_parallel, spread, boundary)
+    parameters = (layers * model.num_layer_parameters + boundary) / tp
+    states = _state_bytes(context, columns, parameters)
+    activation = layer_activation_bytes(context, columns)
+    tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
+    logits = np.where(is_vocab_parallel, 1.0 / columns.pp, has_head)
+    message = 2.0 * tokens * model.hidden_size / np.where(columns.sequence_parallel, tp, 1.0)
+    return MemoryColumns(
+        weights=states.weights,
+        gradients=states.gradients,
+        optimizer_states=states.optimizer_states,
+        activations=activation * layers * _in_flight_micro_batches(columns, stage),
+        working_set=_working_set(context, columns, parameters),
+        logits=software.logit_memory_bytes * tokens * model.vocab_size / tp * logits,
+        communication=np.where(columns.pp > 1, 2.0 * message, 0.0)
+        + np.where(columns.sequence_parallel, message * tp, 0.0),
+        framework=np.full(len(columns), software.framework_bytes),
+    )
+
+
+def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
+    """Return the bytes of the fullest rank of each plan, shape ``(num_plans,)``.
+
+    The first stage holds the embedding and the most micro-batches, a middle stage the most layers, the last
+    one head and logits; the fullest is one of the three.
+    """
+    zero, one = np.zeros(len(columns)), np.ones(len(columns))
+    last = (columns.pp - 1).astype(np.float64)
+    is_alone = (columns.pp == 1).astype(np.float64)
+    first_total = stage_memory(context, columns, zero, columns.layers_first.astype(np.float64), one, is_alone).total
+    last_total = stage_memory(context, columns, last, columns.layers_last.astype(np.float64), is_alone, one).total
+    middle_total = stage_memory(context, columns, np.minimum(1.0, last), columns.layers_middle.astype(np.float64),
+                                zero, zero).total
+    peak = np.maximum(first_total, last_total)
+    peak = np.where(columns.pp > 2, np.maximum(peak, middle_total), peak)
+    return peak * (1.0 + context.software.fragmentation)
+
+
+def plan_memory(context: CostContext, plan: ParallelPlan) -> MemoryColumns:
+    """Return the memory breakdown of every physical stage of one plan, shape ``(pp,)``."""
+    columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
+    stages = columns.take(np.zeros(plan.pp, dtype=np.int64))
+    layers = np.array([sum(plan.layers_per_stage[stage :: plan.pp]) for stage in range(plan.pp)], dtype=np.float64)
+    index = np.arange(plan.pp, dtype=np.float64)
+    return stage_memory(context, stages, index, layers, (index == 0).astype(np.float64),
+                        (index == plan.pp - 1).astype(np.float64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _StateBytes:
+    weights: FloatColumn
+    gradients: FloatColumn
+    optimizer_states: FloatColumn
+
+
+def _state_bytes(context: CostContext, columns: PlanColumns, parameters: FloatColumn) -> _StateBytes:
+    """Weights, gradients and Adam states of a rank: 2 + gradient width + 12 bytes, each sharded or not."""
+    is_wide = context.workload.precision in ("fp32", "tf32")
+    weight, gradient, optimizer = (4.0, 4.0, 8.0) if is_wide else (2.0, context.software.gradient_bytes, 12.0)
+    ranks = shard_ranks(columns)
+    # Frameworks that keep further fp32 copies of a ZeRO-3 shard hold them with the optimizer states.
+    optimizer_zero3 = context.software.zero3_state_bytes - weight - gradient
+    is_zero3 = columns.sharding >= Shardings.ZERO3
+    shards_optimizer = np.where(columns.sharding >= Shardings.ZERO1, ranks, 1.0)
+    shards_gradient = np.where(columns.sharding >= Shardings.ZERO2, ranks, 1.0)
+    shards_weight = np.where(is_zero3, ranks, 1.0)
+    return _StateBytes(
+        weights=weight * parameters / shards_weight,
+        gradients=gradient * parameters / shards_gradient,
+        optimizer_states=np.where(is_zero3, optimizer_zero3, optimizer) * parameters / shards_optimizer,
+    )
+
+
+def _in_flight_micro_batches(columns: PlanColumns, stage: FloatColumn) -> FloatColumn:
+    """Return how many micro-batches' activations a stage holds at its peak, in whole-stage units.
+
+    The declared peaks of the schedules (training oracle of each; interleaving holds
+    ``p v + p - 1 - 2 r`` chunks on stage ``r``).
+    """
+    pp, vpp = columns.pp.astype(np.float64), columns.vpp.astype(np.float64)
+    batches = columns.num_micro_batches.astype(np.float64)
+    one_f_one_b = np.minimum(batches, pp - stage)
+    interleaved = np.minimum(batches * vpp, pp * vpp + pp - 1.0 - 2.0 * stage) / vpp
+    in_flight = np.where(columns.schedule == Schedules.INTERLEAVED, interleaved, one_f_one_b)
+    in_flight = np.where(columns.schedule == Schedules.GPIPE, batches, in_flight)
+    in_flight = np.where(columns.schedule == Schedules.ZB_H1, np.minimum(batches, pp), in_flight)
+    # The hand-crafted ZB-H2 fills every stage with 2p - 1 micro-batches (Qi et al. 2024, table 2).
+    in_flight = np.where(columns.schedule == Schedules.ZB_H2, np.minimum(batches, 2.0 * pp - 1.0), in_flight)
+    extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_1, 2.0, 0.0)
+    extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_2, 1.0, extra)
+    in_flight = np.where(columns.vocab_parallel == VocabParallels.INTERLACED, 1.5 * in_flight, in_flight + extra)
+    return np.where(columns.pp > 1, np.minimum(in_flight, batches), 1.0)
+
+
+def _working_set(context: CostContext, columns: PlanColumns, parameters: FloatColumn) -> FloatColumn:
+    """Bytes beyond the stored: the layer being recomputed, and weights and gradients FSDP holds unsharded."""
+    model = context.model
+    tp = columns.tp.astype(np.float64)
+    unrecomputed = layer_activation_bytes(
+        context, columns.with_recompute(Recomputes.NONE)
+    )
+    recomputed = np.where(columns.recompute == Recomputes.FULL, unrecomputed, 0.0)
+    layer = model.num_layer_parameters / tp
+    root = (model.num_embedding_parameters + model.num_head_parameters) / tp
+    # The gathered layer and its successor, the root unit, and one layer's unreduced gradient.
+    gathered = 2.0 * (2.0 * layer + root) + context.software.gradient_bytes * layer
+    whole_stage = (2.0 + context.software.gradient_bytes) * parameters
+    is_zero3 = columns.sharding >= Shardings.ZERO3
+    unsharded = np.where(is_fsdp_per_micro_batch(context, columns), gathered, whole_stage)
+    return recomputed + np.where(is_zero3 & (shard_ranks(columns) > 1), unsharded, 0.0)

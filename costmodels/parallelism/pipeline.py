@@ -1,0 +1,44 @@
+"""Pipeline parallelism: what a stage sends to the next."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.costmodels.collectives import collective_time, place_group, send_time
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns
+
+__all__ = ["edge_crosses_nodes", "stage_send_time"]
+
+
+def stage_send_time(context: CostContext, columns: PlanColumns, crosses_nodes: FloatColumn) -> FloatColumn:
+    """Return the seconds of one micro-batch's activation from a stage to the next (the gradient's way back too).
+
+    Every rank sends its share to its peer through its own NIC. With scatter-gather or sequence parallelism
+    the share is 1/tp; without sequence parallelism the receivers then gather it over NVLink (Narayanan et
+    al. 2021, section 4.1).
+    """
+    tp = columns.tp.astype(np.float64)
+    tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
+    full = 2.0 * tokens * context.model.hidden_size
+    is_split = columns.sequence_parallel | (context.software.has_scatter_gather & (columns.tp > 1))
+    sent = send_time(np.where(is_split, full / tp, full), crosses_nodes, context.cluster,
+                     context.software.inter_node_efficiency)
+    group = place_group(tp, np.ones_like(tp), context.cluster.node.num_gpus)
+    gather = collective_time("all_gather", full, group, context.cluster, context.calibration,
+                             context.software.inter_node_efficiency)
+    needs_gather = is_split & ~columns.sequence_parallel
+    return np.where(columns.pp > 1, sent + np.where(needs_gather, gather, 0.0), 0.0)
+
+
+def edge_crosses_nodes(num_edges: int, pp: int, stage_stride: int, gpus_per_node: int) -> NDArray[np.float64]:
+    """Return, per virtual-stage edge ``i -> i + 1``, 1.0 where sender and receiver sit on different nodes.
+
+    Stages follow each other every ``stage_stride`` global ranks; edges of interleaved chunks wrap from the
+    last stage to the first.
+    """
+    sender = np.arange(num_edges) % pp
+    receiver = (sender + 1) % pp
+    nodes = np.stack([sender * stage_stride // gpus_per_node, receiver * stage_stride // gpus_per_node])
+    return (nodes[0] != nodes[1]).astype(np.float64)

@@ -1,0 +1,61 @@
+"""Tensor parallelism: what Megatron's column and row splits send, and how much of it stays exposed."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.costmodels.collectives import collective_time, place_group
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.plan_columns import FloatColumn
+
+__all__ = ["tensor_parallel_time"]
+
+
+def tensor_parallel_time(
+    context: CostContext,
+    tp: FloatColumn,
+    num_tokens: FloatColumn,
+    sequence_parallel: NDArray[np.bool_],
+    num_pairs: float | None = None,
+) -> FloatColumn:
+    """Return the exposed seconds of one layer's collectives in one direction (forward or backward).
+
+    Without sequence parallelism an all-reduce after attention and one after the MLP; with it an all-gather
+    before and a reduce-scatter after each (Korthikanti et al. 2022, section 4.2.2). A parallel block has one
+    pair. Ranks of a tensor parallel group are adjacent.
+
+    Parameters
+    ----------
+    context : CostContext
+        Job, calibration and software; ``async_tp`` among its features hides part of the time.
+    tp : FloatColumn
+        Degree; 1 is free.
+    num_tokens : FloatColumn
+        Tokens of the micro-batch on one rank (before the sequence split).
+    sequence_parallel : NDArray[np.bool_]
+        Whether activations outside the products are split.
+    num_pairs : float | None
+        Collective pairs; None asks the model (2, or 1 with a parallel block).
+
+    Returns
+    -------
+    FloatColumn
+        Time [s].
+    """
+    software = context.software
+    pairs = num_pairs if num_pairs is not None else (1.0 if context.model.has_parallel_block else 2.0)
+    num_bytes = 2.0 * num_tokens * context.model.hidden_size
+    group = place_group(tp, np.ones_like(tp), context.cluster.node.num_gpus)
+    efficiency = software.inter_node_efficiency
+    reduce = collective_time("all_reduce", num_bytes, group, context.cluster, context.calibration, efficiency)
+    gather = collective_time("all_gather", num_bytes, group, context.cluster, context.calibration, efficiency)
+    scatter = collective_time("reduce_scatter", num_bytes, group, context.cluster, context.calibration, efficiency)
+    overlap = software.tp_overlap
+    if "async_tp" in context.features:
+        overlap = max(overlap, software.async_tp_overlap)
+    if "no_overlap" in context.features:
+        overlap = 0.0
+    # Only the split form can be pipelined with its product; an all-reduce waits for the whole of it.
+    exposed = np.where(sequence_parallel, (gather + scatter) * (1.0 - overlap), reduce)
+    return pairs * exposed

@@ -1,0 +1,38 @@
+"""Vocabulary parallelism over pipeline stages: every stage computes its slice of embedding and head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from meshwright.costmodels.collectives import collective_time, place_group
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, VocabParallels
+
+if TYPE_CHECKING:
+    from meshwright.costmodels.iteration import MicroBatchTimes
+
+__all__ = ["vocab_parallel_time"]
+
+
+def vocab_parallel_time(
+    context: CostContext, columns: PlanColumns, times: MicroBatchTimes
+) -> tuple[FloatColumn, FloatColumn]:
+    """Return what each stage adds per micro-batch, forward and backward [s]; 0 without vocabulary parallelism.
+
+    A 1/pp slice of embedding and head, and an all-reduce of the hidden activations over the stages:
+    overlapped by half in vocab_1 and vocab_2 (its barriers are scheduled apart), whole in interlaced (Yeung et
+    al. 2024, arXiv 2411.05288).
+    """
+    applies = columns.vocab_parallel >= VocabParallels.VOCAB_1
+    pp = columns.pp.astype(np.float64)
+    tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
+    stride = (columns.tp * columns.cp * columns.dp).astype(np.float64)
+    exchange = collective_time("all_reduce", 2.0 * tokens * context.model.hidden_size,
+                               place_group(pp, stride, context.cluster.node.num_gpus), context.cluster,
+                               context.calibration, context.software.inter_node_efficiency)
+    exchange = exchange * np.where(columns.vocab_parallel == VocabParallels.INTERLACED, 1.0, 0.5)
+    forward = (times.embedding_forward + times.head_forward) / pp
+    backward = (times.embedding_backward + times.head_backward) / pp + exchange
+    return np.where(applies, forward, 0.0), np.where(applies, backward, 0.0)

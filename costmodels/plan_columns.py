@@ -1,0 +1,129 @@
+"""Plans as columns: the whole search space as numpy arrays, one entry per plan.
+
+Every cost function of this folder that depends on a plan takes these columns, so that one plan (a column of
+length 1) and a million are scored by the same formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.simcore.domain.plan import (
+    RECOMPUTES,
+    SCHEDULES_KNOWN,
+    SHARDINGS,
+    VOCAB_PARALLELS,
+    ParallelPlan,
+)
+
+__all__ = ["FloatColumn", "IntColumn", "PlanColumns", "Recomputes", "Schedules", "Shardings", "VocabParallels"]
+
+FloatColumn = NDArray[np.float64]
+IntColumn = NDArray[np.int64]
+
+
+class Shardings:
+    """Column codes of ``ParallelPlan.sharding``."""
+
+    NONE, ZERO1, ZERO2, ZERO3, HSDP = (SHARDINGS.index(name) for name in SHARDINGS)
+
+
+class Recomputes:
+    """Column codes of ``ParallelPlan.recompute``."""
+
+    NONE, SELECTIVE, FULL = (RECOMPUTES.index(name) for name in RECOMPUTES)
+
+
+class Schedules:
+    """Column codes of ``ParallelPlan.schedule`` that formulas tell apart."""
+
+    GPIPE = SCHEDULES_KNOWN.index("gpipe")
+    INTERLEAVED = SCHEDULES_KNOWN.index("interleaved_1f1b")
+    ZB_H1 = SCHEDULES_KNOWN.index("zb_h1")
+    ZB_H2 = SCHEDULES_KNOWN.index("zb_h2")
+
+
+class VocabParallels:
+    """Column codes of ``ParallelPlan.vocab_parallel``."""
+
+    NONE, REDISTRIBUTED, VOCAB_1, VOCAB_2, INTERLACED = (VOCAB_PARALLELS.index(name) for name in VOCAB_PARALLELS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlanColumns:
+    """One plan per row; every array has shape ``(num_plans,)``.
+
+    ``layers_first``, ``layers_middle`` and ``layers_last`` are the layers of the first, the fullest middle
+    and the last physical stage, all chunks together. Codes index the tuples of
+    :mod:`meshwright.simcore.domain.plan`.
+    """
+
+    dp: IntColumn
+    tp: IntColumn
+    pp: IntColumn
+    vpp: IntColumn
+    cp: IntColumn
+    sequence_parallel: NDArray[np.bool_]
+    micro_batch_size: IntColumn
+    num_micro_batches: IntColumn
+    schedule: IntColumn
+    recompute: IntColumn
+    sharding: IntColumn
+    sharding_group: IntColumn
+    vocab_parallel: IntColumn
+    layers_first: IntColumn
+    layers_middle: IntColumn
+    layers_last: IntColumn
+
+    def __len__(self) -> int:
+        """Return the number of plans."""
+        return len(self.dp)
+
+    def take(self, index: IntColumn | NDArray[np.bool_] | slice) -> PlanColumns:
+        """Return the selected rows."""
+        return PlanColumns(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def with_recompute(self, code: int) -> PlanColumns:
+        """Return the same plans under another recompute policy."""
+        return replace(self, recompute=np.full_like(self.recompute, code))
+
+    @classmethod
+    def from_plans(cls, plans: Sequence[ParallelPlan], global_batch_size: int) -> PlanColumns:
+        """Return the columns of some plans.
+
+        Raises
+        ------
+        SpecError
+            If the batch does not divide for one of them.
+        """
+
+        def column(values: list[int]) -> IntColumn:
+            return np.array(values, dtype=np.int64)
+
+        stages = [_physical_stage_layers(plan) for plan in plans]
+        return cls(
+            dp=column([p.dp for p in plans]),
+            tp=column([p.tp for p in plans]),
+            pp=column([p.pp for p in plans]),
+            vpp=column([p.vpp for p in plans]),
+            cp=column([p.cp for p in plans]),
+            sequence_parallel=np.array([p.sequence_parallel for p in plans], dtype=np.bool_),
+            micro_batch_size=column([p.micro_batch_size for p in plans]),
+            num_micro_batches=column([p.num_micro_batches(global_batch_size) for p in plans]),
+            schedule=column([SCHEDULES_KNOWN.index(p.schedule) for p in plans]),
+            recompute=column([RECOMPUTES.index(p.recompute) for p in plans]),
+            sharding=column([SHARDINGS.index(p.sharding) for p in plans]),
+            sharding_group=column([p.sharding_group or p.dp for p in plans]),
+            vocab_parallel=column([VOCAB_PARALLELS.index(p.vocab_parallel) for p in plans]),
+            layers_first=column([s[0] for s in stages]),
+            layers_middle=column([max(s[1:-1], default=s[0]) for s in stages]),
+            layers_last=column([s[-1] for s in stages]),
+        )
+
+
+def _physical_stage_layers(plan: ParallelPlan) -> list[int]:
+    return [sum(plan.layers_per_stage[stage :: plan.pp]) for stage in range(plan.pp)]

@@ -1,0 +1,117 @@
+"""The prediction of one plan: exact schedule, memory of every stage, and the figures users compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.flops import FlopsConvention, hardware_flops, model_flops
+from meshwright.costmodels.iteration import iteration_costs
+from meshwright.costmodels.memory import MemoryColumns, plan_memory
+from meshwright.simcore.domain.plan import ParallelPlan
+from meshwright.simcore.training.iteration import IterationResult, simulate_iteration
+
+__all__ = ["Prediction", "predict", "prediction_interval"]
+
+# Half-widths of the 80 % band: nine in ten rows of the validation table fall within the first (devices with
+# a measured calibration); the second is the spread of data-sheet transfer between GPU generations.
+_MEASURED_BAND, _ESTIMATE_BAND = 0.10, 0.25
+_TOKENS_PER_TRILLION = 1e12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prediction:
+    """What a plan is predicted to do.
+
+    Parameters
+    ----------
+    iteration : IterationResult
+        The simulated iteration.
+    low, high : float
+        Interval of the iteration time that should hold four runs in five [s].
+    memory : MemoryColumns
+        Breakdown of every stage, shape ``(pp,)`` [B].
+    peak_memory_bytes, usable_memory_bytes : float
+        Fullest rank, and what the device reports as its capacity [B].
+    tokens_per_second_per_gpu : float
+        Throughput [tokens/s].
+    mfu, hfu : float
+        Model and hardware FLOPs over the dense peak of the compute precision.
+    dollars_per_trillion_tokens : float | None
+        None when the node has no price [$].
+    joules_per_token : float
+        Energy at the node's full power, an upper bound [J].
+    """
+
+    iteration: IterationResult
+    low: float
+    high: float
+    memory: MemoryColumns
+    peak_memory_bytes: float
+    usable_memory_bytes: float
+    tokens_per_second_per_gpu: float
+    mfu: float
+    hfu: float
+    dollars_per_trillion_tokens: float | None
+    joules_per_token: float
+
+    @property
+    def iteration_time(self) -> float:
+        """One optimizer step [s]."""
+        return self.iteration.iteration_time
+
+    @property
+    def fullest_stage(self) -> int:
+        """Stage whose ranks hold the most."""
+        return int(np.argmax(self.memory.total))
+
+    @property
+    def memory_headroom(self) -> float:
+        """Free share of the usable memory; negative when the plan does not fit."""
+        return 1.0 - self.peak_memory_bytes / self.usable_memory_bytes
+
+
+def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "causal") -> Prediction:
+    """Return the prediction of one plan.
+
+    Raises
+    ------
+    SpecError
+        If the batch does not divide or the schedule cannot run the plan.
+    """
+    result = simulate_iteration(iteration_costs(context, plan), plan.schedule)
+    memory = plan_memory(context, plan)
+    seconds = result.iteration_time
+    workload, model = context.workload, context.model
+    low, high = prediction_interval(context, seconds)
+    peak = context.gpu.peak(workload.precision) * plan.num_gpus * seconds
+    tokens_per_second = workload.num_tokens / seconds
+    node = context.cluster.node
+    num_nodes = plan.num_gpus / node.num_gpus
+    price = node.price_dollars_per_hour
+    if price is None and context.gpu.price_dollars_per_hour is not None:
+        price = context.gpu.price_dollars_per_hour * node.num_gpus
+    dollars = None
+    if price is not None:
+        dollars = price / 3600.0 * num_nodes / tokens_per_second * _TOKENS_PER_TRILLION
+    return Prediction(
+        iteration=result,
+        low=low,
+        high=high,
+        memory=memory,
+        peak_memory_bytes=float(memory.total.max()) * (1.0 + context.software.fragmentation),
+        usable_memory_bytes=context.gpu.memory_bytes,
+        tokens_per_second_per_gpu=tokens_per_second / plan.num_gpus,
+        mfu=model_flops(model, workload.num_tokens, workload.sequence_length, flops) / peak,
+        hfu=hardware_flops(model, workload.num_tokens, workload.sequence_length, plan.recompute, flops) / peak,
+        dollars_per_trillion_tokens=dollars,
+        joules_per_token=node.power_watts * num_nodes / tokens_per_second,
+    )
+
+
+def prediction_interval(context: CostContext, seconds: float) -> tuple[float, float]:
+    """Return the 80 % band of an iteration time, wider for devices nobody calibrated [s]."""
+    band = _ESTIMATE_BAND if context.calibration.is_estimate else _MEASURED_BAND
+    return seconds * (1.0 - band), seconds * (1.0 + band)

@@ -1,0 +1,160 @@
+"""Software generations: named sets of overheads that a training framework of some year pays.
+
+One YAML file each under ``software_generations/``, with its evidence. A generation says which kernels
+exist and what is overlapped; what a device does with them is its calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal, cast
+
+from meshwright.errors import SpecError, did_you_mean
+from meshwright.hardware_specs.yaml_document import parse_yaml
+
+__all__ = ["AttentionKernel", "SelectiveRecompute", "SoftwareGeneration", "list_software", "load_software"]
+
+AttentionKernel = Literal["unfused", "flash_2", "flash_3"]
+SelectiveRecompute = Literal["attention_core", "operators"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftwareGeneration:
+    """Overheads of one framework generation.
+
+    Parameters
+    ----------
+    id, evidence : str
+        Literal name and what the constants rest on.
+    attention_kernel : AttentionKernel
+        ``unfused`` writes the score matrix; ``flash_2`` is FlashAttention-2 on any device; ``flash_3`` the
+        kernel tuned to the architecture (FlashAttention-3, cuDNN).
+    attention_efficiency : float
+        Share of the device's attention curve the generation's kernel build reaches.
+    elementwise_factor, eager_elementwise_factor : float
+        Bytes moved by norms, activations and residuals over the ideal fused count; with the feature
+        ``eager`` the second applies.
+    cross_entropy_bytes_per_logit : float
+        Memory traffic of loss and its gradient per logit [B].
+    logit_memory_bytes : float
+        Peak memory per logit of the loss [B].
+    gradient_bytes : float
+        Width of the main gradient buffer that is accumulated and reduced [B per parameter].
+    gradient_accumulation_bytes : float
+        Traffic of adding one micro-batch's gradient to the buffer [B per parameter].
+    is_gradient_accumulation_fused : bool
+        The weight-gradient GEMM accumulates into the buffer itself.
+    tp_overlap, async_tp_overlap : float
+        Share of tensor parallel collectives hidden by compute; the second with the feature ``async_tp``.
+    gradient_reduce_overlap, parameter_gather_overlap : float
+        Share of the data parallel communication that may run beside the backward and forward pass.
+    fsdp_contention : float
+        Slowdown of compute per second of hidden FSDP communication (SMs and HBM taken by collectives).
+    fsdp_step_latency : float
+        Latency of one ring step of an FSDP collective [s].
+    broadcast_step_latency : float
+        ZeRO-1 by one broadcast per rank over all of dp: cost of each [s]; 0 for bucketed collectives.
+    inter_node_efficiency : float
+        Share of the NIC bandwidth collectives and sends reach.
+    is_send_blocking : bool
+        Pipeline sends hold the compute stream.
+    has_scatter_gather : bool
+        Pipeline sends are split over tensor parallel ranks (Narayanan et al. 2021, section 4.1).
+    fp8_cast_bytes : float
+        Traffic of quantising one element of a GEMM input for fp8 [B].
+    fixed_time : float
+        Once per iteration [s].
+    host_launch_latency : float
+        Host time to launch one kernel; a layer never runs faster than its launches [s].
+    fsdp_keeps_parameters : bool
+        Under pipeline parallelism FSDP keeps gathered weights and unreduced gradients between micro-batches.
+    framework_bytes : float
+        Device memory of context, communicators and workspaces [B].
+    selective_recompute : SelectiveRecompute
+        What "selective" recomputes: the ``attention_core`` (Megatron), or ``operators``, every second matrix
+        product and all element-wise work (torchtitan).
+    zero3_state_bytes : float
+        Bytes per parameter of sharded weights, gradients and optimizer states under ZeRO-3 [B].
+    fragmentation : float
+        Allocator reserve over the bytes in use.
+    """
+
+    id: str
+    evidence: str
+    attention_kernel: AttentionKernel = "flash_2"
+    attention_efficiency: float = 1.0
+    elementwise_factor: float = 1.0
+    eager_elementwise_factor: float = 2.7
+    cross_entropy_bytes_per_logit: float = 40.0
+    logit_memory_bytes: float = 6.0
+    gradient_bytes: float = 4.0
+    gradient_accumulation_bytes: float = 8.0
+    is_gradient_accumulation_fused: bool = True
+    tp_overlap: float = 0.0
+    async_tp_overlap: float = 0.25
+    gradient_reduce_overlap: float = 0.0
+    parameter_gather_overlap: float = 0.0
+    fsdp_contention: float = 0.5
+    fsdp_step_latency: float = 1.5e-6
+    broadcast_step_latency: float = 0.0
+    inter_node_efficiency: float = 0.8
+    is_send_blocking: bool = True
+    has_scatter_gather: bool = True
+    fp8_cast_bytes: float = 2.3
+    fixed_time: float = 0.0
+    host_launch_latency: float = 4e-6
+    fsdp_keeps_parameters: bool = False
+    framework_bytes: float = 2**30
+    selective_recompute: SelectiveRecompute = "attention_core"
+    zero3_state_bytes: float = 16.0
+    fragmentation: float = 0.0
+
+
+# Keys of the YAML files by how they are read; everything else is a plain number.
+_SECONDS = ("fsdp_step_latency", "broadcast_step_latency", "fixed_time", "host_launch_latency")
+_FLAGS = ("is_gradient_accumulation_fused", "is_send_blocking", "has_scatter_gather", "fsdp_keeps_parameters")
+
+
+def list_software() -> tuple[str, ...]:
+    """Return the ids of the built-in software generations, sorted."""
+    folder = files("meshwright.costmodels") / "software_generations"
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+@cache
+def load_software(name: str) -> SoftwareGeneration:
+    """Return a software generation by id.
+
+    Raises
+    ------
+    SpecError
+        If the name is unknown; names the nearest and all.
+    """
+    known = list_software()
+    if name not in known:
+        raise SpecError(f"unknown software '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}.")
+    entry = files("meshwright.costmodels") / "software_generations" / f"{name}.yaml"
+    section = parse_yaml(entry.read_text(encoding="utf-8"), entry.name)
+    section.integer("schema_version")
+    values: dict[str, object] = {"id": name, "evidence": section.text("evidence")}
+    for key in section.keys():
+        if key in ("schema_version", "evidence"):
+            continue
+        if key == "attention_kernel":
+            kernel = section.choice(key, ("unfused", "flash_2", "flash_3"))
+            values[key] = cast(AttentionKernel, kernel)
+        elif key == "selective_recompute":
+            values[key] = cast(SelectiveRecompute, section.choice(key, ("attention_core", "operators")))
+        elif key in _FLAGS:
+            values[key] = section.boolean(key)
+        elif key in _SECONDS:
+            values[key] = section.quantity(key, "seconds")
+        elif key == "framework_bytes":
+            values[key] = section.quantity(key, "bytes")
+        elif key in SoftwareGeneration.__slots__:
+            values[key] = section.number(key)
+    section.close()
+    return SoftwareGeneration(**cast("Mapping[str, object]", values))  # type: ignore[arg-type]  # keys checked above

@@ -1,0 +1,179 @@
+"""Write a cluster as a mapping that reads back to the very same one, and mappings as strict YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import yaml
+
+from meshwright.hardware_specs.specs import ClusterSpec, FabricSpec, GpuSpec, LinkSpec, NodeSpec
+from meshwright.hardware_specs.yaml_nodes import ScalarNode
+from meshwright.units import Kind, format_quantity, parse_quantity
+
+__all__ = ["cluster_to_mapping", "dump_yaml", "exact_quantity"]
+
+_BASE_UNITS: dict[Kind, str] = {
+    "bytes": "B",
+    "bytes_per_second": "B/s",
+    "flops_per_second": "FLOP/s",
+    "seconds": "s",
+    "watts": "W",
+    "hertz": "Hz",
+    "dollars_per_hour": "$/h",
+}
+
+
+def exact_quantity(value: float, kind: Kind) -> str:
+    """Return a quantity that `parse_quantity` reads back to the same float, in the tidiest unit that does.
+
+    Examples
+    --------
+    >>> exact_quantity(3.35e12, "bytes_per_second")
+    '3.35 TB/s'
+    >>> exact_quantity(0.1 + 0.2, "seconds")
+    '0.30000000000000004 s'
+    """
+    for digits in (4, 6, 12):
+        text = format_quantity(value, kind, digits)
+        if parse_quantity(text, kind) == value:
+            return text
+    if kind == "fraction":
+        raise ValueError("fractions have no exact unit; write a plain number")
+    return f"{float(value)!r} {_BASE_UNITS[kind]}"
+
+
+def cluster_to_mapping(cluster: ClusterSpec) -> dict[str, object]:
+    """Return a self-contained mapping of a cluster, sources included.
+
+    Parameters
+    ----------
+    cluster : ClusterSpec
+        The cluster.
+
+    Returns
+    -------
+    dict[str, object]
+        Text, whole numbers, booleans, lists and mappings only; `cluster_from_section` reads it back to an
+        equal `ClusterSpec` whatever the built-in catalog then says.
+    """
+    return {
+        "id": cluster.id,
+        "node": _node(cluster.node),
+        "count": cluster.num_nodes,
+        "fabric": _fabric(cluster.fabric),
+    }
+
+
+def dump_yaml(mapping: Mapping[str, object]) -> str:
+    """Return YAML that `parse_yaml` reads back: text that looks like a number is quoted, nothing is aliased.
+
+    Examples
+    --------
+    >>> print(dump_yaml({"id": "1e3", "count": 8}), end="")
+    id: '1e3'
+    count: 8
+    """
+    return yaml.dump(mapping, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:  # the base's signature
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    node = ScalarNode(0, text, is_plain=True)
+    needs_quotes = not isinstance(node.value(), str) or node.is_date
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if needs_quotes else None)
+
+
+def _represent_tuple(dumper: yaml.SafeDumper, items: tuple[object, ...]) -> yaml.SequenceNode:
+    return dumper.represent_list(list(items))
+
+
+_StrictDumper.add_representer(str, _represent_text)
+_StrictDumper.add_representer(tuple, _represent_tuple)
+
+
+def _number(value: float, kind: Kind, key: str, sources: Mapping[str, str]) -> object:
+    text = exact_quantity(value, kind)
+    return {"value": text, "source": sources[key]} if key in sources else text
+
+
+def _count(value: int, key: str, sources: Mapping[str, str]) -> object:
+    return {"value": value, "source": sources[key]} if key in sources else value
+
+
+def _link(link: LinkSpec, key: str, sources: Mapping[str, str]) -> dict[str, object]:
+    return {
+        "kind": link.kind,
+        "bandwidth": _number(
+            link.bandwidth_bytes_per_second, "bytes_per_second", f"{key}.bandwidth", sources
+        ),
+        "latency": _number(link.latency, "seconds", f"{key}.latency", sources),
+    }
+
+
+def _gpu(gpu: GpuSpec) -> dict[str, object]:
+    sources = gpu.sources
+    mapping: dict[str, object] = {
+        "id": gpu.id,
+        "name": gpu.name,
+        "vendor": gpu.vendor,
+        "architecture": gpu.architecture,
+        "aliases": list(gpu.aliases),
+        "peak": {
+            precision: _number(peak, "flops_per_second", f"peak.{precision}", sources)
+            for precision, peak in gpu.peak_flops_per_second.items()
+        },
+        "memory": _number(gpu.memory_bytes, "bytes", "memory", sources),
+        "memory_bandwidth": _number(
+            gpu.memory_bandwidth_bytes_per_second, "bytes_per_second", "memory_bandwidth", sources
+        ),
+        "num_sms": _count(gpu.num_sms, "num_sms", sources),
+        "l2": _number(gpu.l2_bytes, "bytes", "l2", sources),
+        "power": _number(gpu.power_watts, "watts", "power", sources),
+        "host_link": _link(gpu.host_link, "host_link", sources),
+    }
+    if gpu.scale_up is not None:
+        mapping["scale_up"] = _link(gpu.scale_up, "scale_up", sources)
+    if gpu.price_dollars_per_hour is not None:
+        mapping["price"] = _number(gpu.price_dollars_per_hour, "dollars_per_hour", "price", sources)
+    return mapping
+
+
+def _node(node: NodeSpec) -> dict[str, object]:
+    sources = node.sources
+    mapping: dict[str, object] = {
+        "id": node.id,
+        "name": node.name,
+        "aliases": list(node.aliases),
+        "gpu": _gpu(node.gpu),
+        "num_gpus": _count(node.num_gpus, "num_gpus", sources),
+        "topology": node.topology,
+        "nic": _link(node.nic, "nic", sources),
+        "num_nics": _count(node.num_nics, "num_nics", sources),
+        "power": _number(node.power_watts, "watts", "power", sources),
+        "default_fabric": node.default_fabric,
+    }
+    if node.host_memory_bytes is not None:
+        mapping["host_memory"] = _number(node.host_memory_bytes, "bytes", "host_memory", sources)
+    if node.price_dollars_per_hour is not None:
+        mapping["price"] = _number(node.price_dollars_per_hour, "dollars_per_hour", "price", sources)
+    return mapping
+
+
+def _fabric(fabric: FabricSpec) -> dict[str, object]:
+    sources = fabric.sources
+    oversubscription: object = fabric.oversubscription
+    if "oversubscription" in sources:
+        oversubscription = {"value": fabric.oversubscription, "source": sources["oversubscription"]}
+    return {
+        "id": fabric.id,
+        "name": fabric.name,
+        "aliases": list(fabric.aliases),
+        "kind": fabric.kind,
+        "latency": _number(fabric.latency, "seconds", "latency", sources),
+        "oversubscription": oversubscription,
+        "rail_optimized": fabric.is_rail_optimized,
+    }

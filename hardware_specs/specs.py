@@ -1,0 +1,233 @@
+"""What machines are: accelerators, nodes, fabrics and clusters, in SI units, each number with its source.
+
+A GPU sits in a node; a node joins its GPUs by one scale-up domain (NVLink switch, xGMI mesh, PCIe) and
+owns NICs; a fabric joins nodes; a cluster is a node type times a count. Bandwidths are per direction,
+peaks are dense. What a kernel or a collective *achieves* is a calibration, never a spec.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from meshwright.errors import SpecError, did_you_mean
+
+__all__ = ["ClusterSpec", "FabricSpec", "GpuSpec", "IntraNodeTopology", "LinkSpec", "NodeSpec"]
+
+IntraNodeTopology = Literal["switch", "mesh", "hybrid_cube_mesh", "pcie"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpec:
+    """One device's attachment to a network tier.
+
+    Parameters
+    ----------
+    kind : str
+        ``nvlink3``, ``xgmi``, ``pcie4``, ``infiniband``, ...
+    bandwidth_bytes_per_second : float
+        Per direction, all lanes of the device together [B/s].
+    latency : float
+        One small message between two devices of the tier [s].
+    """
+
+    kind: str
+    bandwidth_bytes_per_second: float
+    latency: float
+
+    def __post_init__(self) -> None:
+        _require_positive("bandwidth", self.bandwidth_bytes_per_second)
+        _require_positive("latency", self.latency, or_zero=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuSpec:
+    """One accelerator as a process sees it (an MI250X GCD is a device of its own).
+
+    Parameters
+    ----------
+    id, name, vendor, architecture : str
+        Literal id (``h100-sxm-80``), printed name, maker, and the generation that calibrations fall back to.
+    aliases : tuple[str, ...]
+        Other spellings, the ids of measured-run tables among them.
+    peak_flops_per_second : Mapping[str, float]
+        Dense peak by number format (``bf16``, ``fp8``, ...), accumulating in fp32 [FLOP/s].
+    memory_bytes : float
+        Memory the driver reports, not the name's figure [B].
+    memory_bandwidth_bytes_per_second : float
+        Peak of the data sheet [B/s].
+    num_sms : int
+        Streaming multiprocessors, compute units or cores.
+    l2_bytes : float
+        Last-level cache shared by all of them [B].
+    power_watts : float
+        Board power limit as shipped [W].
+    scale_up : LinkSpec | None
+        GPU-to-GPU links inside a node; None when peers talk over ``host_link``.
+    host_link : LinkSpec
+        Link to the host (PCIe, NVLink-C2C).
+    price_dollars_per_hour : float | None
+        On-demand rent of one GPU, approximate; None when nobody rents it [$/h].
+    sources : Mapping[str, str]
+        Source of each number, by key of the file.
+    """
+
+    id: str
+    name: str
+    vendor: str
+    architecture: str
+    aliases: tuple[str, ...] = ()
+    peak_flops_per_second: Mapping[str, float]
+    memory_bytes: float
+    memory_bandwidth_bytes_per_second: float
+    num_sms: int
+    l2_bytes: float
+    power_watts: float
+    scale_up: LinkSpec | None
+    host_link: LinkSpec
+    price_dollars_per_hour: float | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "memory_bytes",
+            "memory_bandwidth_bytes_per_second",
+            "l2_bytes",
+            "power_watts",
+            "num_sms",
+        ):
+            _require_positive(name, getattr(self, name))
+        for dtype, peak in self.peak_flops_per_second.items():
+            _require_positive(f"peak.{dtype}", peak)
+
+    def peak(self, precision: str) -> float:
+        """Return the dense peak [FLOP/s] of a precision.
+
+        Raises
+        ------
+        SpecError
+            If the device has no such format; names those it has.
+        """
+        if precision not in self.peak_flops_per_second:
+            known = ", ".join(self.peak_flops_per_second)
+            raise SpecError(
+                f"{self.id} has no {precision} units{did_you_mean(precision, self.peak_flops_per_second)}"
+                f" It offers {known}."
+            )
+        return self.peak_flops_per_second[precision]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSpec:
+    """One scale-up domain: a server, or a rack that is one NVLink domain.
+
+    Parameters
+    ----------
+    num_gpus : int
+        GPUs of the domain.
+    topology : IntraNodeTopology
+        How they are joined: any-to-any ``switch``, direct ``mesh`` (a pair owns one link),
+        ``hybrid_cube_mesh`` (DGX-1), or ``pcie``.
+    nic : LinkSpec
+        One NIC of the compute fabric (storage NICs are not counted).
+    num_nics : int
+        NICs of the compute fabric per node.
+    power_watts : float
+        Whole node at full load, GPUs included [W].
+    price_dollars_per_hour : float | None
+        On-demand rent of the whole node, approximate [$/h].
+    host_memory_bytes : float | None
+        CPU memory of the node, for offload; None when unknown [B].
+    default_fabric : str
+        Id of the fabric such nodes are joined by when a cluster names none.
+    """
+
+    id: str
+    name: str
+    aliases: tuple[str, ...] = ()
+    gpu: GpuSpec
+    num_gpus: int
+    topology: IntraNodeTopology
+    nic: LinkSpec
+    num_nics: int
+    power_watts: float
+    price_dollars_per_hour: float | None = None
+    host_memory_bytes: float | None = None
+    default_fabric: str = "infiniband-ndr"
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require_positive("num_gpus", self.num_gpus)
+        _require_positive("num_nics", self.num_nics)
+        _require_positive("power_watts", self.power_watts)
+
+    @property
+    def nic_bandwidth_per_gpu(self) -> float:
+        """Compute-fabric bandwidth that each GPU owns when all send at once [B/s]."""
+        return self.num_nics * self.nic.bandwidth_bytes_per_second / self.num_gpus
+
+    @property
+    def intra_link(self) -> LinkSpec:
+        """The link GPUs of this node talk to each other over."""
+        return self.gpu.scale_up or self.gpu.host_link
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FabricSpec:
+    """The network between nodes.
+
+    Parameters
+    ----------
+    kind : str
+        ``infiniband``, ``roce``, ``ethernet``, ``efa``, ``slingshot``.
+    latency : float
+        One-way latency of a small message between two nodes [s].
+    oversubscription : float
+        Uplink shortage of the tree; 1 is non-blocking.
+    is_rail_optimized : bool
+        Whether NIC i of every node shares a leaf switch.
+    """
+
+    id: str
+    name: str
+    aliases: tuple[str, ...] = ()
+    kind: str
+    latency: float
+    oversubscription: float = 1.0
+    is_rail_optimized: bool = True
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require_positive("latency", self.latency, or_zero=True)
+        if not (math.isfinite(self.oversubscription) and self.oversubscription >= 1.0):
+            raise SpecError(f"oversubscription must be 1 (non-blocking) or more, not {self.oversubscription}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSpec:
+    """``num_nodes`` nodes of one kind, joined by one fabric."""
+
+    id: str
+    node: NodeSpec
+    num_nodes: int
+    fabric: FabricSpec
+
+    def __post_init__(self) -> None:
+        _require_positive("num_nodes", self.num_nodes)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the whole cluster."""
+        return self.num_nodes * self.node.num_gpus
+
+    @property
+    def gpu(self) -> GpuSpec:
+        """The cluster's accelerator."""
+        return self.node.gpu
+
+
+def _require_positive(name: str, value: float, *, or_zero: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
+        raise SpecError(f"{name} must be a finite number above zero, not {value}")

@@ -1,0 +1,108 @@
+"""What an exporter is, and what it hands back: the files that start a plan on one framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from meshwright.errors import UnsupportedByTargetError
+from meshwright.simcore.domain.job import TrainingJob
+from meshwright.simcore.domain.plan import ParallelPlan
+
+__all__ = ["ExportBundle", "ExportFile", "Exporter", "Launcher", "launch_shape", "raise_if_unsupported"]
+
+Launcher = Literal["torchrun", "slurm"]
+
+
+class ExportFile(NamedTuple):
+    """One file of a bundle.
+
+    Parameters
+    ----------
+    name : str
+        Plain file name, without any folder.
+    text : str
+        Contents.
+    is_executable : bool
+        Whether the file is a script to be started.
+    """
+
+    name: str
+    text: str
+    is_executable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportBundle:
+    """Everything one framework needs to run a plan.
+
+    Parameters
+    ----------
+    target, target_version : str
+        The framework, and the release whose option names are used.
+    files : tuple[ExportFile, ...]
+        ``(relative name, text, is_executable)``, in the order they are read.
+    launch_command : str
+        What to type in the folder of the files, on every node (torchrun) or once (slurm).
+    notes : tuple[str, ...]
+        What the files assume and the user should know, one sentence each.
+    """
+
+    target: str
+    target_version: str
+    files: tuple[ExportFile, ...]
+    launch_command: str
+    notes: tuple[str, ...] = ()
+
+
+class Exporter(Protocol):
+    """Turns a plan into the files of one framework; refuses what the framework cannot express."""
+
+    @property
+    def target(self) -> str:
+        """Id of the framework, as users type it."""
+        ...
+
+    @property
+    def target_version(self) -> str:
+        """Release whose option names and rules apply."""
+        ...
+
+    def unsupported(self, job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
+        """Return every reason why the target cannot run the plan, one sentence each; empty when it can."""
+        ...
+
+    def export(self, job: TrainingJob, plan: ParallelPlan, launcher: Launcher) -> ExportBundle:
+        """Return the files that run the plan.
+
+        Raises
+        ------
+        UnsupportedByTargetError
+            If ``unsupported`` is not empty; the message lists every reason.
+        """
+        ...
+
+
+def raise_if_unsupported(exporter: Exporter, job: TrainingJob, plan: ParallelPlan) -> None:
+    """Raise when the target cannot express the plan.
+
+    Raises
+    ------
+    UnsupportedByTargetError
+        Lists every reason.
+    """
+    reasons = exporter.unsupported(job, plan)
+    if reasons:
+        listed = "\n".join(f"  - {reason}" for reason in reasons)
+        raise UnsupportedByTargetError(
+            f"{exporter.target} {exporter.target_version} cannot run this plan:\n{listed}"
+        )
+
+
+def launch_shape(job: TrainingJob, plan: ParallelPlan) -> tuple[int, int]:
+    """Return the nodes and the GPUs per node that the plan occupies.
+
+    A plan smaller than a node takes a part of one; any other fills whole nodes (a rule of every exporter).
+    """
+    gpus_per_node = min(job.cluster.node.num_gpus, plan.num_gpus)
+    return plan.num_gpus // gpus_per_node, gpus_per_node

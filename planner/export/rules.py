@@ -1,0 +1,137 @@
+"""Rules that hold for every target: sizes that must divide, ranks that must fill whole nodes.
+
+A rule looks at a job and a plan and returns None, or one sentence that names the offending values and
+the nearest ones that would do. Frameworks check some of these themselves, late or not at all; a plan that
+passes here starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from meshwright.errors import SpecError
+from meshwright.simcore.domain.job import TrainingJob
+from meshwright.simcore.domain.plan import ParallelPlan
+
+__all__ = [
+    "COMMON_RULES",
+    "Rule",
+    "broken_rules",
+    "divisors",
+    "nearest",
+    "nearest_multiples",
+]
+
+Rule = Callable[[TrainingJob, ParallelPlan], str | None]
+
+
+def broken_rules(rules: Iterable[Rule], job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
+    """Return the sentence of every rule that the plan breaks."""
+    found = (rule(job, plan) for rule in rules)
+    return tuple(reason for reason in found if reason is not None)
+
+
+def divisors(*numbers: int) -> tuple[int, ...]:
+    """Return the common divisors of the numbers, ascending.
+
+    Examples
+    --------
+    >>> divisors(12, 8)
+    (1, 2, 4)
+    """
+    return tuple(d for d in range(1, min(numbers) + 1) if all(number % d == 0 for number in numbers))
+
+
+def nearest(value: int, allowed: Iterable[int]) -> str:
+    """Return the allowed values just below and just above ``value`` in words.
+
+    Examples
+    --------
+    >>> nearest(3, [1, 2, 4])
+    '2 or 4'
+    >>> nearest(9, [1, 2, 4])
+    '4'
+    """
+    ordered = sorted(allowed)
+    below = [candidate for candidate in ordered if candidate <= value][-1:]
+    above = [candidate for candidate in ordered if candidate > value][:1]
+    return " or ".join(str(candidate) for candidate in below + above)
+
+
+def nearest_multiples(value: int, step: int) -> str:
+    """Return the positive multiples of ``step`` around ``value`` in words.
+
+    Examples
+    --------
+    >>> nearest_multiples(10, 4)
+    '8 or 12'
+    >>> nearest_multiples(3, 4)
+    '4'
+    """
+    lower = value // step * step
+    return f"{lower} or {lower + step}" if lower else str(step)
+
+
+def stages_hold_every_layer(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """The stages must hold exactly the model's layers."""
+    if plan.num_layers == job.model.num_layers:
+        return None
+    return (
+        f"layers_per_stage adds up to {plan.num_layers} layers but the model has {job.model.num_layers}; "
+        f"make it add up to {job.model.num_layers}."
+    )
+
+
+def ranks_fill_whole_nodes(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """The world must fit the cluster and fill its nodes."""
+    per_node, world, available = job.cluster.node.num_gpus, plan.num_gpus, job.cluster.num_gpus
+    if world > available:
+        return (
+            f"the plan takes {world} GPUs but the cluster has {available}; lower dp {plan.dp} or add nodes."
+        )
+    if world > per_node and world % per_node:
+        return (
+            f"the plan takes {world} GPUs, which does not fill whole nodes of {per_node}; "
+            f"use {nearest_multiples(world, per_node)} GPUs."
+        )
+    return None
+
+
+def batch_divides(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """``global_batch_size`` must be a multiple of ``dp * micro_batch_size``."""
+    try:
+        plan.num_micro_batches(job.workload.global_batch_size)
+    except SpecError as error:
+        return f"{error}."
+    return None
+
+
+def vocabulary_stays_whole(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """No released framework spreads the vocabulary over pipeline stages."""
+    if plan.vocab_parallel == "none":
+        return None
+    return (
+        f"vocab_parallel '{plan.vocab_parallel}' has no counterpart in the target; use vocab_parallel 'none'."
+    )
+
+
+def expert_axes_need_experts(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Expert axes are for mixture-of-experts models, and experts must divide."""
+    moe = job.model.moe
+    if moe is None:
+        if plan.ep == plan.etp == 1:
+            return None
+        return f"ep {plan.ep} and etp {plan.etp} need a mixture-of-experts model; use ep 1 and etp 1."
+    if moe.num_experts % plan.ep:
+        near = nearest(plan.ep, divisors(moe.num_experts))
+        return f"ep {plan.ep} does not divide num_experts {moe.num_experts}; use ep {near}."
+    return None
+
+
+COMMON_RULES: tuple[Rule, ...] = (
+    stages_hold_every_layer,
+    ranks_fill_whole_nodes,
+    batch_divides,
+    vocabulary_stays_whole,
+    expert_axes_need_experts,
+)

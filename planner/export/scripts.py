@@ -1,0 +1,165 @@
+"""Shell text shared by the exporters: quoted arrays, a torchrun launcher, a Slurm job.
+
+Names that users choose (models, clusters) enter a script only through :func:`label`; every other value
+goes through ``shlex.quote``. The launcher takes NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT from the
+environment, which is what the Slurm job sets.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+__all__ = ["ArgumentGroup", "args_file", "label", "launch_script", "slurm_job"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArgumentGroup:
+    """One bash array of command-line arguments.
+
+    Parameters
+    ----------
+    name : str
+        Shell variable.
+    comment : str
+        One line written above it.
+    options : tuple[tuple[str, ...], ...]
+        Each option with its values; one line of the file.
+    """
+
+    name: str
+    comment: str
+    options: tuple[tuple[str, ...], ...]
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """The arguments as the program sees them."""
+        return tuple(word for option in self.options for word in option)
+
+
+def label(name: str) -> str:
+    """Return a name reduced to what is safe in comments, job names and file names.
+
+    Examples
+    --------
+    >>> label("llama-3-8b")
+    'llama-3-8b'
+    >>> label("x; rm -rf $HOME")
+    'x-rm--rf-HOME'
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:48] or "model"
+
+
+def args_file(title: str, groups: Iterable[ArgumentGroup], notes: Iterable[str]) -> str:
+    """Return a file of bash arrays, to be sourced."""
+    lines = ["# shellcheck shell=bash", "# shellcheck disable=SC2034  # read by launch.sh", f"# {title}"]
+    lines += [f"# Note: {note}" for note in notes]
+    for group in groups:
+        lines += ["", f"# {group.comment}", f"{group.name}=("]
+        lines += ["  " + " ".join(_quote(word) for word in option) for option in group.options]
+        lines.append(")")
+    return "\n".join(lines) + "\n"
+
+
+def _quote(word: str) -> str:
+    # Unquoted commas are legal but look like a mistaken separator of array elements, to linters too.
+    return f"'{word}'" if shlex.quote(word) == word and "," in word else shlex.quote(word)
+
+
+def launch_script(
+    *,
+    title: str,
+    sources: Iterable[str],
+    required: tuple[str, str],
+    num_nodes: int,
+    gpus_per_node: int,
+    words: Iterable[str],
+) -> str:
+    """Return the script that starts torchrun on one node.
+
+    Parameters
+    ----------
+    title : str
+        First comment; printable ASCII of ours.
+    sources : Iterable[str]
+        Files of the bundle to read first.
+    required : tuple[str, str]
+        Environment variable that must be set, and what it must name.
+    num_nodes, gpus_per_node : int
+        Default world; another split of the same world is accepted.
+    words : Iterable[str]
+        Program that torchrun starts and its arguments, as quoted shell words.
+    """
+    read = "\n".join(f'# shellcheck source={name}\nsource "$EXPORT_DIR/{name}"' for name in sources)
+    arguments = " \\\n  ".join([*words, '"$@"'])
+    variable, meaning = required
+    return f"""#!/usr/bin/env bash
+# {title}
+# Run on every node, with NODE_RANK from 0; further arguments go to the program.
+set -euo pipefail
+
+EXPORT_DIR="$(cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")" && pwd)"
+
+: "${{{variable}:?set {variable} to {meaning}}}"
+
+{read}
+
+NNODES="${{NNODES:-{num_nodes}}}"
+GPUS_PER_NODE="${{GPUS_PER_NODE:-{gpus_per_node}}}"
+NODE_RANK="${{NODE_RANK:-${{SLURM_NODEID:-0}}}}"
+MASTER_PORT="${{MASTER_PORT:-29500}}"
+
+if [[ $((NNODES * GPUS_PER_NODE)) -ne {num_nodes * gpus_per_node} ]]; then
+  echo "launch.sh: the plan is for {num_nodes * gpus_per_node} GPUs," \\
+    "not NNODES $NNODES x GPUS_PER_NODE $GPUS_PER_NODE" >&2
+  exit 2
+fi
+if [[ "$NNODES" -gt 1 && -z "${{MASTER_ADDR:-}}" ]]; then
+  echo "launch.sh: set MASTER_ADDR to the host name of node 0" >&2
+  exit 2
+fi
+MASTER_ADDR="${{MASTER_ADDR:-127.0.0.1}}"
+
+exec torchrun \\
+  --nnodes "$NNODES" \\
+  --nproc-per-node "$GPUS_PER_NODE" \\
+  --node-rank "$NODE_RANK" \\
+  --master-addr "$MASTER_ADDR" \\
+  --master-port "$MASTER_PORT" \\
+  {arguments}
+"""
+
+
+def slurm_job(*, title: str, name: str, num_nodes: int, gpus_per_node: int, owns_nodes: bool) -> str:
+    """Return the batch script that starts ``launch.sh`` once per node.
+
+    The script cannot find its own folder (Slurm runs a copy), so it is submitted from there. CPU binding
+    is off because one task per node would otherwise be pinned to one core.
+    """
+    exclusive = "#SBATCH --exclusive\n" if owns_nodes else ""
+    return f"""#!/usr/bin/env bash
+#SBATCH --job-name=meshwright-{label(name)}
+#SBATCH --nodes={num_nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={gpus_per_node}
+{exclusive}#SBATCH --output=%x-%j.log
+# {title}
+# Submit from the folder of this file, or set EXPORT_DIR to it.
+set -euo pipefail
+
+EXPORT_DIR="${{EXPORT_DIR:-${{SLURM_SUBMIT_DIR:-$PWD}}}}"
+if [[ ! -f "$EXPORT_DIR/launch.sh" ]]; then
+  echo "job.sbatch: no launch.sh in $EXPORT_DIR; submit from its folder or set EXPORT_DIR" >&2
+  exit 2
+fi
+
+mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR="${{HOSTS[0]}}"
+export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}}"
+export NNODES="$SLURM_JOB_NUM_NODES"
+unset NODE_RANK
+
+srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 bash "$EXPORT_DIR/launch.sh" "$@"
+"""

@@ -1,0 +1,3 @@
+"""Measuring a node and running a plan. Filled by the profiler."""
+
+__all__: list[str] = []

@@ -1,0 +1,161 @@
+"""What a parallel plan is. The docstring of :class:`ParallelPlan` is the glossary of the degrees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from meshwright.errors import SpecError, did_you_mean
+
+__all__ = [
+    "RECOMPUTES", "SCHEDULES_KNOWN", "SHARDINGS", "VOCAB_PARALLELS",
+    "ParallelPlan", "Recompute", "ScheduleName", "Sharding", "VocabParallel", "partition_layers",
+]
+
+Sharding = Literal["none", "zero1", "zero2", "zero3", "hsdp"]
+Recompute = Literal["none", "selective", "full"]
+ScheduleName = Literal["none", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min",
+                       "dualpipe", "dualpipe_v"]
+VocabParallel = Literal["none", "redistributed", "vocab_1", "vocab_2", "interlaced"]
+SHARDINGS: tuple[str, ...] = get_args(Sharding)
+RECOMPUTES: tuple[str, ...] = get_args(Recompute)
+SCHEDULES_KNOWN: tuple[str, ...] = get_args(ScheduleName)
+VOCAB_PARALLELS: tuple[str, ...] = get_args(VocabParallel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelPlan:
+    """How one training step is laid out over the ranks.
+
+    Global rank order is Megatron's: tp fastest, then cp, dp, pp slowest; experts fold over tp x cp x dp.
+
+    Parameters
+    ----------
+    dp : int
+        Data parallel replicas; each takes ``global_batch_size / dp`` sequences.
+    tp : int
+        Tensor parallel ranks that split every layer's matrices (Megatron).
+    pp : int
+        Pipeline stages. ``world size = tp * cp * dp * pp``.
+    vpp : int
+        Model chunks per stage (interleaving); virtual stage ``i`` sits on stage ``i % pp``.
+    cp : int
+        Context parallel ranks that split every sequence.
+    ep, etp : int
+        Expert parallel and expert tensor parallel degrees.
+    sequence_parallel : bool
+        Megatron SP: activations outside the matrices are split over tp too. Needs tp > 1.
+    micro_batch_size : int
+        Sequences per micro-batch and replica.
+    schedule : ScheduleName
+        Pipeline schedule; ``none`` when pp is 1.
+    recompute : Recompute
+        ``none``; ``selective`` (attention core); ``full`` (whole layers).
+    sharding : Sharding
+        What dp ranks share: zero1 optimizer states, zero2 also gradients, zero3 also weights; hsdp is
+        zero3 inside groups of ``sharding_group`` ranks, replicated across them.
+    sharding_group : int | None
+        Ranks of one sharding group; None is all of dp.
+    vocab_parallel : VocabParallel
+        How embedding and LM head are spread over pipeline stages.
+    layers_per_stage : tuple[int, ...]
+        Transformer layers of each virtual stage, in model order; length ``pp * vpp``.
+    """
+
+    dp: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int
+    schedule: ScheduleName
+    recompute: Recompute = "none"
+    sharding: Sharding = "none"
+    sharding_group: int | None = None
+    vocab_parallel: VocabParallel = "none"
+    layers_per_stage: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for axis in ("dp", "tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size"):
+            if getattr(self, axis) < 1:
+                raise SpecError(f"plan.{axis} must be at least 1, not {getattr(self, axis)}")
+        for name, known in (("sharding", SHARDINGS), ("recompute", RECOMPUTES), ("schedule", SCHEDULES_KNOWN),
+                            ("vocab_parallel", VOCAB_PARALLELS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise SpecError(f"plan.{name}: unknown value '{value}'{did_you_mean(value, known)} "
+                                f"Known: {', '.join(known)}.")
+        if len(self.layers_per_stage) != self.pp * self.vpp:
+            raise SpecError(f"plan.layers_per_stage names {len(self.layers_per_stage)} virtual stages, but pp x vpp "
+                            f"is {self.pp} x {self.vpp} = {self.pp * self.vpp}")
+        if min(self.layers_per_stage) < 0:
+            raise SpecError("plan.layers_per_stage: a stage cannot hold a negative number of layers")
+        if self.sequence_parallel and self.tp == 1:
+            raise SpecError("plan.sequence_parallel needs tp > 1 (it splits over the tensor parallel ranks)")
+        if self.vpp > 1 and self.pp == 1:
+            raise SpecError("plan.vpp > 1 needs pp > 1 (interleaving splits a pipeline stage)")
+        if (self.pp == 1) != (self.schedule == "none"):
+            raise SpecError(f"plan.schedule '{self.schedule}' does not go with pp {self.pp}: "
+                            "write 'none' for pp 1 and a pipeline schedule otherwise")
+        if (self.vpp > 1) != (self.schedule == "interleaved_1f1b") and self.schedule in ("gpipe", "1f1b", "interleaved_1f1b"):
+            raise SpecError(f"plan.schedule '{self.schedule}' does not go with vpp {self.vpp}: "
+                            "interleaved_1f1b needs vpp > 1, gpipe and 1f1b have vpp 1")
+        if self.sharding_group is not None and (self.sharding_group < 1 or self.dp % self.sharding_group):
+            raise SpecError(f"plan.sharding_group {self.sharding_group} must divide dp {self.dp}")
+
+    @property
+    def num_gpus(self) -> int:
+        """World size: ``tp * cp * dp * pp``."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers of the model."""
+        return sum(self.layers_per_stage)
+
+    def num_micro_batches(self, global_batch_size: int) -> int:
+        """Return the micro-batches each pipeline runs per iteration.
+
+        Raises
+        ------
+        SpecError
+            If the batch does not divide into ``dp * micro_batch_size`` sequences.
+        """
+        per_step = self.dp * self.micro_batch_size
+        if global_batch_size % per_step:
+            lower = global_batch_size // per_step * per_step
+            near = f"{lower} or {lower + per_step}" if lower else str(per_step)
+            raise SpecError(f"global_batch_size {global_batch_size} is not a multiple of dp x micro_batch_size = "
+                            f"{self.dp} x {self.micro_batch_size} = {per_step}; the nearest batches are {near}")
+        return global_batch_size // per_step
+
+
+def partition_layers(num_layers: int, num_virtual_stages: int) -> tuple[int, ...]:
+    """Split layers over virtual stages as frameworks do.
+
+    Even when they divide. Otherwise embedding and loss count as a layer each, so that the first and the
+    last stage hold one fewer (interfaces.md; Megatron's account-for-embedding/loss); what still remains goes
+    to the middle stages.
+
+    Examples
+    --------
+    >>> partition_layers(126, 8)
+    (15, 16, 16, 16, 16, 16, 16, 15)
+    >>> partition_layers(32, 4)
+    (8, 8, 8, 8)
+    """
+    if num_layers < num_virtual_stages:
+        raise SpecError(f"{num_layers} layers cannot fill {num_virtual_stages} virtual stages")
+    if num_layers % num_virtual_stages == 0:
+        return (num_layers // num_virtual_stages,) * num_virtual_stages
+    base, extra = divmod(num_layers + 2, num_virtual_stages)
+    counts = [base] * num_virtual_stages
+    first = (num_virtual_stages - extra) // 2
+    for index in range(first, first + extra):
+        counts[index] += 1
+    counts[0] -= 1
+    counts[-1] -= 1
+    return tuple(counts)

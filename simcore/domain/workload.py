@@ -1,0 +1,45 @@
+"""What is asked of a plan: one training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from meshwright.errors import SpecError, did_you_mean
+
+__all__ = ["PRECISIONS", "Precision", "TrainingWorkload"]
+
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "fp8_block", "mxfp8", "nvfp4", "int8", "int4_wo"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingWorkload:
+    """One optimizer step.
+
+    Parameters
+    ----------
+    global_batch_size : int
+        Sequences per optimizer step over the whole cluster.
+    sequence_length : int
+        Tokens of one sequence.
+    precision : Precision
+        Number format of the matrix multiplications; weights and activations stay 16-bit.
+    """
+
+    global_batch_size: int
+    sequence_length: int
+    precision: Precision = "bf16"
+
+    def __post_init__(self) -> None:
+        for field in ("global_batch_size", "sequence_length"):
+            if getattr(self, field) < 1:
+                raise SpecError(f"workload.{field} must be at least 1, not {getattr(self, field)}")
+        if self.precision not in PRECISIONS:
+            raise SpecError(f"workload.precision: unknown precision '{self.precision}'"
+                            f"{did_you_mean(self.precision, PRECISIONS)} Known: {', '.join(PRECISIONS)}.")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.global_batch_size * self.sequence_length

@@ -1,0 +1,42 @@
+"""ZB-H1: weight gradients fill the drain, within the activation memory of 1F1B."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.simcore.schedules.base import StageOperations, require_single_chunk, require_sizes
+from meshwright.simcore.schedules.zero_bubble import split_backward_operations
+
+__all__ = ["ZeroBubbleH1"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroBubbleH1:
+    """The hand-crafted schedule of [Qi 2024, section 2.1], peak p on every stage.
+
+    With at least p micro-batches and ``W <= min(F, B)`` (B the input gradient, W the weight gradient) its
+    bubble is exactly ``(p - 1)(F + B - W)``; a longer W counts as if it were ``min(F, B)``.
+    """
+
+    name: str = "zb_h1"
+
+    def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
+        """Raise SpecError unless there is one chunk per stage."""
+        require_sizes(num_stages, num_chunks, num_micro_batches)
+        require_single_chunk(self.name, num_chunks)
+
+    def operations(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> StageOperations:
+        """Return the ordered operations of every stage."""
+        self.check(num_stages, num_chunks, num_micro_batches)
+        rank = np.arange(num_stages)
+        return split_backward_operations(num_stages - rank, rank, num_micro_batches)
+
+    def peak_in_flight(
+        self, num_stages: int, num_chunks: int, num_micro_batches: int
+    ) -> NDArray[np.int64]:
+        """Return ``min(m, p)``, on every stage."""
+        self.check(num_stages, num_chunks, num_micro_batches)
+        return np.full(num_stages, min(num_micro_batches, num_stages), dtype=np.int64)

@@ -1,0 +1,331 @@
+"""The task graph of one iteration: its structure, which many plans share, and its durations, which they do not.
+
+Each stage has a compute stream, which runs its operations in the schedule's order and then the optimizer,
+and a communication stream, which gathers the parameters and reduces the gradients of its chunks, one after
+the other. A task has two predecessors at most, so zero-length tasks stand where more meet:
+
+- first forward of a virtual stage: ``ready`` (stream, activation) -> forward (also after the gather's
+  exposed part) -> ``done`` (also after the gather's overlapped part);
+- last backward of a virtual stage: ``ready`` (stream, gradient) -> backward; the overlapped part of the
+  reduction starts with ``ready``, the rest after the backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.errors import SpecError, did_you_mean
+from meshwright.simcore.compiled import compiled, for_kernel, from_kernel, kernel_output
+from meshwright.simcore.schedules import SCHEDULES, WEIGHT_GRADIENT, StageOperations
+from meshwright.simcore.task_graph import TaskGraph, build_task_graph
+from meshwright.simcore.training.costs import IterationCosts
+
+__all__ = ["IterationStructure", "iteration_structure"]
+
+# Structures kept: 128 of up to 2**15 operations, 4 of up to 2**20; about 35 bytes per operation each.
+_SMALL, _LARGE = 2**15, 2**20
+# Blocks of task classes, in units of the number of virtual stages; block k < 4 is operation kind k.
+_FIRST_FORWARD, _LAST_BACKWARD, _FORWARD_READY, _BACKWARD_READY = 4, 5, 6, 7
+_GATHER_EXPOSED, _GATHER_OVERLAPPED, _REDUCE_OVERLAPPED, _REDUCE_EXPOSED = 8, 9, 10, 11
+_NUM_BLOCKS = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class IterationStructure:
+    """Everything about an iteration that does not depend on how long things take.
+
+    Arrays of task numbers are in the numbering the graph was built with, where the operations come first,
+    stage by stage. "Per virtual stage" is shape ``(num_stages * num_chunks,)``.
+
+    Parameters
+    ----------
+    operations : StageOperations
+        What each compute stream runs, in order.
+    graph : TaskGraph
+        The tasks; classes as :meth:`durations` and :meth:`lags` fill them.
+    peak_in_flight : NDArray[np.int64]
+        Most live activations of each stage, in micro-batches on one chunk, shape ``(num_stages,)``.
+    has_split_backward : bool
+        Weight gradients are operations of their own.
+    first_forward, last_backward : NDArray[np.int32]
+        Task of the first forward and the last gradient operation, per virtual stage.
+    forward_ready, forward_done, backward_ready : NDArray[np.int32]
+        The zero-length tasks around them, per virtual stage.
+    gather_exposed, gather_overlapped, reduce_overlapped, reduce_exposed : NDArray[np.int32]
+        Communication tasks, per virtual stage.
+    optimizer : NDArray[np.int32]
+        Optimizer step, shape ``(num_stages,)``.
+    """
+
+    operations: StageOperations
+    graph: TaskGraph
+    peak_in_flight: NDArray[np.int64]
+    has_split_backward: bool
+    first_forward: NDArray[np.int32]
+    last_backward: NDArray[np.int32]
+    forward_ready: NDArray[np.int32]
+    forward_done: NDArray[np.int32]
+    backward_ready: NDArray[np.int32]
+    gather_exposed: NDArray[np.int32]
+    gather_overlapped: NDArray[np.int32]
+    reduce_overlapped: NDArray[np.int32]
+    reduce_exposed: NDArray[np.int32]
+    optimizer: NDArray[np.int32]
+
+    def durations(self, costs: IterationCosts) -> NDArray[np.float64]:
+        """Return the duration of each task class [s].
+
+        Raises
+        ------
+        SpecError
+            If an overlap is no share, or a weight gradient longer than its backward is to be split off.
+        """
+        for name in ("gradient_reduce_overlap", "parameter_gather_overlap"):
+            if not 0.0 <= getattr(costs, name) <= 1.0:
+                raise SpecError(f"{name} must lie in 0..1, not {getattr(costs, name)}")
+        forward = costs.forward_time.copy()
+        input_gradient = costs.backward_time - costs.weight_gradient_time
+        if self.has_split_backward and input_gradient.min() < 0:
+            raise SpecError("weight_gradient_time exceeds backward_time, of which it is a part")
+        backward = costs.backward_time.copy()
+        if costs.is_send_blocking:
+            for sending in (backward, input_gradient):
+                sending[1:] += costs.send_time[:-1]
+            forward[:-1] += costs.send_time[:-1]
+        last = costs.weight_gradient_time if self.has_split_backward else backward
+        zero = np.zeros_like(forward)
+        gather, gather_share = costs.parameter_gather_time, costs.parameter_gather_overlap
+        reduce, reduce_share = costs.gradient_reduce_time, costs.gradient_reduce_overlap
+        return np.concatenate(
+            [
+                forward,
+                backward,
+                input_gradient,
+                costs.weight_gradient_time,
+                forward,
+                last,
+                zero,
+                zero,
+                gather * (1.0 - gather_share),
+                gather * gather_share,
+                reduce * reduce_share,
+                reduce * (1.0 - reduce_share),
+                np.zeros(costs.num_stages),
+                costs.optimizer_time,
+                np.zeros(1),
+            ]
+        )
+
+    def lags(
+        self, costs: IterationCosts, release: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64] | None:
+        """Return the time from a producer's end to its consumer, per task class [s]; None where all are zero.
+
+        ``release`` holds back the streams of each stage, shape ``(num_stages,)`` [s].
+        """
+        if release is None and (costs.is_send_blocking or not costs.send_time.any()):
+            return None
+        zero = np.zeros(len(costs.send_time))
+        to_next, from_next = zero.copy(), zero.copy()
+        if not costs.is_send_blocking:
+            to_next[1:] = from_next[:-1] = costs.send_time[:-1]
+        last = zero if self.has_split_backward else from_next
+        blocks = [to_next, from_next, from_next, zero, zero, zero, to_next, last, zero, zero, zero, zero]
+        begin = np.zeros(costs.num_stages) if release is None else release
+        return np.concatenate([*blocks, begin, np.zeros(costs.num_stages + 1)])
+
+
+def iteration_structure(
+    schedule: str, num_stages: int, num_chunks: int, num_micro_batches: int
+) -> IterationStructure:
+    """Return the structure of an iteration; recently used ones are kept.
+
+    Raises
+    ------
+    SpecError
+        If the schedule is unknown or does not exist for these numbers.
+    """
+    if schedule not in SCHEDULES:
+        raise SpecError(
+            f"schedule '{schedule}' cannot be simulated{did_you_mean(schedule, SCHEDULES)} "
+            f"Known: {', '.join(SCHEDULES)}."
+        )
+    size = 2 * num_stages * num_chunks * num_micro_batches
+    build = _small if size <= _SMALL else _large if size <= _LARGE else _build
+    return build(schedule, num_stages, num_chunks, num_micro_batches)
+
+
+def _build(
+    schedule: str, num_stages: int, num_chunks: int, num_micro_batches: int
+) -> IterationStructure:
+    operations = SCHEDULES[schedule].operations(num_stages, num_chunks, num_micro_batches)
+    num_virtual = num_stages * num_chunks
+    num_operations = num_stages * operations.num_operations
+    extra = num_operations + np.arange(2 * num_stages + 7 * num_virtual, dtype=np.int32)
+    begin, optimizer = extra[:num_stages], extra[num_stages : 2 * num_stages]
+    blocks = extra[2 * num_stages :].reshape(7, num_virtual)
+    ready, done, backward_ready, exposed, overlapped, reduce_overlapped, reduce_exposed = blocks
+
+    first, second, task_class, first_forward, last_backward = _linked(operations, num_virtual, done, len(extra))
+    first[first_forward + 1] = done
+    for block, task, guard in (
+        (_FIRST_FORWARD, first_forward, ready),
+        (_LAST_BACKWARD, last_backward, backward_ready),
+    ):
+        first[guard], second[guard] = first[task], second[task]
+        first[task], second[task] = guard, -1
+        task_class[task] = block * num_virtual + np.arange(num_virtual)
+    second[first_forward] = exposed
+    first[done], second[done] = first_forward, overlapped
+    first[overlapped] = exposed
+    second[reduce_overlapped] = backward_ready
+    first[reduce_exposed], second[reduce_exposed] = reduce_overlapped, last_backward
+    _link_communication(first, begin, first_forward, last_backward, blocks)
+    first[optimizer] = np.arange(1, num_stages + 1) * operations.num_operations - 1
+    second[optimizer] = _last_reduction(last_backward, reduce_exposed, num_stages)
+
+    tail = _NUM_BLOCKS * num_virtual
+    task_class[begin] = tail + np.arange(num_stages)
+    task_class[optimizer] = tail + num_stages + np.arange(num_stages)
+    task_class[done] = tail + 2 * num_stages
+    for block, tasks in (
+        (_FORWARD_READY, ready),
+        (_BACKWARD_READY, backward_ready),
+        (_GATHER_EXPOSED, exposed),
+        (_GATHER_OVERLAPPED, overlapped),
+        (_REDUCE_OVERLAPPED, reduce_overlapped),
+        (_REDUCE_EXPOSED, reduce_exposed),
+    ):
+        task_class[tasks] = block * num_virtual + np.arange(num_virtual)
+    return IterationStructure(
+        operations=operations,
+        graph=build_task_graph(first, second, task_class, tail + 2 * num_stages + 1),
+        peak_in_flight=operations.peak_in_flight(),
+        has_split_backward=bool((operations.kind[0] == WEIGHT_GRADIENT).any()),
+        first_forward=first_forward,
+        last_backward=last_backward,
+        forward_ready=ready,
+        forward_done=done,
+        backward_ready=backward_ready,
+        gather_exposed=exposed,
+        gather_overlapped=overlapped,
+        reduce_overlapped=reduce_overlapped,
+        reduce_exposed=reduce_exposed,
+        optimizer=optimizer,
+    )
+
+
+_small = functools.lru_cache(maxsize=128)(_build)
+_large = functools.lru_cache(maxsize=4)(_build)
+
+
+def _link_communication(
+    first: NDArray[np.int32],
+    begin: NDArray[np.int32],
+    first_forward: NDArray[np.int32],
+    last_backward: NDArray[np.int32],
+    blocks: NDArray[np.int32],
+) -> None:
+    """Chain each stage's gathers, then its reductions, in the order in which its chunks need them."""
+    _, _, _, exposed, overlapped, reduce_overlapped, reduce_exposed = blocks
+    num_stages = len(begin)
+    for stage in range(num_stages):
+        virtual = np.arange(stage, len(first_forward), num_stages)
+        gathers = virtual[np.argsort(first_forward[virtual])]
+        reductions = virtual[np.argsort(last_backward[virtual])]
+        first[exposed[gathers[0]]] = begin[stage]
+        first[exposed[gathers[1:]]] = overlapped[gathers[:-1]]
+        first[reduce_overlapped[reductions[0]]] = overlapped[gathers[-1]]
+        first[reduce_overlapped[reductions[1:]]] = reduce_exposed[reductions[:-1]]
+
+
+def _last_reduction(
+    last_backward: NDArray[np.int32], reduce_exposed: NDArray[np.int32], num_stages: int
+) -> NDArray[np.int32]:
+    by_chunk = last_backward.reshape(-1, num_stages)
+    return reduce_exposed.reshape(-1, num_stages)[by_chunk.argmax(axis=0), np.arange(num_stages)]
+
+
+def _linked(
+    operations: StageOperations, num_virtual: int, done: NDArray[np.int32], num_extra: int
+) -> tuple[NDArray[np.int32], ...]:
+    """Return predecessors and classes of the operations, room for the extra tasks, and who is first and last."""
+    num_tasks = operations.kind.size + num_extra
+    num_micro_batches = int(operations.micro_batch[0].max()) + 1
+    first = kernel_output(num_tasks, -1, np.int32)
+    second = kernel_output(num_tasks, -1, np.int32)
+    task_class = kernel_output(num_tasks, 0, np.int32)
+    first_forward = kernel_output(num_virtual, -1, np.int32)
+    last_backward = kernel_output(num_virtual, -1, np.int32)
+    link_operations(
+        for_kernel(operations.kind.ravel()),
+        for_kernel(operations.micro_batch.ravel()),
+        for_kernel(operations.chunk.ravel()),
+        operations.num_stages,
+        for_kernel(done),
+        kernel_output(num_virtual * num_micro_batches, -1, np.int32),
+        kernel_output(num_virtual * num_micro_batches, -1, np.int32),
+        first,
+        second,
+        task_class,
+        first_forward,
+        last_backward,
+    )
+    return tuple(
+        from_kernel(values, np.int32) for values in (first, second, task_class, first_forward, last_backward)
+    )
+
+
+@compiled
+def link_operations(
+    kind: NDArray[np.int8],
+    micro_batch: NDArray[np.int32],
+    chunk: NDArray[np.int32],
+    num_stages: int,
+    done: NDArray[np.int32],
+    forward_task: NDArray[np.int32],
+    backward_task: NDArray[np.int32],
+    first: NDArray[np.int32],
+    second: NDArray[np.int32],
+    task_class: NDArray[np.int32],
+    first_forward: NDArray[np.int32],
+    last_backward: NDArray[np.int32],
+) -> None:
+    """Write who precedes each operation, its class, and each virtual stage's first forward and last gradient.
+
+    ``forward_task`` and ``backward_task`` (per virtual stage and micro-batch) are scratch: the task after
+    which the activation and the gradient exist. Kinds are written out because kernels see only arguments.
+    """
+    num_operations = len(kind) // num_stages
+    num_virtual = len(first_forward)
+    num_micro_batches = len(forward_task) // num_virtual
+    for stage in range(num_stages):
+        for task in range(stage * num_operations, (stage + 1) * num_operations):
+            virtual = chunk[task] * num_stages + stage
+            place = virtual * num_micro_batches + micro_batch[task]
+            what = kind[task]
+            if what == 0:
+                forward_task[place] = task
+                if first_forward[virtual] < 0:
+                    first_forward[virtual] = task
+                    forward_task[place] = done[virtual]
+            elif what != 3:
+                backward_task[place] = task
+            if what == 1 or what == 3:
+                last_backward[virtual] = task
+    for stage in range(num_stages):
+        for task in range(stage * num_operations, (stage + 1) * num_operations):
+            virtual = chunk[task] * num_stages + stage
+            place = virtual * num_micro_batches + micro_batch[task]
+            what = kind[task]
+            first[task] = task - 1
+            if what == 0 and virtual > 0:
+                second[task] = forward_task[place - num_micro_batches]
+            elif (what == 1 or what == 2) and virtual < num_virtual - 1:
+                second[task] = backward_task[place + num_micro_batches]
+            task_class[task] = what * num_virtual + virtual
+        first[stage * num_operations] = len(kind) + stage
