@@ -27,7 +27,9 @@ STAGES, CHUNKS, MICRO_BATCHES, BUCKETS = 16, 4, 256, 16
 SIZES = (("S", 1, 1), ("M", 8, 1), ("L", 8, 4))
 
 
-def workload(num_sub: int, num_replicas: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+def workload(
+    num_sub: int, num_replicas: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """Return first and second predecessors and classes of the benchmark's tasks."""
     operations = SCHEDULES["interleaved_1f1b"].operations(STAGES, CHUNKS, MICRO_BATCHES)
     num_operations, num_virtual, width = operations.kind.size, STAGES * CHUNKS, num_sub + 1

@@ -7,16 +7,17 @@ architecture, and the borrowing is said in :attr:`DeviceCalibration.reason`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 from meshwright.errors import CalibrationError, SpecError
 from meshwright.hardware_specs.specs import GpuSpec
-from meshwright.hardware_specs.yaml_document import Section, parse_yaml
+from meshwright.hardware_specs.yaml_document import Section, parse_yaml, read_yaml
 
-__all__ = ["AttentionCurve", "CollectiveCurve", "DeviceCalibration", "GemmCurve", "load_device_calibration"]
+__all__ = ["AttentionCurve", "CollectiveCurve", "DeviceCalibration", "GemmCurve", "load_device_calibration", "read_device_calibrations"]
 
 # A slower power-limited sibling of the same die keeps this share of the clock: the two measured H100 parts
 # differ by 0.77 at 500 W against 700 W, which is (5/7) ** 0.78; 0.7 is used for parts never measured.
@@ -129,6 +130,35 @@ def load_device_calibration(gpu: GpuSpec) -> DeviceCalibration:
             reason = f"no calibration of {gpu.id}; borrows that of {lender} ({gpu.architecture}), expect +-20 %"
             return _read(section, gpu, borrowed=True, reason=reason)
     raise CalibrationError(f"no calibration for {gpu.id} ({gpu.architecture}), and none represents its architecture")
+
+
+def read_device_calibrations(paths: Sequence[Path], gpu: GpuSpec) -> DeviceCalibration:
+    """Return the calibration of a device from the user's files.
+
+    Parameters
+    ----------
+    paths : Sequence[Path]
+        Calibration files in the form of the built-in ones; the last that names the device wins.
+    gpu : GpuSpec
+        The device.
+
+    Raises
+    ------
+    CalibrationError
+        If none of the files is for this device.
+    SpecError
+        If a file is malformed: file, line and key.
+    """
+    found: DeviceCalibration | None = None
+    named = []
+    for path in paths:
+        section = read_yaml(path)
+        named.append(section.text("gpu"))
+        if section.text("gpu") in (gpu.id, *gpu.aliases):
+            found = _read(section, gpu, borrowed=False, reason=f"given as {path}")
+    if found is None:
+        raise CalibrationError(f"no given calibration is for {gpu.id}: the files are for {', '.join(named)}")
+    return found
 
 
 @cache

@@ -104,7 +104,8 @@ def collective_time(
     nic_share = group.ranks_per_node * cluster.node.nic_bandwidth_per_gpu * inter_node_efficiency
     ring_bandwidth = np.where(group.ranks_per_node > 1.0, np.minimum(bandwidth, nic_share), nic_share)
     ring_bandwidth = ring_bandwidth / np.where(nodes > 1.0, cluster.fabric.oversubscription, 1.0)
-    hop = cluster.fabric.latency + cluster.node.nic.latency
+    # The fabric's latency is end to end, NICs included.
+    hop = cluster.fabric.latency
     # NCCL takes the tree for small and the ring for large messages: the fewer of their steps is latency.
     hops = _PASSES[collective] * np.minimum(nodes - 1.0, 2.0 * np.log2(np.maximum(nodes, 2.0)))
     across_latency = hops * hop + np.where(group.ranks_per_node > 1.0, latency, curve.latency[0])

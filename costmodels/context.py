@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from meshwright.costmodels.calibration import DeviceCalibration, load_device_calibration
+from meshwright.costmodels.calibration import (
+    DeviceCalibration,
+    load_device_calibration,
+    read_device_calibrations,
+)
 from meshwright.costmodels.software import AttentionKernel, SoftwareGeneration, load_software
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.specs import ClusterSpec, GpuSpec
@@ -57,8 +63,20 @@ def cost_context(
     *,
     features: frozenset[str] = frozenset(),
     attention_kernel: AttentionKernel | None = None,
+    calibration_paths: Sequence[Path] = (),
 ) -> CostContext:
     """Return the context of a job, with its software generation and device calibration loaded.
+
+    Parameters
+    ----------
+    job : TrainingJob
+        The job.
+    features : frozenset[str]
+        Software switches beyond the generation's defaults.
+    attention_kernel : AttentionKernel | None
+        Another attention kernel than the generation's.
+    calibration_paths : Sequence[Path]
+        The user's calibration files; the built-in calibration without any.
 
     Raises
     ------
@@ -70,12 +88,16 @@ def cost_context(
     require_costed_model(job.model)
     job.cluster.gpu.peak(job.workload.precision)
     software = load_software(job.software)
+    gpu = job.cluster.gpu
+    calibration = (
+        read_device_calibrations(calibration_paths, gpu) if calibration_paths else load_device_calibration(gpu)
+    )
     return CostContext(
         model=job.model,
         cluster=job.cluster,
         workload=job.workload,
         software=software,
-        calibration=load_device_calibration(job.cluster.gpu),
+        calibration=calibration,
         attention_kernel=attention_kernel or software.attention_kernel,
         features=features,
     )

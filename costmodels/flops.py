@@ -24,7 +24,9 @@ def _attention_flops_per_token(model: ModelSpec, sequence_length: int, conventio
     pairs = float(sequence_length) if convention == "full-attention" else sequence_length / 2.0
     if model.sliding_window is not None and model.sliding_window < sequence_length and convention == "causal":
         window = float(model.sliding_window)
-        pairs = window - window * window / (2.0 * sequence_length)
+        windowed = window - window * window / (2.0 * sequence_length)
+        full_share = 1.0 / model.full_attention_interval if model.full_attention_interval else 0.0
+        pairs = full_share * pairs + (1.0 - full_share) * windowed
     return 4.0 * model.num_layers * pairs * model.num_attention_heads * model.head_dim
 
 

@@ -196,6 +196,9 @@ def _attention_times(context: CostContext, cases: LayerCases) -> tuple[FloatColu
         # Causal pairs inside the window over all causal pairs.
         window = float(model.sliding_window)
         share = (window * length - window * window / 2.0) / (length * length / 2.0)
+        if model.full_attention_interval is not None:
+            # A layer of the mean cost: one in the interval attends to everything.
+            share += (1.0 - share) / model.full_attention_interval
     flops = 2.0 * heads * length * length * model.head_dim * share / cases.cp
     rate = curve.peak_flops_per_second * context.software.attention_efficiency
     rate *= np.sqrt(context.calibration.clock(context.compute_precision))

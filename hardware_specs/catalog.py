@@ -225,7 +225,11 @@ def _read_fabric(section: Section, node: NodeSpec, preset: FabricSpec | None) ->
         return read_fabric(child, _named(child, "base", "fabric", load_fabric) if child.has("base") else None)
     if section.optional_text("fabric") is not None:
         return _named(section, "fabric", "fabric", load_fabric)
-    return preset or load_fabric(node.default_fabric)
+    if preset is not None:
+        return preset
+    if section.is_section("node") and _file_of(node.default_fabric, "fabric") is None:
+        raise section.section("node").error("default_fabric", str(_unknown(node.default_fabric, "fabric")))
+    return load_fabric(node.default_fabric)
 
 
 def _named(section: Section, key: str, kind: SpecKind, load: Callable[[str], _T]) -> _T:

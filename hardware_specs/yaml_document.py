@@ -11,6 +11,7 @@ as absent.
 
 from __future__ import annotations
 
+import difflib
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -229,8 +230,11 @@ class Section:
     def _missing(self, key: str) -> SpecError:
         if key in self._node.entries:
             return self.error(key, "is empty; give it a value")
-        near = did_you_mean(key, [name for name in self._node.entries if name not in self._read])
-        return self.error(key, f"is required but missing{near}")
+        unread = [name for name in self._node.entries if name not in self._read]
+        near = difflib.get_close_matches(key, unread, n=1, cutoff=0.75)
+        return self.error(
+            key, "is required but missing" + (f"; is '{near[0]}' meant to be it?" if near else "")
+        )
 
     def _present(self, key: str) -> bool:
         self._read.add(key)
@@ -303,6 +307,8 @@ def read_yaml(path: Path) -> Section:
         If the file cannot be read or is not strict YAML; one line that says where and how to fix it.
     """
     name = str(path)
+    if not name.isprintable() or len(name) > 1000:
+        raise SpecError(f"{shown(name)}: is not the path of a file")
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -317,13 +323,9 @@ def read_yaml(path: Path) -> Section:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise SpecError(f"{shown(name)[1:-1]}: no such file; check the path") from None
+        raise SpecError(f"{name}: no such file; check the path") from None
     except OSError as error:
-        raise SpecError(f"{shown(name)[1:-1]}: cannot be read: {error.strerror or error}") from None
-    except ValueError:  # a path with a NUL byte; SpecError is a ValueError too
-        if "\0" in name:
-            raise SpecError(f"{shown(name)}: is not a path") from None
-        raise
+        raise SpecError(f"{name}: cannot be read: {error.strerror or error}") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -23,7 +23,7 @@ __all__ = [
 
 
 @compiled
-def sort_by_level(
+def sort_by_level(  # noqa: PLR0917 - kernels take flat arrays
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     waiting: NDArray[np.int32],
@@ -70,7 +70,7 @@ def sort_by_level(
 
 
 @compiled
-def renumber_predecessors(
+def renumber_predecessors(  # noqa: PLR0917 - kernels take flat arrays
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     order: NDArray[np.int32],
@@ -92,7 +92,7 @@ def renumber_predecessors(
 
 
 @compiled
-def evaluate_tasks(
+def evaluate_tasks(  # noqa: PLR0917 - kernels take flat arrays
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     task_class: NDArray[np.int32],
@@ -107,14 +107,13 @@ def evaluate_tasks(
     for task in range(len(first)):
         time = end[first[task]]
         data = end[second[task]]
-        if data > time:
-            time = data
+        time = max(time, data)
         start[task] = time
         end[task] = time + durations[task_class[task]]
 
 
 @compiled
-def evaluate_lagged_tasks(
+def evaluate_lagged_tasks(  # noqa: PLR0917 - kernels take flat arrays
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     task_class: NDArray[np.int32],
@@ -128,8 +127,7 @@ def evaluate_lagged_tasks(
         kind = task_class[task]
         time = end[first[task]]
         data = end[second[task]] + lags[kind]
-        if data > time:
-            time = data
+        time = max(time, data)
         start[task] = time
         end[task] = time + durations[kind]
 
@@ -146,13 +144,12 @@ def finish_tasks(
     for task in range(len(first)):
         time = end[first[task]]
         data = end[second[task]]
-        if data > time:
-            time = data
+        time = max(time, data)
         end[task] = time + durations[task_class[task]]
 
 
 @compiled
-def finish_lagged_tasks(
+def finish_lagged_tasks(  # noqa: PLR0917 - kernels take flat arrays
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     task_class: NDArray[np.int32],
@@ -165,13 +162,12 @@ def finish_lagged_tasks(
         kind = task_class[task]
         time = end[first[task]]
         data = end[second[task]] + lags[kind]
-        if data > time:
-            time = data
+        time = max(time, data)
         end[task] = time + durations[kind]
 
 
 @compiled
-def latest_ends(
+def latest_ends(  # noqa: PLR0917 - kernels take flat arrays
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     task_class: NDArray[np.int32],
@@ -183,8 +179,6 @@ def latest_ends(
     for task in range(len(first) - 1, -1, -1):
         kind = task_class[task]
         begin = latest[task] - durations[kind]
-        if begin < latest[first[task]]:
-            latest[first[task]] = begin
+        latest[first[task]] = min(latest[first[task]], begin)
         begin -= lags[kind]
-        if begin < latest[second[task]]:
-            latest[second[task]] = begin
+        latest[second[task]] = min(latest[second[task]], begin)

@@ -82,9 +82,7 @@ class TaskGraph:
         """Number of tasks."""
         return len(self.order)
 
-    def evaluate(
-        self, durations: NDArray[np.float64], lags: NDArray[np.float64] | None = None
-    ) -> TaskTimes:
+    def evaluate(self, durations: NDArray[np.float64], lags: NDArray[np.float64] | None = None) -> TaskTimes:
         """Return start and end of every task when each starts as soon as its predecessors allow.
 
         Parameters
@@ -133,9 +131,7 @@ class TaskGraph:
         latest_ends(*self._structure, for_kernel(durations), for_kernel(lags), latest)
         return from_kernel(latest, np.float64)[:-1] - times.end
 
-    def critical_path(
-        self, times: TaskTimes, lags: NDArray[np.float64] | None = None
-    ) -> NDArray[np.int32]:
+    def critical_path(self, times: TaskTimes, lags: NDArray[np.float64] | None = None) -> NDArray[np.int32]:
         """Return the tasks whose chain makes the makespan, first to last; each has zero slack.
 
         Every task but the first starts exactly when its predecessor on the path ends, plus the lag where

@@ -21,7 +21,7 @@ __all__ = ["DeepSpeedExporter", "deepspeed_config"]
 
 JsonObject = dict[str, object]
 
-_STAGE = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "hsdp": 3}
+_STAGE = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 # DeepSpeed's own defaults, in elements; written out so that a change of them cannot change the run.
 _BUCKET, _PREFETCH, _PERSISTENT, _LIVE = 500_000_000, 50_000_000, 100_000, 1_000_000_000
 
@@ -144,9 +144,6 @@ def _zero(plan: ParallelPlan) -> JsonObject:
     section["stage3_param_persistence_threshold"] = _PERSISTENT
     section["stage3_max_live_parameters"] = _LIVE
     section["stage3_max_reuse_distance"] = _LIVE
-    if plan.sharding == "hsdp":
-        section["mics_shard_size"] = plan.sharding_group
-        section["mics_hierarchical_params_gather"] = False
     return section
 
 
@@ -169,9 +166,5 @@ def _notes(plan: ParallelPlan) -> tuple[str, ...]:
     if plan.recompute == "full":
         notes.append(
             "Recompute happens in the script: call gradient_checkpointing_enable() or deepspeed.checkpointing."
-        )
-    if plan.sharding == "hsdp":
-        notes.append(
-            "The script must build the model under deepspeed.zero.MiCS_Init for mics_shard_size to apply."
         )
     return tuple(notes)

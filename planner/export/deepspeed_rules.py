@@ -1,6 +1,7 @@
 """What DeepSpeed (0.19) cannot run from a configuration file alone.
 
-Its own parser accepts unknown sections, ZeRO-3 under a pipeline, and tensor parallelism under ZeRO-3.
+Its own parser accepts unknown sections, ZeRO-3 under a pipeline, and tensor parallelism under ZeRO-3; the
+training then fails, or silently does something else.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def tensor_parallel_fits(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 def tensor_parallel_without_weight_sharding(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """AutoTP is documented with ZeRO 0 to 2."""
-    if plan.tp == 1 or plan.sharding not in ("zero3", "hsdp"):
+    if plan.tp == 1 or plan.sharding != "zero3":
         return None
-    return f"tp {plan.tp} (AutoTP) does not go with sharding '{plan.sharding}'; use 'zero2' or tp 1."
+    return f"tp {plan.tp} (AutoTP) does not go with sharding 'zero3'; use 'zero2' or tp 1."
 
 
 def no_sequence_parallel(job: TrainingJob, plan: ParallelPlan) -> str | None:
@@ -79,16 +80,12 @@ def no_expert_parallel(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 
 def sharding_group_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """Groups exist for MiCS, that is hsdp, only."""
-    group = plan.sharding_group
-    if plan.sharding == "hsdp" and group is None:
-        return "hsdp needs a sharding_group in DeepSpeed (mics_shard_size); set one that divides dp, or use 'zero3'."
-    if plan.sharding in ("zero1", "zero2", "zero3") and group not in (None, plan.dp):
-        near = " or use 'hsdp'" if plan.sharding == "zero3" else ""
-        return (
-            f"{plan.sharding} spans all of dp in DeepSpeed; set sharding_group {plan.dp}, not {group},{near}."
-        )
-    return None
+    """Sharded state spans all of dp. MiCS, which kept it in groups, is rejected by the parser since 0.19.8."""
+    if plan.sharding == "hsdp":
+        return "sharding 'hsdp' needs MiCS, which DeepSpeed 0.19.8 removed; use 'zero3' or target megatron."
+    if plan.sharding == "none" or plan.sharding_group in (None, plan.dp):
+        return None
+    return f"{plan.sharding} spans all of dp in DeepSpeed; use sharding_group {plan.dp}, not {plan.sharding_group}."
 
 
 def recompute_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:

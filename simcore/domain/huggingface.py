@@ -52,7 +52,7 @@ def model_from_huggingface(config: Mapping[str, object], name: str) -> ModelSpec
     Parameters
     ----------
     config : Mapping[str, object]
-        The content of ``config.json``. Of a multimodal model (``text_config``), only the language model counts.
+        The content of ``config.json``. Of a multimodal one (``text_config``), only the language model counts.
     name : str
         What the model will be called.
 
@@ -87,7 +87,9 @@ def read_model_config(path: Path) -> ModelSpec:
     """
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise SpecError(f"{path}: the directory has no config.json; give a Hugging Face model's directory or file")
+            raise SpecError(
+                f"{path}: the directory has no config.json; give a Hugging Face model's directory or file"
+            )
         path = path / "config.json"
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
     return _convert(ModelConfig(read_json_object(path), str(path)), name or "model")
@@ -104,7 +106,8 @@ def _convert(config: ModelConfig, name: str) -> ModelSpec:
         raise SpecError(f"{config.where}: required key 'model_type' is missing. Known: {known}.")
     if family not in FAMILIES:
         raise SpecError(
-            f"{config.where}: unknown model_type {family[:60]!r}{did_you_mean(family[:60], FAMILIES)} Known: {known}. "
+            f"{config.where}: unknown model_type {family[:60]!r}{did_you_mean(family[:60], FAMILIES)} "
+            f"Known: {known}. "
             "A model of another family can be described in a YAML preset."
         )
     return FAMILIES[family](config, name)

@@ -8,7 +8,15 @@ from typing import Literal, get_args
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.simcore.domain import model_parameters
 
-__all__ = ["NORMALIZATIONS", "POSITION_EMBEDDINGS", "MlaSpec", "ModelSpec", "MoeSpec", "Normalization", "PositionEmbedding"]
+__all__ = [
+    "NORMALIZATIONS",
+    "POSITION_EMBEDDINGS",
+    "MlaSpec",
+    "ModelSpec",
+    "MoeSpec",
+    "Normalization",
+    "PositionEmbedding",
+]
 
 Normalization = Literal["rmsnorm", "layernorm", "layernorm_nobias"]
 PositionEmbedding = Literal["rope", "learned", "alibi", "none"]
@@ -20,7 +28,8 @@ POSITION_EMBEDDINGS: tuple[str, ...] = get_args(PositionEmbedding)
 class MoeSpec:
     """Mixture-of-experts layers.
 
-    Layer ``i`` (from 0) is MoE when ``i >= num_dense_layers`` and ``(i - num_dense_layers) % layer_frequency == 0``.
+    Layer ``i`` (from 0) is MoE when ``i >= num_dense_layers`` and ``i - num_dense_layers`` is a multiple of
+    ``layer_frequency``.
 
     Parameters
     ----------
@@ -78,7 +87,9 @@ class MlaSpec:
     v_head_dim: int
 
     def __post_init__(self) -> None:
-        _check_at_least(self, "mla", 1, ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        _check_at_least(
+            self, "mla", 1, ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        )
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise SpecError(f"mla.q_lora_rank must be at least 1 or absent, not {self.q_lora_rank}")
 
@@ -127,8 +138,8 @@ class ModelSpec:
     sliding_window : int | None
         Keys each query sees in windowed layers; None for full attention everywhere.
     full_attention_interval : int | None
-        With a window, every ``full_attention_interval``-th layer still attends to everything: 2 for Gemma-2 and
-        GPT-OSS, 6 for Gemma-3; None when all layers are windowed.
+        With a window, every ``full_attention_interval``-th layer still attends to everything: 2 for Gemma-2
+        and GPT-OSS, 6 for Gemma-3; None when all layers are windowed.
     moe, mla : MoeSpec | None, MlaSpec | None
         Described and counted; not every cost model prices them.
     num_mtp_layers : int
@@ -179,7 +190,8 @@ class ModelSpec:
             value = getattr(self, field)
             if value not in known:
                 raise SpecError(
-                    f"{where}: {field}: unknown value '{value}'{did_you_mean(value, known)} Known: {', '.join(known)}."
+                    f"{where}: {field}: unknown value '{value}'{did_you_mean(value, known)} "
+                    f"Known: {', '.join(known)}."
                 )
         for field in ("sliding_window", "full_attention_interval"):
             value = getattr(self, field)
@@ -187,8 +199,8 @@ class ModelSpec:
                 raise SpecError(f"{where}: {field} must be at least 1 or absent, not {value}")
         if self.num_attention_heads % self.num_query_groups:
             raise SpecError(
-                f"{where}: num_attention_heads {self.num_attention_heads} must be a multiple of num_query_groups "
-                f"{self.num_query_groups}"
+                f"{where}: num_attention_heads {self.num_attention_heads} must be a multiple "
+                f"of num_query_groups {self.num_query_groups}"
             )
 
     @property
@@ -198,7 +210,7 @@ class ModelSpec:
 
     @property
     def num_main_parameters(self) -> int:
-        """Parameters without the multi-token-prediction modules: the figure usually quoted (671B for DeepSeek-V3)."""
+        """Parameters without multi-token-prediction modules: the usual figure (DeepSeek-V3: 671B)."""
         num_moe_layers = self.num_moe_layers
         norm = model_parameters.norm_parameters(self, self.hidden_size)
         return (
@@ -211,7 +223,7 @@ class ModelSpec:
 
     @property
     def num_checkpoint_parameters(self) -> int:
-        """Parameters as stored: each multi-token-prediction module repeats the token table and the LM head."""
+        """Parameters as stored: each multi-token-prediction module repeats token table and LM head."""
         repeated = 2 * self.vocab_size * self.hidden_size
         return self.num_parameters + self.num_mtp_layers * repeated
 
@@ -253,7 +265,9 @@ class ModelSpec:
     def num_embedding_parameters(self) -> int:
         """Parameters before the first layer: token table, learned positions, embedding norm."""
         norm = model_parameters.norm_parameters(self, self.hidden_size)
-        tables = model_parameters.token_embedding_parameters(self) + model_parameters.position_parameters(self)
+        tables = model_parameters.token_embedding_parameters(self) + model_parameters.position_parameters(
+            self
+        )
         return tables + self.has_embedding_norm * norm
 
     @property

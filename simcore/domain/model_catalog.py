@@ -90,7 +90,7 @@ def model_from_section(section: Section) -> ModelSpec:
     _skip_provenance(section)
     moe, mla = section.optional_section("moe"), section.optional_section("mla")
     try:
-        model = _model(section, moe and _moe(moe), mla and _mla(mla))
+        model = _model(section, None if moe is None else _moe(moe), None if mla is None else _mla(mla))
     except SpecError as error:
         if str(error).startswith(f"{section.file}:"):
             raise
@@ -140,11 +140,11 @@ def _model(section: Section, moe: MoeSpec | None, mla: MlaSpec | None) -> ModelS
         max_position_embeddings=section.integer("max_position_embeddings", minimum=1),
         is_gated_mlp=section.boolean("is_gated_mlp"),
         has_tied_embeddings=section.boolean("has_tied_embeddings"),
-        normalization=cast(Normalization, normalization),
+        normalization=cast("Normalization", normalization),
         norms_per_layer=section.integer("norms_per_layer", default=2, minimum=0),
         has_final_norm=section.boolean("has_final_norm", default=True),
         has_embedding_norm=section.boolean("has_embedding_norm", default=False),
-        position_embedding=cast(PositionEmbedding, positions),
+        position_embedding=cast("PositionEmbedding", positions),
         num_reserved_positions=section.integer("num_reserved_positions", default=0, minimum=0),
         has_qkv_bias=section.boolean("has_qkv_bias", default=False),
         has_attention_output_bias=section.boolean("has_attention_output_bias", default=False),
@@ -241,4 +241,6 @@ def _load_path(path: Path) -> ModelSpec:
         return read_model_config(path)
     if path.suffix in (".yaml", ".yml"):
         return model_from_section(read_yaml(path))
-    raise SpecError(f"{path}: is neither a .json nor a .yaml file; give a config.json, a YAML preset or a preset id")
+    raise SpecError(
+        f"{path}: is neither a .json nor a .yaml file; give a config.json, a YAML preset or a preset id"
+    )

@@ -57,7 +57,9 @@ class ModelConfig:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _MAX_INTEGER:
-                raise self.error(key, f"must be an integer from {minimum} to {_MAX_INTEGER}, not {_shown(value)}")
+                raise self.error(
+                    key, f"must be an integer from {minimum} to {_MAX_INTEGER}, not {_shown(value)}"
+                )
             return value
         return None
 
@@ -123,7 +125,9 @@ def read_json_object(path: Path) -> dict[str, object]:
             text, object_pairs_hook=_reject_duplicates, parse_constant=_reject_constant, parse_float=_finite
         )
     except json.JSONDecodeError as error:
-        raise SpecError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; {_HINT}") from None
+        raise SpecError(
+            f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}; {_HINT}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{path}: not usable JSON: {error}; {_HINT}") from None
     if not isinstance(document, dict):
@@ -137,7 +141,9 @@ def _read_text(path: Path) -> str:
             raise SpecError(f"{path}: is not a regular file; {_HINT}")
         num_bytes = path.stat().st_size
         if num_bytes > _MAX_FILE_BYTES:
-            raise SpecError(f"{path}: has {num_bytes} bytes, more than the {_MAX_FILE_BYTES} allowed; {_HINT}")
+            raise SpecError(
+                f"{path}: has {num_bytes} bytes, more than the {_MAX_FILE_BYTES} allowed; {_HINT}"
+            )
         content = path.read_bytes()
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}; {_HINT}") from None

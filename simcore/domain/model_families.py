@@ -65,7 +65,9 @@ def even_head_dim(config: ModelConfig, num_heads: int) -> int:
     """Return ``hidden_size / num_attention_heads``, which must be whole."""
     hidden_size = config.integer("hidden_size", "n_embd", "d_model", "n_embed")
     if hidden_size % num_heads:
-        raise config.error("head_dim", f"is needed: hidden_size {hidden_size} does not divide into {num_heads} heads")
+        raise config.error(
+            "head_dim", f"is needed: hidden_size {hidden_size} does not divide into {num_heads} heads"
+        )
     return hidden_size // num_heads
 
 
@@ -195,7 +197,9 @@ def cohere(config: ModelConfig, name: str) -> ModelSpec:
     )
 
 
-def with_window(config: ModelConfig, model: ModelSpec, *, default_window: int, default_interval: int) -> ModelSpec:
+def with_window(
+    config: ModelConfig, model: ModelSpec, *, default_window: int, default_interval: int
+) -> ModelSpec:
     """Return the model with the window its file states, layer by layer or by the family's interval."""
     window = config.optional_integer("sliding_window") if config.has("sliding_window") else default_window
     kinds = config.items("layer_types")

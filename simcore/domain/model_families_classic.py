@@ -1,4 +1,4 @@
-"""Older families of Hugging Face configurations: LayerNorm, mostly two-matrix MLPs of four times the width."""
+"""Older families of Hugging Face configurations: LayerNorm, two-matrix MLPs of four times the width."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def phi(config: ModelConfig, name: str) -> ModelSpec:
 
 
 def falcon(config: ModelConfig, name: str) -> ModelSpec:
-    """Falcon: multi-query (7B), or grouped queries and two norms (``new_decoder_architecture``: 40B, 180B)."""
+    """Falcon: multi-query (7B); grouped queries and two norms (``new_decoder_architecture``: 40B, 180B)."""
     hidden_size = config.integer("hidden_size", "n_embed")
     num_heads = config.integer("num_attention_heads", "n_head")
     is_new = config.boolean("new_decoder_architecture", default=False)
@@ -147,7 +147,9 @@ def mpt(config: ModelConfig, name: str) -> ModelSpec:
     num_heads = config.integer("n_heads", "num_attention_heads")
     attention = config.section("attn_config")
     kind = attention.text("attn_type", default="multihead_attention")
-    num_query_groups = attention.integer("kv_n_heads", default=1 if kind == "multiquery_attention" else num_heads)
+    num_query_groups = attention.integer(
+        "kv_n_heads", default=1 if kind == "multiquery_attention" else num_heads
+    )
     has_bias = not config.boolean("no_bias", default=True)
     has_qk_norm = attention.boolean("qk_ln", default=False)
     return ModelSpec(
@@ -206,12 +208,16 @@ def bloom(config: ModelConfig, name: str) -> ModelSpec:
 
 
 def opt(config: ModelConfig, name: str) -> ModelSpec:
-    """OPT: learned positions with two unused rows, biases everywhere, no final norm after post-norm layers."""
+    """OPT: learned positions with two unused rows, biases everywhere; post-norm has no final norm."""
     hidden_size = config.integer("hidden_size")
     if config.integer("word_embed_proj_dim", default=hidden_size) != hidden_size:
-        raise config.error("word_embed_proj_dim", "differs from hidden_size (as in OPT-350m), which is not modelled")
+        raise config.error(
+            "word_embed_proj_dim", "differs from hidden_size (as in OPT-350m), which is not modelled"
+        )
     if not config.boolean("layer_norm_elementwise_affine", default=True):
-        raise config.error("layer_norm_elementwise_affine", "is false: norms without weights are not modelled")
+        raise config.error(
+            "layer_norm_elementwise_affine", "is false: norms without weights are not modelled"
+        )
     num_heads = config.integer("num_attention_heads")
     has_bias = config.boolean("enable_bias", default=True)
     return ModelSpec(

@@ -27,7 +27,9 @@ def minimax_m2(config: ModelConfig, name: str) -> ModelSpec:
     if config.text("qk_norm_type", default="per_layer") != "per_layer":
         raise config.error("qk_norm_type", "is not 'per_layer', the only kind known for this family")
     if config.integer("shared_intermediate_size", default=0, minimum=0):
-        raise config.error("shared_intermediate_size", "is not 0: shared experts are not known for this family")
+        raise config.error(
+            "shared_intermediate_size", "is not 0: shared experts are not known for this family"
+        )
     model = rotary_model(config, name)
     moe = MoeSpec(
         num_experts=config.integer("num_local_experts"),
@@ -40,7 +42,7 @@ def minimax_m2(config: ModelConfig, name: str) -> ModelSpec:
 
 
 def gpt_oss(config: ModelConfig, name: str) -> ModelSpec:
-    """GPT-OSS: biases everywhere, experts and router too, and attention sinks; every other layer is windowed."""
+    """GPT-OSS: biases everywhere, experts and router too; attention sinks; every other layer windowed."""
     model = rotary_model(config, name, num_query_groups=8, head_dim=64)
     moe = MoeSpec(
         num_experts=config.integer("num_local_experts", "num_experts", default=128),
@@ -85,8 +87,10 @@ def qwen3_moe(config: ModelConfig, name: str) -> ModelSpec:
     return qwen_window(config, model)
 
 
-def _qwen_moe(config: ModelConfig, num_layers: int, *, num_experts: int, top_k: int, width: int) -> MoeSpec | None:
-    """Return the MoE layout; layer ``i`` is MoE when ``(i + 1) % step == 0`` and it is not an MLP-only layer."""
+def _qwen_moe(
+    config: ModelConfig, num_layers: int, *, num_experts: int, top_k: int, width: int
+) -> MoeSpec | None:
+    """Return the MoE layout; layer ``i`` is MoE when ``(i + 1) % step == 0`` and it is not MLP-only."""
     num_experts = config.integer("num_experts", "num_local_experts", default=num_experts, minimum=0)
     if num_experts == 0:
         return None
@@ -96,7 +100,7 @@ def _qwen_moe(config: ModelConfig, num_layers: int, *, num_experts: int, top_k: 
     if dense_layers and (step != 1 or dense_layers != list(range(num_dense_layers))):
         raise config.error(
             "mlp_only_layers",
-            "is supported for leading layers with decoder_sparse_step 1 only; write the shape as a YAML preset",
+            "is supported for leading layers with decoder_sparse_step 1 only; write a YAML preset",
         )
     if num_dense_layers >= num_layers:
         return None
@@ -146,7 +150,10 @@ def _deepseek(config: ModelConfig, name: str, *, num_dense_layers: int, topk_met
     has_bias = config.boolean("attention_bias", default=False)
     num_attention_heads = config.integer("num_attention_heads")
     model = rotary_model(
-        config, name, num_query_groups=num_attention_heads, head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim
+        config,
+        name,
+        num_query_groups=num_attention_heads,
+        head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim,
     )
     return replace(
         model,

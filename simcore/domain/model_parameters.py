@@ -11,7 +11,7 @@ embedding. Writing ``h`` for ``hidden_size``, ``d`` for ``head_dim``, ``q`` for 
     mlp         = (3 | 2) * h * f  [+ biases (2 | 1) f + h]
     main model  = token table + positions + embedding norm + layers + final norm + head
 
-The formulas are held to more than fifty published counts by the tests.
+The formulas are held to some sixty published counts by the tests.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def norm_parameters(model: ModelSpec, width: int) -> int:
-    """Return the parameters of one norm over ``width`` channels: ``2 * width`` for ``layernorm``, else ``width``."""
+    """Return the parameters of a norm over ``width`` channels: weights, and biases with ``layernorm``."""
     return 2 * width if model.normalization == "layernorm" else width
 
 
@@ -100,7 +100,7 @@ def qk_norm_parameters(model: ModelSpec) -> int:
 
 
 def attention_parameters(model: ModelSpec) -> int:
-    """Return the parameters of one layer's attention: projections, biases, qk-norm and sinks (one per head)."""
+    """Return the parameters of one layer's attention: projections, biases, qk-norm, a sink per head."""
     sinks = model.num_attention_heads if model.has_attention_sinks else 0
     return qkv_parameters(model) + output_projection_parameters(model) + qk_norm_parameters(model) + sinks
 
@@ -147,7 +147,7 @@ def layer_parameters(model: ModelSpec) -> int:
 
 
 def moe_layer_parameters(model: ModelSpec) -> int:
-    """Return the parameters of one mixture-of-experts layer, all its experts included; 0 for a dense model."""
+    """Return the parameters of one mixture-of-experts layer, all experts included; 0 for a dense model."""
     if model.moe is None:
         return 0
     experts = model.moe.num_experts * expert_parameters(model) + shared_expert_parameters(model)
@@ -160,7 +160,7 @@ def token_embedding_parameters(model: ModelSpec) -> int:
 
 
 def position_parameters(model: ModelSpec) -> int:
-    """Return the parameters of learned positions: ``(max_position_embeddings + num_reserved_positions) h``."""
+    """Return the parameters of learned positions: a row of ``h`` for each position, reserved ones too."""
     if model.position_embedding != "learned":
         return 0
     return (model.max_position_embeddings + model.num_reserved_positions) * model.hidden_size

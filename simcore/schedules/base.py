@@ -49,12 +49,12 @@ class StageOperations:
     @property
     def num_stages(self) -> int:
         """Number of pipeline stages."""
-        return self.kind.shape[0]
+        return int(self.kind.shape[0])
 
     @property
     def num_operations(self) -> int:
         """Operations of one stage."""
-        return self.kind.shape[1]
+        return int(self.kind.shape[1])
 
     def peak_in_flight(self) -> NDArray[np.int64]:
         """Return the most forwards of each stage whose activations live at once, ``(num_stages,)``.
@@ -63,7 +63,9 @@ class StageOperations:
         that needs its activations last: the whole backward, or the weight gradient.
         """
         change = np.array([1, -1, 0, -1], dtype=np.int32)[self.kind]
-        return np.cumsum(change, axis=1, dtype=np.int32).max(axis=1).astype(np.int64)
+        live: NDArray[np.int32] = np.cumsum(change, axis=1, dtype=np.int32)
+        peak: NDArray[np.int64] = live.max(axis=1).astype(np.int64)
+        return peak
 
 
 class PipelineSchedule(Protocol):
@@ -72,17 +74,19 @@ class PipelineSchedule(Protocol):
     @property
     def name(self) -> str:
         """The word of interfaces.md."""
+        raise NotImplementedError
 
     def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
         """Raise SpecError where the schedule does not exist for these numbers."""
+        raise NotImplementedError
 
     def operations(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> StageOperations:
         """Return the ordered operations of every stage; checks its arguments."""
+        raise NotImplementedError
 
-    def peak_in_flight(
-        self, num_stages: int, num_chunks: int, num_micro_batches: int
-    ) -> NDArray[np.int64]:
+    def peak_in_flight(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> NDArray[np.int64]:
         """Return the declared peak of live activations, in micro-batches on one chunk, ``(num_stages,)``."""
+        raise NotImplementedError
 
 
 def require_sizes(num_stages: int, num_chunks: int, num_micro_batches: int) -> None:

@@ -31,9 +31,7 @@ class GPipe:
         micro_batch = np.arange(num_micro_batches, dtype=np.int32)
         return alternating_operations(np.full(num_stages, num_micro_batches), micro_batch, chunk, chunk)
 
-    def peak_in_flight(
-        self, num_stages: int, num_chunks: int, num_micro_batches: int
-    ) -> NDArray[np.int64]:
+    def peak_in_flight(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> NDArray[np.int64]:
         """Return the number of micro-batches, on every stage."""
         self.check(num_stages, num_chunks, num_micro_batches)
         return np.full(num_stages, num_micro_batches, dtype=np.int64)

@@ -71,9 +71,7 @@ class Interleaved:
             self._warm_up(num_stages, num_chunks), micro_batch, chunk, num_chunks - 1 - chunk
         )
 
-    def peak_in_flight(
-        self, num_stages: int, num_chunks: int, num_micro_batches: int
-    ) -> NDArray[np.int64]:
+    def peak_in_flight(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> NDArray[np.int64]:
         """Return ``min(m v, p v + p - 1 - 2 rank)`` per stage, for groups of p."""
         self.check(num_stages, num_chunks, num_micro_batches)
         return np.minimum(num_micro_batches * num_chunks, self._warm_up(num_stages, num_chunks) + 1)

@@ -34,9 +34,7 @@ class NoPipeline:
         micro_batch = np.arange(num_micro_batches, dtype=np.int32)
         return alternating_operations(np.zeros(1, dtype=np.int64), micro_batch, chunk, chunk)
 
-    def peak_in_flight(
-        self, num_stages: int, num_chunks: int, num_micro_batches: int
-    ) -> NDArray[np.int64]:
+    def peak_in_flight(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> NDArray[np.int64]:
         """Return 1."""
         self.check(num_stages, num_chunks, num_micro_batches)
         return np.ones(1, dtype=np.int64)

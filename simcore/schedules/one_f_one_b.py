@@ -38,9 +38,7 @@ class OneForwardOneBackward:
         warm_up = num_stages - 1 - np.arange(num_stages)
         return alternating_operations(warm_up, micro_batch, chunk, chunk)
 
-    def peak_in_flight(
-        self, num_stages: int, num_chunks: int, num_micro_batches: int
-    ) -> NDArray[np.int64]:
+    def peak_in_flight(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> NDArray[np.int64]:
         """Return ``min(m, p - rank)`` per stage."""
         self.check(num_stages, num_chunks, num_micro_batches)
         return np.minimum(num_micro_batches, num_stages - np.arange(num_stages))

@@ -34,9 +34,7 @@ class ZeroBubbleH1:
         rank = np.arange(num_stages)
         return split_backward_operations(num_stages - rank, rank, num_micro_batches)
 
-    def peak_in_flight(
-        self, num_stages: int, num_chunks: int, num_micro_batches: int
-    ) -> NDArray[np.int64]:
+    def peak_in_flight(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> NDArray[np.int64]:
         """Return ``min(m, p)``, on every stage."""
         self.check(num_stages, num_chunks, num_micro_batches)
         return np.full(num_stages, min(num_micro_batches, num_stages), dtype=np.int64)

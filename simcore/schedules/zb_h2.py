@@ -35,9 +35,7 @@ class ZeroBubbleH2:
         rank = np.arange(num_stages)
         return split_backward_operations(2 * (num_stages - rank) - 1, 2 * rank, num_micro_batches)
 
-    def peak_in_flight(
-        self, num_stages: int, num_chunks: int, num_micro_batches: int
-    ) -> NDArray[np.int64]:
+    def peak_in_flight(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> NDArray[np.int64]:
         """Return ``min(m, 2 p - 1)``, on every stage."""
         self.check(num_stages, num_chunks, num_micro_batches)
         return np.full(num_stages, min(num_micro_batches, 2 * num_stages - 1), dtype=np.int64)

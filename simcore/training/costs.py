@@ -68,12 +68,22 @@ class IterationCosts:
 
     def __post_init__(self) -> None:
         num_virtual_stages = self.num_stages * self.num_chunks
-        for name in ("forward_time", "backward_time", "weight_gradient_time", "forward_communication_time",
-                     "backward_communication_time", "send_time", "gradient_reduce_time", "parameter_gather_time"):
+        for name in (
+            "forward_time",
+            "backward_time",
+            "weight_gradient_time",
+            "forward_communication_time",
+            "backward_communication_time",
+            "send_time",
+            "gradient_reduce_time",
+            "parameter_gather_time",
+        ):
             values = getattr(self, name)
             if values.shape != (num_virtual_stages,):
                 raise SpecError(f"{name} has shape {values.shape}, expected ({num_virtual_stages},)")
             if not np.all(np.isfinite(values)) or np.any(values < 0):
                 raise SpecError(f"{name} must be finite and not negative")
         if self.optimizer_time.shape != (self.num_stages,):
-            raise SpecError(f"optimizer_time has shape {self.optimizer_time.shape}, expected ({self.num_stages},)")
+            raise SpecError(
+                f"optimizer_time has shape {self.optimizer_time.shape}, expected ({self.num_stages},)"
+            )

@@ -159,9 +159,7 @@ def iteration_structure(
     return build(schedule, num_stages, num_chunks, num_micro_batches)
 
 
-def _build(
-    schedule: str, num_stages: int, num_chunks: int, num_micro_batches: int
-) -> IterationStructure:
+def _build(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: int) -> IterationStructure:
     operations = SCHEDULES[schedule].operations(num_stages, num_chunks, num_micro_batches)
     num_virtual = num_stages * num_chunks
     num_operations = num_stages * operations.num_operations
@@ -170,7 +168,9 @@ def _build(
     blocks = extra[2 * num_stages :].reshape(7, num_virtual)
     ready, done, backward_ready, exposed, overlapped, reduce_overlapped, reduce_exposed = blocks
 
-    first, second, task_class, first_forward, last_backward = _linked(operations, num_virtual, done, len(extra))
+    first, second, task_class, first_forward, last_backward = _linked(
+        operations, num_virtual, done, len(extra)
+    )
     first[first_forward + 1] = done
     for block, task, guard in (
         (_FIRST_FORWARD, first_forward, ready),
@@ -281,7 +281,7 @@ def _linked(
 
 
 @compiled
-def link_operations(
+def link_operations(  # noqa: PLR0917 - kernels take flat arrays
     kind: NDArray[np.int8],
     micro_batch: NDArray[np.int32],
     chunk: NDArray[np.int32],
@@ -315,7 +315,7 @@ def link_operations(
                     forward_task[place] = done[virtual]
             elif what != 3:
                 backward_task[place] = task
-            if what == 1 or what == 3:
+            if what in (1, 3):
                 last_backward[virtual] = task
     for stage in range(num_stages):
         for task in range(stage * num_operations, (stage + 1) * num_operations):
@@ -325,7 +325,7 @@ def link_operations(
             first[task] = task - 1
             if what == 0 and virtual > 0:
                 second[task] = forward_task[place - num_micro_batches]
-            elif (what == 1 or what == 2) and virtual < num_virtual - 1:
+            elif what in (1, 2) and virtual < num_virtual - 1:
                 second[task] = backward_task[place + num_micro_batches]
             task_class[task] = what * num_virtual + virtual
         first[stage * num_operations] = len(kind) + stage

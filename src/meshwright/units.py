@@ -91,8 +91,9 @@ def parse_quantity(text: str, kind: Kind) -> float:
     if not unit:
         raise SpecError(f"'{text}' has no unit; write for example '{_EXAMPLES[kind]}'")
     if unit not in units:
-        raise SpecError(f"'{text}': unknown unit '{unit}' for {_spoken(kind)}{did_you_mean(unit, units)}"
-                        f" Write for example '{_EXAMPLES[kind]}'.")
+        guess = did_you_mean(unit, units) or ";"
+        raise SpecError(f"'{text}': unknown unit '{unit}' for {_spoken(kind)}{guess} write for example "
+                        f"'{_EXAMPLES[kind]}'")
     value = number * units[unit]
     if not math.isfinite(value) or value < 0:
         raise SpecError(f"'{text}' must be a finite quantity, not negative")

@@ -61,5 +61,5 @@ DATA_ARGS=(
   --tokenizer-type NullTokenizer
   --vocab-size 128255
   --mock-data
-  --split 99,1,0
+  --split '99,1,0'
 )

@@ -67,5 +67,5 @@ DATA_ARGS=(
   --tokenizer-type NullTokenizer
   --vocab-size 31999
   --mock-data
-  --split 99,1,0
+  --split '99,1,0'
 )

@@ -55,5 +55,5 @@ DATA_ARGS=(
   --tokenizer-type NullTokenizer
   --vocab-size 50256
   --mock-data
-  --split 99,1,0
+  --split '99,1,0'
 )

@@ -81,5 +81,5 @@ DATA_ARGS=(
   --tokenizer-type NullTokenizer
   --vocab-size 129279
   --mock-data
-  --split 99,1,0
+  --split '99,1,0'
 )

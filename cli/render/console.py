@@ -1,0 +1,72 @@
+"""Where output goes: results on stdout, progress and notes on stderr, plain when nobody watches."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["ProgressLine", "make_table", "print_json", "stderr_console", "stdout_console"]
+
+_SCHEMA_VERSION = 1
+# Tables keep their columns when the output is a file or a pipe.
+_PIPE_WIDTH = 160
+# A line this often is enough to see that a long search lives.
+_PLAIN_INTERVAL_SECONDS = 2.0
+
+
+def stdout_console() -> Console:
+    """Return the console of results; colours and width only for a terminal."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False)
+
+
+def stderr_console() -> Console:
+    """Return the console of notes and progress."""
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
+
+
+def make_table(title: str, columns: tuple[tuple[str, bool], ...]) -> Table:
+    """Return an empty table; each column is its header and whether it is numeric."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    for header, is_numeric in columns:
+        table.add_column(header, justify="right" if is_numeric else "left", no_wrap=True)
+    return table
+
+
+def print_json(mapping: Mapping[str, object]) -> None:
+    """Print one object with the schema version; not-a-number and infinity are refused by the format."""
+    sys.stdout.write(json.dumps({"schema_version": _SCHEMA_VERSION, **mapping}, indent=2, allow_nan=False) + "\n")
+
+
+class ProgressLine:
+    """Progress on stderr: a live line on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._console = stderr_console()
+        self._quiet = quiet
+        self._status = self._console.status("starting") if self._console.is_terminal and not quiet else None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> ProgressLine:
+        """Start the live line."""
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Clear the live line."""
+        if self._status:
+            self._status.stop()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Say how far a phase is; ``total`` is 0 when unknown."""
+        text = f"{phase}: {done:,}" + (f" of {total:,}" if total else "")
+        if self._status:
+            self._status.update(text)
+        elif not self._quiet and time.monotonic() - self._last >= _PLAIN_INTERVAL_SECONDS:
+            self._last = time.monotonic()
+            self._console.print(text)

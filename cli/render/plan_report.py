@@ -1,0 +1,116 @@
+"""What ``plan`` shows and writes: the ranked table, the reason, the rejections, plan files and report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from meshwright.cli.render.console import stdout_console
+from meshwright.cli.render.plans import ranked_table
+from meshwright.costmodels.context import CostContext
+from meshwright.planner.constraints import CONSTRAINTS
+from meshwright.planner.job_file import PlanRequest
+from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_yaml, replace_file
+from meshwright.planner.plan_file import PlanDocument, plan_document_text, prediction_mapping
+from meshwright.planner.reasons import winning_reason
+from meshwright.planner.search.base import SearchResult
+from meshwright.simcore.domain.plan import ParallelPlan
+
+__all__ = ["print_report", "report_mapping", "write_plans"]
+
+
+def report_mapping(
+    request: PlanRequest, context: CostContext, result: SearchResult, seconds: float, flops: str
+) -> dict[str, object]:
+    """Return the report as plain data: what was asked, counts, ranking with predictions, the reason."""
+    return {
+        "schema_version": 1,
+        "written_by": "meshwright",
+        "kind": "training_report",
+        "model": request.job.model.name,
+        "cluster": request.job.cluster.id,
+        "num_gpus": request.job.cluster.num_gpus,
+        "software": request.job.software,
+        "objective": request.objective,
+        "calibration": {"id": context.calibration.id, "reason": context.calibration.reason},
+        "flops_convention": flops,
+        "search_seconds": seconds,
+        "num_candidates": result.num_candidates,
+        "num_feasible": result.num_feasible,
+        "num_simulated": result.num_simulated,
+        "is_certified": result.is_certified,
+        "rejections": dict(result.rejections),
+        "reason": winning_reason(result),
+        "plans": [
+            {"plan": _degrees(entry.plan), "prediction": prediction_mapping(entry.prediction)}
+            for entry in result.ranked
+        ],
+    }
+
+
+def write_plans(
+    out: Path,
+    request: PlanRequest,
+    context: CostContext,
+    result: SearchResult,
+    report: dict[str, object],
+    *,
+    force: bool,
+) -> None:
+    """Write ``1.yaml`` ... and ``report.json``; nothing is written when a file of somebody else's is in the way."""
+    texts = {
+        out / f"{place}.yaml": plan_document_text(
+            PlanDocument(job=request.job, plan=entry.plan, origin=request.origin), context, entry.prediction
+        ).encode()
+        for place, entry in enumerate(result.ranked, start=1)
+    }
+    for path in texts:
+        check_replaceable(path, force=force, is_ours=is_our_yaml)
+    check_replaceable(out / "report.json", force=force, is_ours=is_our_json)
+    for path, text in texts.items():
+        replace_file(path, text, force=force, is_ours=is_our_yaml)
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    replace_file(out / "report.json", text.encode(), force=force, is_ours=is_our_json)
+
+
+def print_report(
+    request: PlanRequest,
+    context: CostContext,
+    result: SearchResult,
+    seconds: float,
+    flops: str,
+    out: Path,
+    *,
+    quiet: bool,
+) -> None:
+    """Print the ranked table, the reason for the winner and what each constraint rejected."""
+    job = request.job
+    console = stdout_console()
+    workload = job.workload
+    title = (f"{job.model.name} on {job.cluster.num_gpus} x {job.cluster.gpu.id}: global batch "
+             f"{workload.global_batch_size} x {workload.sequence_length} tokens, {workload.precision}, "
+             f"{job.software}, objective {request.objective}")
+    console.print(ranked_table(title, result.ranked))
+    console.print(f"Why: {winning_reason(result)}", soft_wrap=True)
+    winner = result.ranked[0].prediction
+    console.print(f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. MFU counts "
+                  f"causal attention half." if flops == "causal" else
+                  f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. MFU counts "
+                  f"attention in full.", soft_wrap=True)
+    rejected = ", ".join(f"{name} {count:,}" for name, count in result.rejections.items() if count)
+    console.print(f"Searched {result.num_candidates:,} plans in {seconds:.2f} s: {result.num_feasible:,} feasible, "
+                  f"{result.num_simulated} simulated exactly. Rejected by {rejected or 'nothing'}.", soft_wrap=True)
+    if not quiet:
+        sentences = {constraint.name: constraint.sentence for constraint in CONSTRAINTS}
+        for name, count in result.rejections.items():
+            if count and name in sentences:
+                console.print(f"  {name}: {sentences[name]}", style="dim", soft_wrap=True)
+    console.print(f"Calibration: {context.calibration.id} ({context.calibration.reason}).", soft_wrap=True)
+    console.print(f"Wrote {out}/1.yaml to {out}/{len(result.ranked)}.yaml and {out}/report.json. Next: "
+                  f"meshwright simulate {out}/1.yaml", soft_wrap=True)
+
+
+def _degrees(plan: ParallelPlan) -> dict[str, object]:
+    names = ("tp", "pp", "vpp", "dp", "cp", "sequence_parallel", "micro_batch_size", "schedule", "recompute",
+             "sharding", "sharding_group")
+    return {name: getattr(plan, name) for name in names}

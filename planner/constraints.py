@@ -1,0 +1,134 @@
+"""What a plan must satisfy: named predicates over columns, each of which counts what it rejects.
+
+The order is the order of the report: a plan is counted by the first constraint that rejects it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.memory import peak_memory
+from meshwright.costmodels.plan_columns import PlanColumns, Schedules, Shardings
+from meshwright.planner.space import SearchLimits
+from meshwright.simcore.domain.plan import RECOMPUTES, SCHEDULES_KNOWN, SHARDINGS
+
+__all__ = ["CONSTRAINTS", "Constraint", "Mask", "apply_constraints"]
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """A named predicate.
+
+    Parameters
+    ----------
+    name : str
+        Key of the report.
+    sentence : str
+        What it demands, for the user.
+    holds : Callable[[CostContext, PlanColumns, SearchLimits], Mask]
+        True where a plan satisfies it, shape ``(num_plans,)``.
+    """
+
+    name: str
+    sentence: str
+    holds: Callable[[CostContext, PlanColumns, SearchLimits], Mask]
+
+
+def _user_limits(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    words = {"schedule": SCHEDULES_KNOWN, "recompute": RECOMPUTES, "sharding": SHARDINGS}
+    keep: Mask = np.ones(len(columns), dtype=np.bool_)
+    for key, values in limits.allowed.items():
+        known = words.get(key)
+        codes = [known.index(str(value)) for value in values] if known else [int(value) for value in values]
+        keep &= np.isin(getattr(columns, key), codes)
+    return keep
+
+
+def _tensor_parallel(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    model = context.model
+    groups = model.num_query_groups
+    # Fewer key/value heads than ranks are replicated, in whole copies.
+    shares_groups = (groups % columns.tp == 0) | (columns.tp % groups == 0)
+    result: Mask = (model.num_attention_heads % columns.tp == 0) & (model.ffn_hidden_size % columns.tp == 0)
+    return result & shares_groups
+
+
+def _sequence_parallel(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    result: Mask = ~columns.sequence_parallel | (context.workload.sequence_length % columns.tp == 0)
+    return result
+
+
+def _pipeline(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    result: Mask = columns.pp * columns.vpp <= context.model.num_layers
+    return result
+
+
+def _batch(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    result: Mask = context.workload.global_batch_size % (columns.dp * columns.micro_batch_size) == 0
+    return result
+
+
+def _interleaving(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    is_interleaved = columns.schedule == Schedules.INTERLEAVED
+    divides = context.model.num_layers % (columns.pp * columns.vpp) == 0
+    groups = columns.num_micro_batches % columns.pp == 0
+    result: Mask = ~is_interleaved | (divides & groups)
+    return result
+
+
+def _sharding(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    if context.software.fsdp_keeps_parameters:
+        return np.ones(len(columns), dtype=np.bool_)
+    result: Mask = (columns.pp == 1) | (columns.sharding < Shardings.ZERO2)
+    return result
+
+
+def _memory(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    result: Mask = peak_memory(context, columns) <= context.gpu.memory_bytes * (1.0 - limits.memory_headroom)
+    return result
+
+
+CONSTRAINTS: tuple[Constraint, ...] = (
+    Constraint(name="user_limits", sentence="the values allowed under 'constraints'", holds=_user_limits),
+    Constraint(name="tensor_parallel", sentence="tp divides heads and MLP width, and shares key/value heads evenly",
+               holds=_tensor_parallel),
+    Constraint(name="sequence_parallel", sentence="tp divides the sequence", holds=_sequence_parallel),
+    Constraint(name="pipeline", sentence="every virtual stage holds a layer", holds=_pipeline),
+    Constraint(name="batch", sentence="dp x micro-batch divides the global batch", holds=_batch),
+    Constraint(name="interleaving", sentence="chunks divide the layers and stages divide the micro-batches",
+               holds=_interleaving),
+    Constraint(name="sharding", sentence="ZeRO-2 and above do not go with a pipeline in this software",
+               holds=_sharding),
+    Constraint(name="memory", sentence="the fullest rank fits", holds=_memory),
+)
+
+
+def apply_constraints(
+    context: CostContext, columns: PlanColumns, limits: SearchLimits, rejections: dict[str, int]
+) -> PlanColumns:
+    """Return the plans that satisfy every constraint, and add to the count of those each rejected.
+
+    Parameters
+    ----------
+    context : CostContext
+        Job and software.
+    columns : PlanColumns
+        Candidates.
+    limits : SearchLimits
+        The user's restrictions.
+    rejections : dict[str, int]
+        Rejected plans per constraint name; added to in place.
+    """
+    for constraint in CONSTRAINTS:
+        keep = constraint.holds(context, columns, limits)
+        rejections[constraint.name] = rejections.get(constraint.name, 0) + int(len(columns) - keep.sum())
+        if not keep.all():
+            columns = columns.take(keep)
+    return columns

@@ -1,0 +1,200 @@
+"""Jobs as users write them: a YAML file, flags, or both (flags win)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from meshwright.costmodels.software import list_software, load_software
+from meshwright.errors import SpecError, did_you_mean
+from meshwright.hardware_specs.catalog import cluster_from_section, resolve_cluster
+from meshwright.hardware_specs.specs import ClusterSpec
+from meshwright.hardware_specs.yaml_document import Section, read_yaml
+from meshwright.planner.export import EXPORTERS
+from meshwright.planner.objectives import OBJECTIVES, Objective
+from meshwright.planner.space import LIMIT_KEYS, SearchLimits
+from meshwright.simcore.domain.job import TrainingJob
+from meshwright.simcore.domain.model import ModelSpec
+from meshwright.simcore.domain.model_catalog import load_model, model_from_section
+from meshwright.simcore.domain.plan import RECOMPUTES, SCHEDULES_KNOWN, SHARDINGS
+from meshwright.simcore.domain.workload import PRECISIONS, Precision, TrainingWorkload
+
+__all__ = ["JobFlags", "PlanRequest", "read_request"]
+
+_DEFAULT_SOFTWARE = "megatron-core"
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "schedule": SCHEDULES_KNOWN,
+    "recompute": RECOMPUTES,
+    "sharding": SHARDINGS,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFlags:
+    """What flags say; None where a flag was not given."""
+
+    model: str | None = None
+    cluster: str | None = None
+    global_batch_size: int | None = None
+    sequence_length: int | None = None
+    precision: str | None = None
+    software: str | None = None
+    objective: str | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What to plan: the resolved job, where it came from, and how to search.
+
+    Parameters
+    ----------
+    origin : Mapping[str, str]
+        What the user named: model and cluster by name or path.
+    """
+
+    job: TrainingJob
+    objective: Objective
+    limits: SearchLimits
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
+    """Return the request of a job file and flags.
+
+    Parameters
+    ----------
+    path : Path | None
+        The job file; None when flags say everything.
+    flags : JobFlags
+        Values that win over the file's.
+
+    Raises
+    ------
+    SpecError
+        If something is missing, unknown or impossible: file, line and key, or the flag.
+    """
+    section = read_yaml(path) if path is not None else None
+    if section is not None:
+        _check_kind(section)
+    model, model_origin = _model(section, flags)
+    cluster, cluster_origin = _cluster(section, flags)
+    job = TrainingJob(
+        model=model,
+        cluster=cluster,
+        workload=_workload(section, flags),
+        software=_software(section, flags),
+    )
+    objective = flags.objective or (section.text("objective", default="throughput") if section else "throughput")
+    if objective not in OBJECTIVES:
+        raise SpecError(f"objective: unknown value '{objective}'{did_you_mean(objective, OBJECTIVES) or ';'} "
+                        f"known: {', '.join(OBJECTIVES)}")
+    limits = _limits(section.optional_section("constraints") if section else None, flags)
+    if section is not None:
+        section.close()
+    return PlanRequest(
+        job=job,
+        objective=cast(Objective, objective),
+        limits=limits,
+        origin={"model": model_origin, "cluster": cluster_origin},
+    )
+
+
+def _check_kind(section: Section) -> None:
+    if section.integer("schema_version") != 1:
+        raise section.error("schema_version", "this release reads version 1")
+    kind = section.choice("kind", ("training", "serving"))
+    if kind == "serving":
+        raise section.error("kind", "serving jobs are not planned by this release; write 'kind: training'")
+
+
+def _model(section: Section | None, flags: JobFlags) -> tuple[ModelSpec, str]:
+    if flags.model is not None:
+        return load_model(flags.model), flags.model
+    if section is None or not section.has("model"):
+        raise SpecError("no model: name a preset or a config.json with --model, or 'model:' in the job file")
+    if section.is_section("model"):
+        return model_from_section(section.section("model")), "inline"
+    name = section.text("model")
+    return load_model(_beside(section, name)), name
+
+
+def _cluster(section: Section | None, flags: JobFlags) -> tuple[ClusterSpec, str]:
+    if flags.cluster is not None:
+        return resolve_cluster(flags.cluster), flags.cluster
+    if section is None or not section.has("cluster"):
+        raise SpecError("no cluster: name one as --cluster dgx-h100:8 (nodes), or 'cluster:' in the job file")
+    if section.is_section("cluster"):
+        return cluster_from_section(section.section("cluster")), "inline"
+    name = section.text("cluster")
+    return resolve_cluster(_beside(section, name)), name
+
+
+def _beside(section: Section, name: str) -> str:
+    """Return a path in a job file as seen from the job file's folder, when it exists there."""
+    beside = Path(section.file).parent / name
+    return str(beside) if beside.is_file() else name
+
+
+def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
+    part = section.optional_section("workload") if section else None
+    batch, length = flags.global_batch_size, flags.sequence_length
+    precision = flags.precision
+    if part is not None:
+        file_batch = part.optional_integer("global_batch_size", minimum=1)
+        file_length = part.optional_integer("sequence_length", minimum=1)
+        file_precision = part.choice("precision", PRECISIONS, default="bf16")
+        batch, length = batch or file_batch, length or file_length
+        precision = precision or file_precision
+        part.close()
+    if batch is None:
+        raise SpecError("no global batch size: give --global-batch-size or 'workload: global_batch_size:' (sequences)")
+    if length is None:
+        raise SpecError("no sequence length: give --sequence-length or 'workload: sequence_length:' (tokens)")
+    return TrainingWorkload(
+        global_batch_size=batch, sequence_length=length, precision=cast(Precision, precision or "bf16")
+    )
+
+
+def _software(section: Section | None, flags: JobFlags) -> str:
+    if flags.software is not None:
+        return load_software(flags.software).id
+    if section is None:
+        return _DEFAULT_SOFTWARE
+    return section.choice("software", list_software(), default=_DEFAULT_SOFTWARE)
+
+
+def _limits(section: Section | None, flags: JobFlags) -> SearchLimits:
+    target = flags.target
+    headroom = 0.0
+    allowed: dict[str, tuple[int | str | bool, ...]] = {}
+    if section is not None:
+        target = target or section.optional_text("target")
+        headroom = section.optional_quantity("memory_headroom", "fraction") or 0.0
+        for key in LIMIT_KEYS:
+            if section.has(key):
+                allowed[key] = _allowed(section, key)
+        section.close()
+    if target is not None and target not in EXPORTERS:
+        raise SpecError(f"target: unknown target '{target}'{did_you_mean(target, EXPORTERS) or ';'} "
+                        f"known: {', '.join(sorted(EXPORTERS))}")
+    return SearchLimits(allowed=allowed, memory_headroom=headroom, target=target)
+
+
+def _allowed(section: Section, key: str) -> tuple[int | str | bool, ...]:
+    """Return the allowed values of one plan field: a single value or a list."""
+    if key == "sequence_parallel":
+        return (section.boolean(key),)
+    if key in _WORDS:
+        words = section.texts(key) if section.is_list(key) else (section.text(key),)
+        for word in words:
+            if word not in _WORDS[key]:
+                raise section.error(key, f"unknown value '{word}'{did_you_mean(word, _WORDS[key]) or ';'} "
+                                         f"known: {', '.join(_WORDS[key])}")
+        return words
+    numbers = section.integers(key) if section.is_list(key) else (section.integer(key, minimum=1),)
+    if not numbers or min(numbers) < 1:
+        raise section.error(key, "list whole numbers above zero")
+    return numbers

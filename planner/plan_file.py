@@ -1,0 +1,172 @@
+"""Plan files: self-contained YAML that simulates and exports with nothing else at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.prediction import Prediction
+from meshwright.costmodels.software import list_software
+from meshwright.errors import SpecError
+from meshwright.hardware_specs.catalog import cluster_from_section
+from meshwright.hardware_specs.spec_writing import cluster_to_mapping, dump_yaml
+from meshwright.hardware_specs.yaml_document import Section, read_yaml
+from meshwright.simcore.domain.job import TrainingJob
+from meshwright.simcore.domain.model_catalog import model_from_section, model_to_mapping
+from meshwright.simcore.domain.plan import (
+    RECOMPUTES,
+    SCHEDULES_KNOWN,
+    SHARDINGS,
+    VOCAB_PARALLELS,
+    ParallelPlan,
+)
+from meshwright.simcore.domain.workload import PRECISIONS, TrainingWorkload
+
+__all__ = ["PlanDocument", "plan_document_text", "prediction_mapping", "read_plan"]
+
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanDocument:
+    """A plan with everything it was made from."""
+
+    job: TrainingJob
+    plan: ParallelPlan
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_document_text(document: PlanDocument, context: CostContext, prediction: Prediction) -> str:
+    """Return the YAML of a plan: job as resolved, degrees, calibration, prediction."""
+    job, plan = document.job, document.plan
+    model, cluster = model_to_mapping(job.model), cluster_to_mapping(job.cluster)
+    mapping: dict[str, object] = {
+        "schema_version": _SCHEMA_VERSION,
+        "kind": "training_plan",
+        "written_by": "meshwright",
+        "plan": _plan_mapping(plan),
+        "prediction": prediction_mapping(prediction),
+        "software": job.software,
+        "calibration": {"id": context.calibration.id, "reason": context.calibration.reason},
+        "workload": dataclasses.asdict(job.workload),
+        "origin": {
+            **document.origin,
+            "model_sha256": _digest(model),
+            "cluster_sha256": _digest(cluster),
+        },
+        "model": model,
+        "cluster": cluster,
+    }
+    return dump_yaml(mapping)
+
+
+def prediction_mapping(prediction: Prediction) -> dict[str, object]:
+    """Return the figures of a prediction as plain data, SI units in the key names."""
+    result = prediction.iteration
+    return {
+        "iteration_time_seconds": prediction.iteration_time,
+        "iteration_time_low_seconds": prediction.low,
+        "iteration_time_high_seconds": prediction.high,
+        "tokens_per_second_per_gpu": prediction.tokens_per_second_per_gpu,
+        "mfu": prediction.mfu,
+        "hfu": prediction.hfu,
+        "bubble_fraction": float(result.bubble_fraction),
+        "exposed_communication_seconds": float(result.exposed_communication_time),
+        "peak_memory_bytes": prediction.peak_memory_bytes,
+        "usable_memory_bytes": prediction.usable_memory_bytes,
+        "memory_headroom": prediction.memory_headroom,
+        "fullest_stage": prediction.fullest_stage,
+        "memory_bytes": prediction.memory.row(prediction.fullest_stage),
+        "dollars_per_trillion_tokens": prediction.dollars_per_trillion_tokens,
+        "joules_per_token": prediction.joules_per_token,
+    }
+
+
+def read_plan(path: Path) -> PlanDocument:
+    """Return the plan of a file.
+
+    Raises
+    ------
+    SpecError
+        If the file is not a plan of ours: file, line and key.
+    """
+    section = read_yaml(path)
+    kind = section.optional_text("kind")
+    if kind != "training_plan":
+        hint = "plan it first: 'meshwright plan'" if kind == "training" else "'meshwright plan' writes plan files"
+        raise section.error("kind", f"expected a plan file (kind: training_plan), not {kind or 'this'}; {hint}")
+    if section.integer("schema_version") != _SCHEMA_VERSION:
+        raise section.error("schema_version", f"this release reads version {_SCHEMA_VERSION}")
+    # Predictions are recomputed; they stand in the file for people and other tools.
+    section.optional_text("written_by")
+    section.optional_section("prediction")
+    section.optional_section("calibration")
+    origin_section = section.optional_section("origin")
+    origin = {key: origin_section.text(key) for key in origin_section.keys()} if origin_section else {}
+    workload = section.section("workload")
+    job = TrainingJob(
+        model=model_from_section(section.section("model")),
+        cluster=cluster_from_section(section.section("cluster")),
+        workload=TrainingWorkload(
+            global_batch_size=workload.integer("global_batch_size", minimum=1),
+            sequence_length=workload.integer("sequence_length", minimum=1),
+            precision=workload.choice("precision", PRECISIONS),  # type: ignore[arg-type]  # a word of this very list
+        ),
+        software=section.choice("software", list_software()),
+    )
+    workload.close()
+    plan = _plan(section.section("plan"))
+    _check_fits(section, job, plan)
+    section.close()
+    return PlanDocument(job=job, plan=plan, origin=origin)
+
+
+def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:
+    mapping = dataclasses.asdict(plan)
+    mapping["layers_per_stage"] = list(plan.layers_per_stage)
+    return {key: value for key, value in mapping.items() if value is not None}
+
+
+def _plan(section: Section) -> ParallelPlan:
+    degrees = {axis: section.integer(axis, default=1, minimum=1) for axis in ("tp", "pp", "vpp", "cp", "ep", "etp")}
+    try:
+        plan = ParallelPlan(
+            dp=section.integer("dp", minimum=1),
+            **degrees,
+            sequence_parallel=section.boolean("sequence_parallel", default=False),
+            micro_batch_size=section.integer("micro_batch_size", minimum=1),
+            schedule=section.choice("schedule", SCHEDULES_KNOWN),  # type: ignore[arg-type]  # a word of this very list
+            recompute=section.choice("recompute", RECOMPUTES, default="none"),  # type: ignore[arg-type]  # as above
+            sharding=section.choice("sharding", SHARDINGS, default="none"),  # type: ignore[arg-type]  # as above
+            sharding_group=section.optional_integer("sharding_group", minimum=1),
+            vocab_parallel=section.choice("vocab_parallel", VOCAB_PARALLELS, default="none"),  # type: ignore[arg-type]  # as above
+            layers_per_stage=section.integers("layers_per_stage"),
+        )
+    except SpecError as error:
+        text = str(error)
+        raise error if text.startswith(section.file) else section.error("", text) from None
+    section.close()
+    return plan
+
+
+def _check_fits(section: Section, job: TrainingJob, plan: ParallelPlan) -> None:
+    if plan.num_layers != job.model.num_layers:
+        raise section.error("plan", f"layers_per_stage adds up to {plan.num_layers}, but the model has "
+                                    f"{job.model.num_layers} layers")
+    if plan.num_gpus > job.cluster.num_gpus:
+        raise section.error("plan", f"needs tp x cp x dp x pp = {plan.num_gpus} GPUs, but the cluster has "
+                                    f"{job.cluster.num_gpus}")
+    if job.model.num_attention_heads % plan.tp:
+        raise section.error("plan", f"tp {plan.tp} does not divide {job.model.num_attention_heads} attention heads")
+    try:
+        plan.num_micro_batches(job.workload.global_batch_size)
+    except SpecError as error:
+        raise section.error("plan", str(error)) from None
+
+
+def _digest(mapping: Mapping[str, object]) -> str:
+    return hashlib.sha256(dump_yaml(mapping).encode()).hexdigest()

@@ -1,0 +1,66 @@
+"""Why the winner wins, in a sentence a user can check against the table."""
+
+from __future__ import annotations
+
+from meshwright.planner.search.base import RankedPlan, SearchResult
+from meshwright.simcore.domain.plan import ParallelPlan
+
+__all__ = ["degrees_text", "winning_reason"]
+
+
+def degrees_text(plan: ParallelPlan) -> str:
+    """Return the degrees of a plan in one short phrase.
+
+    Degrees of 1 are left out.
+    """
+    parts = [f"{axis} {getattr(plan, axis)}" for axis in ("tp", "pp", "vpp", "cp", "dp") if getattr(plan, axis) > 1]
+    return " x ".join(parts) or "one GPU"
+
+
+def winning_reason(result: SearchResult) -> str:
+    """Return one or two sentences: what the winner does better than the best plan with other degrees."""
+    winner = result.ranked[0]
+    rival = next((other for other in result.ranked[1:] if _shape(other.plan) != _shape(winner.plan)), None)
+    certificate = (
+        "no other plan of the space can beat it: the bound of every plan not simulated is above its time"
+        if result.is_certified
+        else "plans beyond the simulated hundred have lower bounds, so the optimum is not certified"
+    )
+    if rival is None:
+        return f"{degrees_text(winner.plan)} is the only family among the best plans; {certificate}."
+    gain = rival.prediction.iteration_time / winner.prediction.iteration_time - 1.0
+    margin = f"is {gain:.1%} faster than" if gain >= 0.0005 else "ties with"
+    return (
+        f"{degrees_text(winner.plan)} {margin} the best plan with other degrees "
+        f"({degrees_text(rival.plan)}): {_difference(winner, rival)}; {certificate}."
+    )
+
+
+def _shape(plan: ParallelPlan) -> tuple[int, int, int]:
+    return plan.tp, plan.pp, plan.dp
+
+
+def _difference(winner: RankedPlan, rival: RankedPlan) -> str:
+    """Name the parts of the rival's iteration that grow most, in seconds, and what the winner pays for it."""
+    gaps = {name: _parts(rival)[name] - seconds for name, seconds in _parts(winner).items()}
+    worse = sorted((name for name in gaps if gaps[name] > 0), key=lambda name: -gaps[name])
+    better = sorted((name for name in gaps if gaps[name] < 0), key=lambda name: gaps[name])
+    total = winner.prediction.iteration_time
+    worse = [name for name in worse if gaps[name] > 0.002 * total][:2]
+    better = [name for name in better if -gaps[name] > 0.002 * total][:2]
+    said = " and ".join(f"{gaps[name]:.2g} s less {name}" for name in worse) or "every part is within 0.2 %"
+    if better:
+        said += ", for " + " and ".join(f"{-gaps[name]:.2g} s more {name}" for name in better)
+    return said
+
+
+def _parts(ranked: RankedPlan) -> dict[str, float]:
+    """Split the busiest stage's iteration into compute, exposed communication and waiting for others [s]."""
+    result = ranked.prediction.iteration
+    stage = int(result.busy_time.argmax())
+    idle = result.idle_time
+    communication = float(result.stage_exposed_communication_time[stage])
+    waits = (idle.warm_up, idle.activation_wait, idle.gradient_wait, idle.cool_down, idle.optimizer_barrier)
+    bubble = float(sum(wait[stage] for wait in waits))
+    compute = result.iteration_time - communication - bubble - float(idle.fixed[stage])
+    return {"compute": compute, "exposed communication": communication, "pipeline bubble": bubble}

@@ -1,0 +1,89 @@
+"""When nothing fits: which single change would make a plan feasible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from meshwright.costmodels.context import CostContext
+from meshwright.errors import InfeasiblePlanError
+from meshwright.planner.constraints import CONSTRAINTS, apply_constraints
+from meshwright.planner.space import SearchLimits, enumerate_space
+from meshwright.simcore.domain.job import TrainingJob
+
+__all__ = ["infeasible", "nearest_relaxations"]
+
+# Clusters up to this many times the asked size are tried.
+_MAX_GROWTH = 64
+_SHORTEST_SEQUENCE = 512
+
+
+def infeasible(
+    job: TrainingJob, context: CostContext, limits: SearchLimits, rejections: Mapping[str, int]
+) -> InfeasiblePlanError:
+    """Return the error of a search without a feasible plan: counts per constraint and what would help."""
+    sentences = {constraint.name: constraint.sentence for constraint in CONSTRAINTS}
+    counts = "\n".join(
+        f"  {count:>10,} rejected by {name} ({sentences.get(name, 'the export target cannot express them')})"
+        for name, count in rejections.items()
+        if count
+    )
+    relaxations = nearest_relaxations(job, context, limits)
+    advice = "; ".join(relaxations) if relaxations else "nothing tried helps: the model is far too large for this cluster"
+    return InfeasiblePlanError(
+        f"no feasible plan for {job.model.name} on {job.cluster.id} ({job.cluster.num_gpus} GPUs)\n{counts}\n"
+        f"  nearest: {advice}",
+        rejections,
+    )
+
+
+def nearest_relaxations(job: TrainingJob, context: CostContext, limits: SearchLimits) -> list[str]:
+    """Return single changes that make a plan feasible, the user's own restrictions first."""
+    found = []
+    for key, values in limits.allowed.items():
+        others = {name: allowed for name, allowed in limits.allowed.items() if name != key}
+        if _is_feasible(job, context, replace(limits, allowed=others)):
+            listed = ", ".join(str(value) for value in values)
+            found.append(f"fits without 'constraints.{key}: {listed}'")
+    if limits.memory_headroom and _is_feasible(job, context, replace(limits, memory_headroom=0.0)):
+        found.append(f"fits with less headroom than {limits.memory_headroom:.0%}")
+    num_nodes = _nodes_needed(job, context, limits)
+    if num_nodes:
+        gpus = num_nodes * job.cluster.node.num_gpus
+        found.append(f"fits from {gpus} GPUs up ({num_nodes} x {job.cluster.node.id})")
+    length = job.workload.sequence_length // 2
+    while length >= _SHORTEST_SEQUENCE:
+        shorter = replace(job, workload=replace(job.workload, sequence_length=length))
+        if _is_feasible(shorter, replace(context, workload=shorter.workload), limits):
+            found.append(f"fits with sequences of {length} tokens")
+            break
+        length //= 2
+    return found
+
+
+def _nodes_needed(job: TrainingJob, context: CostContext, limits: SearchLimits) -> int | None:
+    """Return the fewest nodes above the asked ones that hold a plan, None up to the largest tried."""
+    asked = job.cluster.num_nodes
+    low, high = asked, asked * 2
+    while not _fits_on(job, context, limits, high):
+        low, high = high, high * 2
+        if high > asked * _MAX_GROWTH:
+            return None
+    # Feasibility is not quite monotone (batches must divide), so the bracket is searched node by node
+    # where it is small and by halving where it is not.
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fits_on(job, context, limits, middle) else (middle, high)
+    return high
+
+
+def _fits_on(job: TrainingJob, context: CostContext, limits: SearchLimits, num_nodes: int) -> bool:
+    cluster = replace(job.cluster, num_nodes=num_nodes)
+    return _is_feasible(replace(job, cluster=cluster), replace(context, cluster=cluster), limits)
+
+
+def _is_feasible(job: TrainingJob, context: CostContext, limits: SearchLimits) -> bool:
+    for block in enumerate_space(job, (job.cluster.num_gpus,)):
+        if len(apply_constraints(context, block, limits, {})):
+            return True
+    return False

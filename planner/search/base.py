@@ -1,0 +1,82 @@
+"""What every search takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.flops import FlopsConvention
+from meshwright.costmodels.prediction import Prediction
+from meshwright.planner.objectives import Objective
+from meshwright.planner.space import SearchLimits
+from meshwright.simcore.domain.job import TrainingJob
+from meshwright.simcore.domain.plan import ParallelPlan
+
+__all__ = ["Progress", "RankedPlan", "Search", "SearchRequest", "SearchResult"]
+
+# Called with what is being done, how far it is and how far it goes (0 when unknown).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRequest:
+    """What to search: a job, restrictions, and how many plans to return."""
+
+    job: TrainingJob
+    context: CostContext
+    limits: SearchLimits
+    objective: Objective = "throughput"
+    num_plans: int = 10
+    flops: FlopsConvention = "causal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankedPlan:
+    """A plan with its prediction, and the closed-form bound that brought it here [s]."""
+
+    plan: ParallelPlan
+    prediction: Prediction
+    bound: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SearchResult:
+    """What a search found.
+
+    Parameters
+    ----------
+    ranked : tuple[RankedPlan, ...]
+        The best plans, best first.
+    num_candidates, num_feasible, num_simulated : int
+        Plans of the space, those that satisfy every constraint, those whose schedule was simulated.
+    rejections : Mapping[str, int]
+        Plans each constraint rejected.
+    is_certified : bool
+        True when every plan that was not simulated has a bound above the winner's simulated time: the winner
+        is the optimum of the space under the model.
+    """
+
+    ranked: tuple[RankedPlan, ...]
+    num_candidates: int
+    num_feasible: int
+    num_simulated: int
+    rejections: Mapping[str, int]
+    is_certified: bool
+
+
+class Search(Protocol):
+    """A search algorithm."""
+
+    name: str
+
+    def run(self, request: SearchRequest, progress: Progress) -> SearchResult:
+        """Return the best plans.
+
+        Raises
+        ------
+        InfeasiblePlanError
+            If no plan satisfies every constraint.
+        """
+        ...

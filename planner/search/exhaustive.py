@@ -1,0 +1,120 @@
+"""Exhaustive search through a funnel: bounds on every plan, exact schedules on the best."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+
+from meshwright.costmodels.iteration import iteration_costs, iteration_time_bound
+from meshwright.costmodels.memory import peak_memory
+from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns
+from meshwright.costmodels.prediction import predict
+from meshwright.errors import InfeasiblePlanError
+from meshwright.planner.constraints import apply_constraints
+from meshwright.planner.export import EXPORTERS
+from meshwright.planner.objectives import objective_values, world_sizes
+from meshwright.planner.search.base import Progress, RankedPlan, SearchRequest, SearchResult
+from meshwright.planner.space import enumerate_space, plan_of_row
+from meshwright.simcore.domain.plan import ParallelPlan
+from meshwright.simcore.training.iteration import iteration_time
+
+__all__ = ["ExhaustiveSearch"]
+
+# Plans whose schedule is simulated exactly.
+_NUM_SIMULATED = 100
+# Plans kept after the bound; far more than are simulated, so that an export target may refuse many.
+_NUM_KEPT = 20_000
+
+
+class ExhaustiveSearch:
+    """Score the whole space by its closed-form bound, simulate the best hundred exactly, rank those.
+
+    Deterministic: ties go to the plan with less memory, then to enumeration order.
+    """
+
+    name = "exhaustive"
+
+    def run(self, request: SearchRequest, progress: Progress) -> SearchResult:
+        """Return the best plans; see :class:`meshwright.planner.search.base.Search`."""
+        rejections: dict[str, int] = {}
+        survivors, bounds, num_candidates, num_feasible = _bounded(request, rejections, progress)
+        order = _order(request, survivors, bounds)
+        simulated: list[tuple[float, int, ParallelPlan]] = []
+        position = 0
+        while position < len(order) and len(simulated) < max(_NUM_SIMULATED, request.num_plans):
+            row = int(order[position])
+            position += 1
+            plan = plan_of_row(request.job, survivors, row)
+            if request.limits.target and EXPORTERS[request.limits.target].unsupported(request.job, plan):
+                name = f"target_{request.limits.target}"
+                rejections[name] = rejections.get(name, 0) + 1
+                continue
+            costs = iteration_costs(request.context, plan)
+            simulated.append((iteration_time(costs, plan.schedule), row, plan))
+            progress("simulating schedules", len(simulated), _NUM_SIMULATED)
+        if not simulated:
+            raise InfeasiblePlanError("no plan satisfies every constraint", rejections)
+        return _ranked(request, survivors, bounds, simulated, order[position:],
+                       (num_candidates, num_feasible), rejections)
+
+
+def _bounded(
+    request: SearchRequest, rejections: dict[str, int], progress: Progress
+) -> tuple[PlanColumns, FloatColumn, int, int]:
+    """Return the feasible plans with the best bounds, and how many plans were candidates and feasible."""
+    kept: list[PlanColumns] = []
+    bounds: list[FloatColumn] = []
+    num_candidates = num_feasible = 0
+    for block in enumerate_space(request.job, world_sizes(request.objective, request.context)):
+        num_candidates += len(block)
+        feasible = apply_constraints(request.context, block, request.limits, rejections)
+        num_feasible += len(feasible)
+        if len(feasible):
+            bound = iteration_time_bound(request.context, feasible)
+            best = np.argsort(objective_values(request.objective, feasible, bound), kind="stable")[:_NUM_KEPT]
+            kept.append(feasible.take(best))
+            bounds.append(bound[best])
+        progress("scoring plans", num_candidates, 0)
+    if not kept:
+        raise InfeasiblePlanError("no plan satisfies every constraint", rejections)
+    merged = PlanColumns(**{f.name: np.concatenate([getattr(k, f.name) for k in kept]) for f in fields(PlanColumns)})
+    return merged, np.concatenate(bounds), num_candidates, num_feasible
+
+
+def _order(request: SearchRequest, survivors: PlanColumns, bounds: FloatColumn) -> np.ndarray:
+    values = objective_values(request.objective, survivors, bounds)
+    return np.lexsort((peak_memory(request.context, survivors), values))[:_NUM_KEPT]
+
+
+def _ranked(
+    request: SearchRequest,
+    survivors: PlanColumns,
+    bounds: FloatColumn,
+    simulated: list[tuple[float, int, ParallelPlan]],
+    rest: np.ndarray,
+    counts: tuple[int, int],
+    rejections: dict[str, int],
+) -> SearchResult:
+    rows = np.array([row for _, row, _ in simulated])
+    times = np.array([seconds for seconds, _, _ in simulated])
+    chosen = survivors.take(rows)
+    values = objective_values(request.objective, chosen, times)
+    ranking = np.lexsort((rows, peak_memory(request.context, chosen), values))
+    ranked = tuple(
+        RankedPlan(plan=simulated[i][2], prediction=predict(request.context, simulated[i][2], request.flops),
+                   bound=float(bounds[simulated[i][1]]))
+        for i in ranking[: request.num_plans]
+    )
+    next_value = np.inf
+    if len(rest):
+        # Bounds are ascending along the order, so the first unsimulated plan has the least.
+        next_value = float(objective_values(request.objective, survivors.take(rest[:1]), bounds[rest[:1]])[0])
+    return SearchResult(
+        ranked=ranked,
+        num_candidates=counts[0],
+        num_feasible=counts[1],
+        num_simulated=len(simulated),
+        rejections=rejections,
+        is_certified=bool(values[ranking[0]] <= next_value),
+    )

@@ -1,0 +1,205 @@
+"""Every built-in YAML file: well formed, sourced, and physically plausible."""
+
+from __future__ import annotations
+
+import importlib.resources
+
+import pytest
+import yaml
+
+from meshwright.hardware_specs import (
+    SpecKind,
+    list_specs,
+    load_cluster,
+    load_fabric,
+    load_gpu,
+    load_node,
+)
+
+FOLDERS: dict[SpecKind, str] = {"gpu": "gpus", "node": "nodes", "fabric": "fabrics", "cluster": "clusters"}
+FILES = [(kind, identity) for kind in FOLDERS for identity in list_specs(kind)]
+ARCHITECTURES = {
+    "volta",
+    "ampere",
+    "ada",
+    "hopper",
+    "blackwell",
+    "cdna2",
+    "cdna3",
+    "cdna4",
+    "gaudi",
+    "ascend",
+}
+
+# FLOP per clock and SM (dense bf16, fp16 on Volta) and boost clock [GHz], from the vendors' whitepapers.
+SM_RATES = {
+    "v100-sxm2-32": (1024, 1.53),
+    "a100-sxm-80": (2048, 1.41),
+    "a100-sxm-40": (2048, 1.41),
+    "h100-sxm-80": (4096, 1.83),
+    "h100-pcie-80": (4096, 1.62),
+    "h200-sxm-141": (4096, 1.83),
+    "l4": (1024, 2.04),
+    "a10": (1024, 1.695),
+    "a10g": (512, 1.71),
+    "a40": (1024, 1.74),
+    "rtx-4090": (512, 2.52),
+    "rtx-5090": (512, 2.407),
+    "mi250x-gcd": (1024, 1.7),
+    "mi300x": (2048, 2.1),
+    "mi325x": (2048, 2.1),
+    "mi355x": (4096, 2.4),
+    "gaudi3": (256 * 256 * 2, 1.6),
+}
+# Sparse (2:4) headlines of the vendors [TFLOP/s]; a dense figure may not exceed half of them.
+SPARSE_BF16 = {
+    "a100-sxm-80": 624,
+    "h100-sxm-80": 1979,
+    "h100-nvl-94": 1671,
+    "h100-pcie-80": 1513,
+    "h200-sxm-141": 1979,
+    "h20-sxm-96": 296,
+    "b200-sxm-180": 4500,
+    "gb200": 5000,
+    "l4": 242,
+    "l40s": 733,
+    "a10": 250,
+}
+# Links of a device and the bandwidth of one per direction [GB/s].
+LINKS = {
+    "v100-sxm2-32": (6, 25),
+    "a100-sxm-80": (12, 25),
+    "a800-sxm-80": (8, 25),
+    "h100-sxm-80": (18, 25),
+    "h800-sxm-80": (8, 25),
+    "h20-sxm-96": (18, 25),
+    "b200-sxm-180": (18, 50),
+    "gb300": (18, 50),
+    "mi300x": (7, 64),
+    "mi355x": (7, 76.8),
+    "gaudi3": (21, 25),
+    "ascend-910b": (7, 28),
+}
+
+
+def _raw(kind: SpecKind, identity: str) -> dict[str, object]:
+    folder = importlib.resources.files("meshwright.hardware_specs").joinpath(FOLDERS[kind])
+    loaded: dict[str, object] = yaml.safe_load(
+        folder.joinpath(f"{identity}.yaml").read_text(encoding="utf-8")
+    )
+    return loaded
+
+
+def _bare_numbers(node: object, path: str) -> list[str]:
+    """Return the paths of numbers and quantities that stand without a source."""
+    if isinstance(node, dict):
+        if "value" in node:
+            source = node.get("source")
+            return [] if isinstance(source, str) and len(source) > 10 else [path]
+        return [found for key, child in node.items() for found in _bare_numbers(child, f"{path}.{key}")]
+    is_number = isinstance(node, int | float) and not isinstance(node, bool)
+    return [path] if is_number and path != ".schema_version" else []
+
+
+@pytest.mark.parametrize(("kind", "identity"), FILES)
+def test_every_number_of_a_file_has_a_source(kind: SpecKind, identity: str) -> None:
+    raw = _raw(kind, identity)
+    assert raw["schema_version"] == 1
+    assert raw["id"] == identity
+    assert _bare_numbers(raw, "") == []
+
+
+@pytest.mark.parametrize("identity", list_specs("gpu"))
+def test_every_number_of_a_gpu_keeps_its_source(identity: str) -> None:
+    gpu = load_gpu(identity)
+    keys = {
+        "memory",
+        "memory_bandwidth",
+        "num_sms",
+        "l2",
+        "power",
+        "host_link.bandwidth",
+        "host_link.latency",
+    }
+    keys |= {f"peak.{precision}" for precision in gpu.peak_flops_per_second}
+    assert keys <= set(gpu.sources)
+
+
+@pytest.mark.parametrize("identity", list_specs("gpu"))
+def test_gpu_is_plausible(identity: str) -> None:
+    gpu = load_gpu(identity)
+    assert gpu.architecture in ARCHITECTURES
+    half = gpu.peak("fp16")
+    assert gpu.peak("fp32") < half
+    assert gpu.peak_flops_per_second.get("bf16", half) == half
+    assert ("bf16" not in gpu.peak_flops_per_second) == (gpu.architecture == "volta")
+    assert 35 <= half / gpu.memory_bandwidth_bytes_per_second <= 600
+    assert gpu.peak_flops_per_second.get("fp8", half) <= 2.03 * half
+    assert gpu.peak_flops_per_second.get("mxfp8") in (None, gpu.peak_flops_per_second.get("fp8"))
+    assert 15e9 < gpu.memory_bytes < 320e9
+    assert 200e9 < gpu.memory_bandwidth_bytes_per_second <= 8.1e12
+    assert 4e6 < gpu.l2_bytes < 300e6
+    assert 50 < gpu.power_watts <= 1500
+    assert 0.1e12 < half / gpu.power_watts < 6e12
+    assert gpu.scale_up is None or gpu.scale_up.bandwidth_bytes_per_second >= 100e9
+    assert gpu.price_dollars_per_hour is None or 0.2 < gpu.price_dollars_per_hour < 20
+
+
+@pytest.mark.parametrize("identity", SM_RATES)
+def test_peak_is_sm_count_times_clock(identity: str) -> None:
+    flops_per_clock, gigahertz = SM_RATES[identity]
+    gpu = load_gpu(identity)
+    assert gpu.peak("fp16") == pytest.approx(gpu.num_sms * flops_per_clock * gigahertz * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("identity", SPARSE_BF16)
+def test_peak_is_dense(identity: str) -> None:
+    assert load_gpu(identity).peak("bf16") <= SPARSE_BF16[identity] / 2 * 1e12
+
+
+@pytest.mark.parametrize("identity", LINKS)
+def test_scale_up_bandwidth_is_links_times_one_link(identity: str) -> None:
+    count, each = LINKS[identity]
+    link = load_gpu(identity).scale_up
+    assert link is not None
+    assert link.bandwidth_bytes_per_second == pytest.approx(count * each * 1e9)
+
+
+@pytest.mark.parametrize("identity", list_specs("node"))
+def test_node_is_plausible(identity: str) -> None:
+    node = load_node(identity)
+    assert node.num_gpus in (4, 8, 72)
+    assert (node.topology == "pcie") == (node.gpu.scale_up is None)
+    assert 1e9 <= node.nic_bandwidth_per_gpu <= 100e9
+    assert 1.0 <= node.power_watts / (node.num_gpus * node.gpu.power_watts) <= 2.5
+    assert node.host_memory_bytes is None or 256e9 <= node.host_memory_bytes <= 20e12
+    assert node.price_dollars_per_hour is None or 0.5 < node.price_dollars_per_hour / node.num_gpus < 20
+    fabric = load_fabric(node.default_fabric)
+    assert fabric.kind == node.nic.kind
+    assert fabric.latency == node.nic.latency
+
+
+@pytest.mark.parametrize("identity", list_specs("fabric"))
+def test_fabric_is_plausible(identity: str) -> None:
+    fabric = load_fabric(identity)
+    assert 1e-6 <= fabric.latency <= 50e-6
+    assert fabric.oversubscription == 1.0
+
+
+@pytest.mark.parametrize("identity", list_specs("cluster"))
+def test_cluster_joins_its_nodes_by_a_fabric_of_their_nics(identity: str) -> None:
+    cluster = load_cluster(identity)
+    assert cluster.id == identity
+    assert cluster.num_gpus == cluster.num_nodes * cluster.node.num_gpus
+    assert cluster.fabric.kind == cluster.node.nic.kind or identity == "llama3-16k"
+
+
+def test_spellings_name_one_file_each() -> None:
+    for kind in FOLDERS:
+        seen: dict[str, str] = {identity: identity for identity in list_specs(kind)}
+        for identity in list_specs(kind):
+            aliases = _raw(kind, identity)["aliases"]
+            assert isinstance(aliases, list)
+            for alias in aliases:
+                spelling = str(alias).lower().replace("_", "-").replace(" ", "-")
+                assert seen.setdefault(spelling, identity) == identity, f"{spelling} names two {kind}s"

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.errors import SpecError
+from meshwright.simcore.schedules import BACKWARD, FORWARD, INPUT_GRADIENT, SCHEDULES, WEIGHT_GRADIENT
+from meshwright.simcore.training import (
+    IterationCosts,
+    IterationResult,
+    iteration_time,
+    simulate_iteration,
+    steady_state_period,
+)
+
+MakeCosts = Callable[..., IterationCosts]
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[str, int, int, int]:
+    name = draw(st.sampled_from(sorted(SCHEDULES)))
+    if name == "none":
+        return name, 1, 1, draw(st.integers(1, 12))
+    if name == "interleaved_1f1b":
+        stages = draw(st.integers(2, 5))
+        return name, stages, draw(st.integers(2, 3)), stages * draw(st.integers(1, 4))
+    return name, draw(st.integers(1, 6)), 1, draw(st.integers(1, 14))
+
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.tuples(st.integers(1, 9), st.integers(0, 12))
+# Dyadic times, so that closed forms hold exactly.
+times = st.integers(1, 64).map(lambda number: number / 16.0)
+
+
+@given(size=sizes, forward=times, backward=times, name=st.sampled_from(["gpipe", "1f1b"]))
+def test_bubble_of_fill_and_drain_is_the_closed_form(
+    make_costs: MakeCosts, size: tuple[int, int], forward: float, backward: float, name: str
+) -> None:
+    stages, more = size
+    result = simulate_iteration(make_costs(stages, 1, stages + more, forward, backward, 0.0), name)
+    bubble = (stages - 1) * (forward + backward)
+    assert result.bubble_time == pytest.approx(bubble, rel=1e-12)
+    assert result.iteration_time == (stages + more) * (forward + backward) + bubble
+    assert result.bubble_fraction == pytest.approx(bubble / result.iteration_time, rel=1e-12)
+
+
+@given(
+    size=st.tuples(st.integers(2, 6), st.sampled_from([2, 4]), st.integers(1, 4)),
+    forward=times,
+    backward=times,
+)
+def test_bubble_of_interleaving_is_divided_by_the_chunks(
+    make_costs: MakeCosts, size: tuple[int, int, int], forward: float, backward: float
+) -> None:
+    stages, chunks, groups = size
+    costs = make_costs(stages, chunks, stages * groups, forward, backward, 0.0)
+    result = simulate_iteration(costs, "interleaved_1f1b")
+    bubble = (stages - 1) * (forward + backward) / chunks
+    assert result.bubble_time == pytest.approx(bubble, rel=1e-12)
+    assert result.iteration_time == stages * groups * (forward + backward) + bubble
+
+
+# Makespans of an independent event simulation, F = 1 and B = 2 per stage (oracle of the training reference).
+@pytest.mark.parametrize(
+    ("name", "stages", "chunks", "micro_batches", "makespan"),
+    [
+        ("1f1b", 4, 1, 8, 33.0),
+        ("1f1b", 8, 1, 32, 117.0),
+        ("1f1b", 16, 1, 64, 237.0),
+        ("interleaved_1f1b", 4, 2, 8, 28.5),
+        ("interleaved_1f1b", 8, 4, 32, 101.25),
+        ("interleaved_1f1b", 16, 2, 64, 214.5),
+    ],
+)
+def test_makespans_equal_the_measured_ones(
+    make_costs: MakeCosts, name: str, stages: int, chunks: int, micro_batches: int, makespan: float
+) -> None:
+    assert simulate_iteration(make_costs(stages, chunks, micro_batches), name).iteration_time == makespan
+
+
+@given(size=sizes, forward=times, input_gradient=times, share=st.integers(0, 16))
+def test_zero_bubble_schedules_have_the_published_bubbles(
+    make_costs: MakeCosts, size: tuple[int, int], forward: float, input_gradient: float, share: int
+) -> None:
+    stages, more = size
+    weight = min(forward, input_gradient) * share / 16.0
+    costs = make_costs(stages, 1, 2 * stages - 1 + more, forward, input_gradient + weight, weight)
+    for name, saved in (("zb_h1", weight), ("zb_h2", 2 * weight)):
+        result = simulate_iteration(costs, name)
+        bubble = (stages - 1) * (forward + input_gradient - saved)
+        assert result.bubble_time == pytest.approx(bubble, rel=1e-12, abs=1e-12)
+
+
+def test_zb_h2_has_no_bubble_when_all_thirds_are_equal(make_costs: MakeCosts) -> None:
+    costs = make_costs(8, 1, 32)
+    assert simulate_iteration(costs, "zb_h2").bubble_fraction == 0.0
+    # One synchronous iteration still pays the way to the last stage; consecutive ones do not.
+    assert iteration_time(costs, "zb_h2") == 7 * 1.0 + 32 * 3.0
+    assert steady_state_period(costs, "zb_h2") == 32 * 3.0
+    assert steady_state_period(costs, "1f1b") == iteration_time(costs, "1f1b")
+
+
+@given(shape=shapes(), seed=seeds, is_blocking=st.booleans())
+def test_dependencies_hold_in_the_executed_timeline(
+    make_costs: MakeCosts, shape: tuple[str, int, int, int], seed: int, is_blocking: bool
+) -> None:
+    name, stages, chunks, micro_batches = shape
+    costs = make_costs(
+        stages, chunks, micro_batches, rng=np.random.default_rng(seed), is_send_blocking=is_blocking
+    )
+    result = simulate_iteration(costs, name)
+    begin, end = {}, {}
+    for (stage, place), kind in np.ndenumerate(result.operations.kind):
+        virtual = int(result.operations.chunk[stage, place]) * stages + stage
+        what = BACKWARD if kind == INPUT_GRADIENT else int(kind)
+        key = what, virtual, int(result.operations.micro_batch[stage, place])
+        begin[key], end[key] = result.operation_start[stage, place], result.operation_end[stage, place]
+    assert np.all(result.operation_start[:, 1:] >= result.operation_end[:, :-1])
+    last = stages * chunks - 1
+    for (what, virtual, batch), time in begin.items():
+        if what == FORWARD and virtual > 0:
+            lag = 0.0 if is_blocking else costs.send_time[virtual - 1]
+            assert time >= end[FORWARD, virtual - 1, batch] + lag
+        if what == BACKWARD:
+            assert time >= end[FORWARD, virtual, batch]
+            lag = 0.0 if is_blocking or virtual == last else costs.send_time[virtual]
+            assert virtual == last or time >= end[BACKWARD, virtual + 1, batch] + lag
+        if what == WEIGHT_GRADIENT:
+            assert time >= end[BACKWARD, virtual, batch]
+    gathered = np.array(
+        [min(time for key, time in begin.items() if key[:2] == (FORWARD, v)) for v in range(last + 1)]
+    )
+    exposed = costs.parameter_gather_time * (1.0 - costs.parameter_gather_overlap)
+    assert np.all(gathered >= result.gather_start + exposed)
+    assert np.all(result.optimizer_start >= result.reduce_end[:, 1].reshape(chunks, stages).max(axis=0))
+
+
+@given(shape=shapes(), seed=seeds, is_blocking=st.booleans())
+def test_busy_and_idle_time_fill_the_iteration_exactly(
+    make_costs: MakeCosts, shape: tuple[str, int, int, int], seed: int, is_blocking: bool
+) -> None:
+    name, *size = shape
+    costs = make_costs(*size, rng=np.random.default_rng(seed), is_send_blocking=is_blocking)
+    result = simulate_iteration(costs, name)
+    assert (result.busy_time + result.idle_time.per_stage).tolist() == [result.iteration_time] * size[0]
+    for cause in fields(result.idle_time):
+        assert np.all(getattr(result.idle_time, cause.name) >= 0.0), cause.name
+    assert sum(result.idle_time.totals().values()) == result.idle_time.per_stage.sum()
+    assert result.idle_time.fixed.tolist() == [costs.fixed_time] * size[0]
+
+
+@given(shape=shapes(), seed=seeds)
+def test_iteration_is_no_shorter_than_its_busiest_stage(
+    make_costs: MakeCosts, shape: tuple[str, int, int, int], seed: int
+) -> None:
+    name, *size = shape
+    result = simulate_iteration(make_costs(*size, rng=np.random.default_rng(seed)), name)
+    assert result.iteration_time >= result.busy_time.max()
+    assert result.iteration_time >= result.pipeline_time
+    assert np.all(result.peak_in_flight <= SCHEDULES[name].peak_in_flight(*size))
+
+
+@given(shape=shapes(), seed=seeds, is_blocking=st.booleans())
+def test_ranking_and_simulating_agree_bit_for_bit(
+    make_costs: MakeCosts, shape: tuple[str, int, int, int], seed: int, is_blocking: bool
+) -> None:
+    name, *size = shape
+    costs = make_costs(*size, rng=np.random.default_rng(seed), is_send_blocking=is_blocking)
+    assert iteration_time(costs, name) == simulate_iteration(costs, name).iteration_time
+
+
+@given(shape=shapes(), seed=seeds)
+def test_iteration_scales_with_its_times(
+    make_costs: MakeCosts, shape: tuple[str, int, int, int], seed: int
+) -> None:
+    name, *size = shape
+    costs = make_costs(*size, rng=np.random.default_rng(seed))
+    scaled = {
+        field.name: 4.0 * getattr(costs, field.name)
+        for field in fields(costs)
+        if field.name.endswith("_time")
+    }
+    assert iteration_time(replace(costs, **scaled), name) == 4.0 * iteration_time(costs, name)
+
+
+@given(shape=shapes(), seed=seeds)
+def test_sends_that_do_not_block_are_never_slower(
+    make_costs: MakeCosts, shape: tuple[str, int, int, int], seed: int
+) -> None:
+    name, *size = shape
+    # Without overlap: an operation that blocks longer hides more communication beside it.
+    overlaps = {"gradient_reduce_overlap": 0.0, "parameter_gather_overlap": 0.0}
+    costs = make_costs(*size, rng=np.random.default_rng(seed), **overlaps)
+    assert iteration_time(costs, name) <= iteration_time(replace(costs, is_send_blocking=True), name)
+
+
+@pytest.mark.parametrize(("overlap", "expected"), [(0.0, 4.0), (0.25, 3.0), (0.5, 2.0), (1.0, 2.0)])
+def test_reductions_hide_beside_the_last_backward(
+    make_costs: MakeCosts, overlap: float, expected: float
+) -> None:
+    # Backward of 2 s; a reduction of 4 s of which at most the share runs beside it.
+    costs = make_costs(1, 1, 3, gradient_reduce_time=np.array([4.0]), gradient_reduce_overlap=overlap)
+    result = simulate_iteration(costs, "none")
+    assert result.iteration_time == 9.0 + expected
+    assert result.exposed_communication_time == expected
+    assert result.idle_time.gradient_reduce.tolist() == [expected]
+
+
+@pytest.mark.parametrize(("overlap", "expected"), [(0.0, 4.0), (0.25, 3.0), (1.0, 3.0)])
+def test_gathers_hide_beside_the_first_forward(
+    make_costs: MakeCosts, overlap: float, expected: float
+) -> None:
+    # Forward of 1 s; a gather of 4 s: what the forward cannot cover delays what follows it.
+    costs = make_costs(1, 1, 3, parameter_gather_time=np.array([4.0]), parameter_gather_overlap=overlap)
+    result = simulate_iteration(costs, "none")
+    assert result.iteration_time == 9.0 + expected
+    assert result.idle_time.parameter_gather.tolist() == [expected]
+
+
+def test_gathers_of_a_stage_are_serial_and_run_beside_other_chunks(make_costs: MakeCosts) -> None:
+    costs = make_costs(2, 2, 2, parameter_gather_time=np.full(4, 0.5))
+    result = simulate_iteration(costs, "interleaved_1f1b")
+    assert result.gather_start.tolist() == [0.0, 0.0, 0.5, 0.5]
+    assert result.iteration_time == iteration_time(make_costs(2, 2, 2), "interleaved_1f1b") + 0.5
+
+
+def test_sends_cost_the_receiver_or_both(make_costs: MakeCosts) -> None:
+    costs = make_costs(2, 1, 1, send_time=np.array([0.5, 0.0]))
+    waiting = simulate_iteration(costs, "1f1b")
+    blocking = simulate_iteration(replace(costs, is_send_blocking=True), "1f1b")
+    assert waiting.iteration_time == blocking.iteration_time == 2 * (1.0 + 2.0) + 2 * 0.5
+    assert waiting.exposed_communication_time == 0.0
+    assert blocking.exposed_communication_time == 0.5
+    assert blocking.busy_time.tolist() == [3.5, 3.5]
+
+
+def test_idle_time_is_told_apart_by_cause(make_costs: MakeCosts) -> None:
+    idle = simulate_iteration(make_costs(4, 1, 8, optimizer_time=np.full(4, 1.0)), "1f1b").idle_time
+    assert idle.warm_up.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert idle.activation_wait.tolist() == [0.0] * 4
+    assert idle.gradient_wait.tolist() == [9.0, 6.0, 3.0, 0.0]
+    assert idle.cool_down.tolist() == [0.0, 1.0, 3.0, 5.0]
+    assert idle.optimizer_barrier.tolist() == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_first_stage_waits_for_its_optimizer_only_at_the_barrier(make_costs: MakeCosts) -> None:
+    costs = make_costs(2, 1, 4, optimizer_time=np.array([0.0, 8.0]), fixed_time=1.0)
+    result = simulate_iteration(costs, "1f1b")
+    assert result.iteration_time == 1.0 + 4 * 3.0 + 8.0 + 1.0
+    assert result.idle_time.optimizer_barrier.tolist() == [6.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"), [("1f1", "did you mean '1f1b'"), ("dualpipe", "cannot be simulated")]
+)
+def test_unknown_schedules_are_named(make_costs: MakeCosts, schedule: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        simulate_iteration(make_costs(2, 1, 2), schedule)
+
+
+def test_a_weight_gradient_longer_than_its_backward_cannot_be_split_off(make_costs: MakeCosts) -> None:
+    costs = make_costs(2, 1, 2, 1.0, 1.0, 2.0)
+    assert isinstance(simulate_iteration(costs, "1f1b"), IterationResult)
+    with pytest.raises(SpecError, match="weight_gradient_time exceeds backward_time"):
+        simulate_iteration(costs, "zb_h1")
+
+
+@pytest.mark.parametrize("name", ["gradient_reduce_overlap", "parameter_gather_overlap"])
+def test_an_overlap_is_a_share(make_costs: MakeCosts, name: str) -> None:
+    with pytest.raises(SpecError, match=f"{name} must lie in 0..1"):
+        iteration_time(make_costs(2, 1, 2, **{name: 1.5}), "1f1b")
