@@ -20,9 +20,15 @@ class LazyGroup(click.Group):
 
     # Command, its module, and the line of the overview.
     COMMANDS: ClassVar[dict[str, tuple[str, str]]] = {
-        "plan": ("meshwright.cli.plan", "Search every way to run a job; rank, explain and write the best plans."),
+        "plan": (
+            "meshwright.cli.plan",
+            "Search every way to run a job; rank, explain and write the best plans.",
+        ),
         "simulate": ("meshwright.cli.simulate", "Simulate a plan's exact schedule; draw its timeline."),
-        "export": ("meshwright.cli.export", "Write the files that launch a plan on Megatron-LM or DeepSpeed."),
+        "export": (
+            "meshwright.cli.export",
+            "Write the files that launch a plan on Megatron-LM or DeepSpeed.",
+        ),
         "validate": ("meshwright.cli.validate", "Score predictions against a table of measured runs."),
         "specs": ("meshwright.cli.specs", "List and show GPUs, nodes, fabrics, clusters and models."),
     }

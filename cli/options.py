@@ -27,19 +27,40 @@ class CommonOptions:
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the shared options and pass them on as one ``common`` argument."""
 
-    @click.option("--calibration", "calibrations", multiple=True, metavar="FILE",
-                  type=click.Path(path_type=Path), help="Use this calibration (repeatable); else built-in.")
+    @click.option(
+        "--calibration",
+        "calibrations",
+        multiple=True,
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Use this calibration (repeatable); else built-in.",
+    )
     @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-    @click.option("--seed", type=int, default=0, show_default=True,
-                  help="For whatever draws random numbers; planning draws none.")
+    @click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="For whatever draws random numbers; planning draws none.",
+    )
     @click.option("--quiet", is_flag=True, help="No progress and notes on stderr.")
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
     @click.option("--force", is_flag=True, help="Replace files Meshwright did not write.")
     @wraps(command)
-    def wrapped(*, calibrations: tuple[Path, ...], as_json: bool, seed: int, quiet: bool, debug: bool, force: bool,
-                **arguments: Any) -> None:
+    def wrapped(
+        *,
+        calibrations: tuple[Path, ...],
+        as_json: bool,
+        seed: int,
+        quiet: bool,
+        debug: bool,
+        force: bool,
+        **arguments: Any,
+    ) -> None:
         # --debug is read by main(), which owns tracebacks.
-        common = CommonOptions(calibrations=calibrations, as_json=as_json, seed=seed, quiet=quiet, force=force)
+        common = CommonOptions(
+            calibrations=calibrations, as_json=as_json, seed=seed, quiet=quiet, force=force
+        )
         command(common=common, **arguments)
 
     return wrapped

@@ -23,11 +23,23 @@ __all__ = ["command"]
 @click.option("--software", help="Software generation whose overheads apply [megatron-core].")
 @click.option("--objective", help="throughput (default), cost or energy.")
 @click.option("--target", help="Only plans this export target can run: megatron, deepspeed.")
-@click.option("--top", type=click.IntRange(1, 100), default=10, show_default=True, help="Plans to rank and write.")
-@click.option("--flops", type=click.Choice(["causal", "full-attention"]), default="causal", show_default=True,
-              help="How MFU counts attention.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("plans"), show_default=True,
-              help="Folder of 1.yaml ... and report.json.")
+@click.option(
+    "--top", type=click.IntRange(1, 100), default=10, show_default=True, help="Plans to rank and write."
+)
+@click.option(
+    "--flops",
+    type=click.Choice(["causal", "full-attention"]),
+    default="causal",
+    show_default=True,
+    help="How MFU counts attention.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("plans"),
+    show_default=True,
+    help="Folder of 1.yaml ... and report.json.",
+)
 @common_options
 def command(  # one parameter per flag is click's calling convention
     *,
@@ -45,7 +57,7 @@ def command(  # one parameter per flag is click's calling convention
     out: Path,
     common: CommonOptions,
 ) -> None:
-    """Search every way to run a training job and rank the best plans.
+    r"""Search every way to run a training job and rank the best plans.
 
     JOB is a job file (model, cluster, workload, objective); flags win over it, and can replace it.
 
@@ -60,13 +72,28 @@ def command(  # one parameter per flag is click's calling convention
     from meshwright.planner.relaxation import infeasible
     from meshwright.planner.search import SEARCHES, SearchRequest
 
-    request = read_request(job, JobFlags(
-        model=model, cluster=cluster, global_batch_size=global_batch_size, sequence_length=sequence_length,
-        precision=precision, software=software, objective=objective, target=target,
-    ))
+    request = read_request(
+        job,
+        JobFlags(
+            model=model,
+            cluster=cluster,
+            global_batch_size=global_batch_size,
+            sequence_length=sequence_length,
+            precision=precision,
+            software=software,
+            objective=objective,
+            target=target,
+        ),
+    )
     context = cost_context(request.job, calibration_paths=common.calibrations)
-    search = SearchRequest(job=request.job, context=context, limits=request.limits, objective=request.objective,
-                           num_plans=top, flops=flops)  # type: ignore[arg-type]  # click.Choice holds the words
+    search = SearchRequest(
+        job=request.job,
+        context=context,
+        limits=request.limits,
+        objective=request.objective,
+        num_plans=top,
+        flops=flops,  # type: ignore[arg-type]  # click.Choice holds the words
+    )
     started = time.perf_counter()
     with ProgressLine(common.quiet or common.as_json) as progress:
         try:

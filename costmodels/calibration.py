@@ -17,7 +17,14 @@ from meshwright.errors import CalibrationError, SpecError
 from meshwright.hardware_specs.specs import GpuSpec
 from meshwright.hardware_specs.yaml_document import Section, parse_yaml, read_yaml
 
-__all__ = ["AttentionCurve", "CollectiveCurve", "DeviceCalibration", "GemmCurve", "load_device_calibration", "read_device_calibrations"]
+__all__ = [
+    "AttentionCurve",
+    "CollectiveCurve",
+    "DeviceCalibration",
+    "GemmCurve",
+    "load_device_calibration",
+    "read_device_calibrations",
+]
 
 # A slower power-limited sibling of the same die keeps this share of the clock: the two measured H100 parts
 # differ by 0.77 at 500 W against 700 W, which is (5/7) ** 0.78; 0.7 is used for parts never measured.
@@ -100,7 +107,10 @@ class DeviceCalibration:
 
     def gemm_curve(self, precision: str) -> GemmCurve:
         """Return the curve of a number format; formats without one of their own borrow bf16's."""
-        return self.gemm.get(precision) or self.gemm["fp8" if "fp8" in precision and "fp8" in self.gemm else "bf16"]
+        return (
+            self.gemm.get(precision)
+            or self.gemm["fp8" if "fp8" in precision and "fp8" in self.gemm else "bf16"]
+        )
 
     def clock(self, precision: str) -> float:
         """Return sustained over burst tensor throughput for a number format."""
@@ -127,9 +137,13 @@ def load_device_calibration(gpu: GpuSpec) -> DeviceCalibration:
         return _read(own, gpu, borrowed=False, reason=note or f"built-in calibration of {gpu.id}")
     for lender, section in sections.items():
         if section.text("architecture") == gpu.architecture and section.boolean("represents_architecture"):
-            reason = f"no calibration of {gpu.id}; borrows that of {lender} ({gpu.architecture}), expect +-20 %"
+            reason = (
+                f"no calibration of {gpu.id}; borrows that of {lender} ({gpu.architecture}), expect +-20 %"
+            )
             return _read(section, gpu, borrowed=True, reason=reason)
-    raise CalibrationError(f"no calibration for {gpu.id} ({gpu.architecture}), and none represents its architecture")
+    raise CalibrationError(
+        f"no calibration for {gpu.id} ({gpu.architecture}), and none represents its architecture"
+    )
 
 
 def read_device_calibrations(paths: Sequence[Path], gpu: GpuSpec) -> DeviceCalibration:
@@ -166,7 +180,9 @@ def _built_in_sections() -> Mapping[str, Section]:
     """Return every built-in calibration file by device id, parsed once per process."""
     entries = (files("meshwright.hardware_specs") / "calibrations").iterdir()
     named = {entry.name.removesuffix(".yaml"): entry for entry in entries if entry.name.endswith(".yaml")}
-    return {name: parse_yaml(named[name].read_text(encoding="utf-8"), f"{name}.yaml") for name in sorted(named)}
+    return {
+        name: parse_yaml(named[name].read_text(encoding="utf-8"), f"{name}.yaml") for name in sorted(named)
+    }
 
 
 def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> DeviceCalibration:
@@ -176,11 +192,11 @@ def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> Dev
     section.boolean("represents_architecture")
     note = section.optional_text("estimate")
     gemm_section = section.section("gemm")
-    gemm = {name: _gemm_curve(gemm_section.section(name)) for name in gemm_section.keys()}
+    gemm = {name: _gemm_curve(gemm_section.section(name)) for name in gemm_section}
     clock_section = section.section("sustained_clock")
     clock_section.text("source")
     scale = _clock_scale(gpu, lender) if borrowed else 1.0
-    clock = {name: clock_section.number(name) * scale for name in clock_section.keys() if name != "source"}
+    clock = {name: clock_section.number(name) * scale for name in clock_section if name != "source"}
     stream = section.section("memory_stream")
     stream.text("source")
     attention_section = section.section("attention")
@@ -191,7 +207,7 @@ def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> Dev
             * (_peak_scale(gpu, lender) if borrowed else 1.0),
             half_length=attention_section.section(name).number("half_length"),
         )
-        for name in attention_section.keys()
+        for name in attention_section
         if name.startswith("flash")
     }
     collectives_section = section.section("collectives")
@@ -205,7 +221,9 @@ def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> Dev
         memory_stream_efficiency=stream.number("efficiency"),
         attention=attention,
         attention_backward_efficiency=attention_section.number("backward_efficiency"),
-        collectives={n: _collective_curve(collectives_section, n) for n in collectives_section.keys() if n != "source"},
+        collectives={
+            n: _collective_curve(collectives_section, n) for n in collectives_section if n != "source"
+        },
     )
 
 

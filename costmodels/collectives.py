@@ -132,7 +132,9 @@ def send_time(
             link.bandwidth_bytes_per_second * inter_node_efficiency
         )
     nic = min(cluster.node.nic.bandwidth_bytes_per_second, cluster.node.nic_bandwidth_per_gpu)
-    across = cluster.fabric.latency + num_bytes / (nic * inter_node_efficiency / cluster.fabric.oversubscription)
+    across = cluster.fabric.latency + num_bytes / (
+        nic * inter_node_efficiency / cluster.fabric.oversubscription
+    )
     return np.where(num_bytes <= 0.0, 0.0, np.where(crosses_nodes > 0.0, across, inside))
 
 

@@ -20,8 +20,18 @@ from meshwright.simcore.domain.workload import TrainingWorkload
 
 __all__ = ["KNOWN_FEATURES", "CostContext", "cost_context", "require_costed_model"]
 
-KNOWN_FEATURES = frozenset({"eager", "compile", "async_tp", "float8_linear", "no_overlap", "tp_overlap",
-                            "overlap_grad_reduce", "overlap_param_gather"})
+KNOWN_FEATURES = frozenset(
+    {
+        "eager",
+        "compile",
+        "async_tp",
+        "float8_linear",
+        "no_overlap",
+        "tp_overlap",
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +100,9 @@ def cost_context(
     software = load_software(job.software)
     gpu = job.cluster.gpu
     calibration = (
-        read_device_calibrations(calibration_paths, gpu) if calibration_paths else load_device_calibration(gpu)
+        read_device_calibrations(calibration_paths, gpu)
+        if calibration_paths
+        else load_device_calibration(gpu)
     )
     return CostContext(
         model=job.model,
@@ -105,7 +117,11 @@ def cost_context(
 
 def require_costed_model(model: ModelSpec) -> None:
     """Raise a SpecError when the model has layers that no cost model prices yet."""
-    parts = [name for name, part in (("mixture-of-experts", model.moe), ("multi-head latent attention", model.mla)) if part]
+    parts = [
+        name
+        for name, part in (("mixture-of-experts", model.moe), ("multi-head latent attention", model.mla))
+        if part
+    ]
     if parts:
         raise SpecError(
             f"model {model.name} has {' and '.join(parts)} layers, which are described and counted but not costed "

@@ -14,7 +14,10 @@ FlopsConvention = Literal["causal", "full-attention"]
 def _linear_flops_per_token(model: ModelSpec) -> float:
     """Forward FLOPs per token of all layers' matrix products with weights."""
     heads = model.num_attention_heads + 2 * model.num_query_groups
-    attention = model.hidden_size * heads * model.head_dim + model.num_attention_heads * model.head_dim * model.hidden_size
+    attention = (
+        model.hidden_size * heads * model.head_dim
+        + model.num_attention_heads * model.head_dim * model.hidden_size
+    )
     mlp = (3 if model.is_gated_mlp else 2) * model.hidden_size * model.ffn_hidden_size
     return 2.0 * model.num_layers * (attention + mlp)
 
@@ -55,7 +58,11 @@ def model_flops(
         FLOPs of the whole cluster.
     """
     logits = 2.0 * model.hidden_size * model.vocab_size
-    forward = _linear_flops_per_token(model) + _attention_flops_per_token(model, sequence_length, convention) + logits
+    forward = (
+        _linear_flops_per_token(model)
+        + _attention_flops_per_token(model, sequence_length, convention)
+        + logits
+    )
     return 3.0 * forward * num_tokens
 
 
@@ -68,5 +75,7 @@ def hardware_flops(
 ) -> float:
     """Return :func:`model_flops` plus what recompute runs again: the numerator of HFU."""
     attention = _attention_flops_per_token(model, sequence_length, convention)
-    again = {"none": 0.0, "selective": attention, "full": attention + _linear_flops_per_token(model)}[recompute]
+    again = {"none": 0.0, "selective": attention, "full": attention + _linear_flops_per_token(model)}[
+        recompute
+    ]
     return model_flops(model, num_tokens, sequence_length, convention) + again * num_tokens

@@ -76,8 +76,10 @@ def micro_batch_times(context: CostContext, columns: PlanColumns) -> MicroBatchT
         head_forward=boundary.head_forward,
         head_backward=boundary.head_backward + boundary.head_communication,
         head_weight_gradient=boundary.head_weight_gradient,
-        boundary_communication=boundary.embedding_communication + boundary.head_communication
-        + root.forward + root.backward,
+        boundary_communication=boundary.embedding_communication
+        + boundary.head_communication
+        + root.forward
+        + root.backward,
     )
 
 
@@ -172,10 +174,18 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
     if plan.vocab_parallel in ("vocab_1", "vocab_2", "interlaced"):
         is_first[0], is_last[-1] = 0.0, 0.0
     extra_forward, extra_backward = vocab_parallel_time(context, columns, times)
-    forward = (layers * times.layer_forward[0] + is_first * times.embedding_forward[0]
-               + is_last * times.head_forward[0] + extra_forward[0])
-    backward = (layers * times.layer_backward[0] + is_first * times.embedding_backward[0]
-                + is_last * times.head_backward[0] + extra_backward[0])
+    forward = (
+        layers * times.layer_forward[0]
+        + is_first * times.embedding_forward[0]
+        + is_last * times.head_forward[0]
+        + extra_forward[0]
+    )
+    backward = (
+        layers * times.layer_backward[0]
+        + is_first * times.embedding_backward[0]
+        + is_last * times.head_backward[0]
+        + extra_backward[0]
+    )
     stride = plan.tp * plan.cp * plan.dp
     crosses = edge_crosses_nodes(num_virtual, plan.pp, stride, context.cluster.node.num_gpus)
     edges = columns.take(np.zeros(num_virtual, dtype=np.int64))
@@ -184,7 +194,9 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
     parameters = _virtual_stage_parameters(context, plan)
     overlap_reduce, overlap_gather = _overlaps(context)
     by_chunk = parameters.reshape(plan.vpp, plan.pp)
-    reduced, gathered = (parameters if overlap else _on_first_chunk(by_chunk) for overlap in (overlap_reduce, overlap_gather))
+    reduced, gathered = (
+        parameters if overlap else _on_first_chunk(by_chunk) for overlap in (overlap_reduce, overlap_gather)
+    )
     stage_columns = columns.take(np.zeros(plan.pp, dtype=np.int64))
     return IterationCosts(
         num_stages=plan.pp,
@@ -192,7 +204,8 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
         num_micro_batches=int(columns.num_micro_batches[0]),
         forward_time=forward,
         backward_time=backward,
-        weight_gradient_time=layers * times.layer_weight_gradient[0] + is_last * times.head_weight_gradient[0],
+        weight_gradient_time=layers * times.layer_weight_gradient[0]
+        + is_last * times.head_weight_gradient[0],
         forward_communication_time=layers * times.layer_forward_communication[0],
         backward_communication_time=layers * times.layer_backward_communication[0],
         send_time=send,
@@ -263,8 +276,9 @@ def _optimizer_time(context: CostContext, columns: PlanColumns, num_parameters: 
     """Seconds of the fused Adam step on this rank's share of the states."""
     shards = np.where(columns.sharding == Shardings.NONE, 1.0, shard_ranks(columns))
     num_bytes = (_OPTIMIZER_BYTES + _NORM_BYTES) * num_parameters / shards
-    return stream_time(num_bytes, context.gpu.memory_bandwidth_bytes_per_second,
-                       context.calibration.memory_stream_efficiency)
+    return stream_time(
+        num_bytes, context.gpu.memory_bandwidth_bytes_per_second, context.calibration.memory_stream_efficiency
+    )
 
 
 def _fixed_time(context: CostContext, columns: PlanColumns) -> FloatColumn:

@@ -104,9 +104,12 @@ def layer_times(context: CostContext, cases: LayerCases) -> LayerTimes:
     )
     # GEMM launches are in both figures, so the bound counts every kernel once: products and the others.
     forward = np.maximum(forward, host * (kernels * _FORWARD_KERNELS + len(_linear_shapes(context, cases))))
-    backward = np.maximum(backward, host * (kernels * _BACKWARD_KERNELS + 2 * len(_linear_shapes(context, cases))))
-    communication = tensor_parallel_time(context, cases.tp, cases.num_tokens(context.workload.sequence_length),
-                                         cases.sequence_parallel)
+    backward = np.maximum(
+        backward, host * (kernels * _BACKWARD_KERNELS + 2 * len(_linear_shapes(context, cases)))
+    )
+    communication = tensor_parallel_time(
+        context, cases.tp, cases.num_tokens(context.workload.sequence_length), cases.sequence_parallel
+    )
     selective, selective_communication = attention_forward, np.zeros_like(forward)
     if context.software.selective_recompute == "operators":
         # Operator-level selective recompute keeps attention, every second product and the scattered sums; it
@@ -164,10 +167,18 @@ def _linear_times(context: CostContext, cases: LayerCases) -> _LinearTimes:
     num_parameters = np.zeros_like(tokens)
     for out_width, in_width in _linear_shapes(context, cases):
         inputs, outputs, weights = tokens * in_width, tokens * out_width, in_width * out_width
-        forward += gemm_time(tokens, out_width, in_width, width * (inputs + weights) + _BYTES * outputs,
-                             curve, peak, bandwidth)
-        weight += gemm_time(in_width, out_width, tokens, width * (inputs + outputs) + fused_bytes * weights,
-                            curve, peak, bandwidth)
+        forward += gemm_time(
+            tokens, out_width, in_width, width * (inputs + weights) + _BYTES * outputs, curve, peak, bandwidth
+        )
+        weight += gemm_time(
+            in_width,
+            out_width,
+            tokens,
+            width * (inputs + outputs) + fused_bytes * weights,
+            curve,
+            peak,
+            bandwidth,
+        )
         cast_elements += inputs + outputs + 2.0 * weights
         num_parameters += weights
     # The input gradient has the forward product's shapes permuted: same FLOPs, same bytes.
@@ -264,8 +275,10 @@ def _elementwise_times(context: CostContext, cases: LayerCases) -> tuple[FloatCo
         factor = context.software.eager_elementwise_factor
     bandwidth = context.gpu.memory_bandwidth_bytes_per_second
     stream = context.calibration.memory_stream_efficiency
-    return (stream_time(factor * forward_bytes, bandwidth, stream),
-            stream_time(factor * backward_bytes, bandwidth, stream))
+    return (
+        stream_time(factor * forward_bytes, bandwidth, stream),
+        stream_time(factor * backward_bytes, bandwidth, stream),
+    )
 
 
 def boundary_times(context: CostContext, cases: LayerCases) -> BoundaryTimes:
@@ -286,11 +299,13 @@ def boundary_times(context: CostContext, cases: LayerCases) -> BoundaryTimes:
     num_bytes = _BYTES * (activations + weights + logits)
     product = gemm_time(tokens, vocab, hidden, num_bytes, curve, peak, bandwidth)
     fused_bytes = software.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else _BYTES
-    weight_gradient = gemm_time(vocab, hidden, tokens, num_bytes + (fused_bytes - _BYTES) * weights,
-                                curve, peak, bandwidth)
+    weight_gradient = gemm_time(
+        vocab, hidden, tokens, num_bytes + (fused_bytes - _BYTES) * weights, curve, peak, bandwidth
+    )
     if not software.is_gradient_accumulation_fused:
         weight_gradient = weight_gradient + stream_time(
-            software.gradient_accumulation_bytes * weights, bandwidth, stream)
+            software.gradient_accumulation_bytes * weights, bandwidth, stream
+        )
     loss = stream_time(software.cross_entropy_bytes_per_logit * logits, bandwidth, stream)
     norm = stream_time(_BYTES * 2.0 * activations, bandwidth, stream)
     lookup = stream_time(_BYTES * 2.0 * activations, bandwidth, stream)

@@ -85,8 +85,11 @@ def layer_activation_bytes(context: CostContext, columns: PlanColumns) -> FloatC
         kept = 2.0 * query + key_value + model.ffn_hidden_size
         selective = tokens * 2.0 * (2.0 * model.hidden_size / shared_divisor + kept / tp)
     full = tokens * 2.0 * model.hidden_size / shared_divisor
-    return np.where(columns.recompute == Recomputes.FULL, full,
-                    np.where(columns.recompute == Recomputes.SELECTIVE, selective, none))
+    return np.where(
+        columns.recompute == Recomputes.FULL,
+        full,
+        np.where(columns.recompute == Recomputes.SELECTIVE, selective, none),
+    )
 
 
 def stage_memory(
@@ -151,10 +154,15 @@ def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
     zero, one = np.zeros(len(columns)), np.ones(len(columns))
     last = (columns.pp - 1).astype(np.float64)
     is_alone = (columns.pp == 1).astype(np.float64)
-    first_total = stage_memory(context, columns, zero, columns.layers_first.astype(np.float64), one, is_alone).total
-    last_total = stage_memory(context, columns, last, columns.layers_last.astype(np.float64), is_alone, one).total
-    middle_total = stage_memory(context, columns, np.minimum(1.0, last), columns.layers_middle.astype(np.float64),
-                                zero, zero).total
+    first_total = stage_memory(
+        context, columns, zero, columns.layers_first.astype(np.float64), one, is_alone
+    ).total
+    last_total = stage_memory(
+        context, columns, last, columns.layers_last.astype(np.float64), is_alone, one
+    ).total
+    middle_total = stage_memory(
+        context, columns, np.minimum(1.0, last), columns.layers_middle.astype(np.float64), zero, zero
+    ).total
     peak = np.maximum(first_total, last_total)
     peak = np.where(columns.pp > 2, np.maximum(peak, middle_total), peak)
     return peak * (1.0 + context.software.fragmentation)
@@ -164,10 +172,18 @@ def plan_memory(context: CostContext, plan: ParallelPlan) -> MemoryColumns:
     """Return the memory breakdown of every physical stage of one plan, shape ``(pp,)``."""
     columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
     stages = columns.take(np.zeros(plan.pp, dtype=np.int64))
-    layers = np.array([sum(plan.layers_per_stage[stage :: plan.pp]) for stage in range(plan.pp)], dtype=np.float64)
+    layers = np.array(
+        [sum(plan.layers_per_stage[stage :: plan.pp]) for stage in range(plan.pp)], dtype=np.float64
+    )
     index = np.arange(plan.pp, dtype=np.float64)
-    return stage_memory(context, stages, index, layers, (index == 0).astype(np.float64),
-                        (index == plan.pp - 1).astype(np.float64))
+    return stage_memory(
+        context,
+        stages,
+        index,
+        layers,
+        (index == 0).astype(np.float64),
+        (index == plan.pp - 1).astype(np.float64),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -212,7 +228,9 @@ def _in_flight_micro_batches(columns: PlanColumns, stage: FloatColumn) -> FloatC
     in_flight = np.where(columns.schedule == Schedules.ZB_H2, np.minimum(batches, 2.0 * pp - 1.0), in_flight)
     extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_1, 2.0, 0.0)
     extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_2, 1.0, extra)
-    in_flight = np.where(columns.vocab_parallel == VocabParallels.INTERLACED, 1.5 * in_flight, in_flight + extra)
+    in_flight = np.where(
+        columns.vocab_parallel == VocabParallels.INTERLACED, 1.5 * in_flight, in_flight + extra
+    )
     return np.where(columns.pp > 1, np.minimum(in_flight, batches), 1.0)
 
 
@@ -220,9 +238,7 @@ def _working_set(context: CostContext, columns: PlanColumns, parameters: FloatCo
     """Bytes beyond the stored: the layer being recomputed, and weights and gradients FSDP holds unsharded."""
     model = context.model
     tp = columns.tp.astype(np.float64)
-    unrecomputed = layer_activation_bytes(
-        context, columns.with_recompute(Recomputes.NONE)
-    )
+    unrecomputed = layer_activation_bytes(context, columns.with_recompute(Recomputes.NONE))
     recomputed = np.where(columns.recompute == Recomputes.FULL, unrecomputed, 0.0)
     layer = model.num_layer_parameters / tp
     root = (model.num_embedding_parameters + model.num_head_parameters) / tp

@@ -20,7 +20,15 @@ from meshwright.simcore.domain.plan import (
     ParallelPlan,
 )
 
-__all__ = ["FloatColumn", "IntColumn", "PlanColumns", "Recomputes", "Schedules", "Shardings", "VocabParallels"]
+__all__ = [
+    "FloatColumn",
+    "IntColumn",
+    "PlanColumns",
+    "Recomputes",
+    "Schedules",
+    "Shardings",
+    "VocabParallels",
+]
 
 FloatColumn = NDArray[np.float64]
 IntColumn = NDArray[np.int64]
@@ -50,7 +58,9 @@ class Schedules:
 class VocabParallels:
     """Column codes of ``ParallelPlan.vocab_parallel``."""
 
-    NONE, REDISTRIBUTED, VOCAB_1, VOCAB_2, INTERLACED = (VOCAB_PARALLELS.index(name) for name in VOCAB_PARALLELS)
+    NONE, REDISTRIBUTED, VOCAB_1, VOCAB_2, INTERLACED = (
+        VOCAB_PARALLELS.index(name) for name in VOCAB_PARALLELS
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -121,7 +121,9 @@ _FLAGS = ("is_gradient_accumulation_fused", "is_send_blocking", "has_scatter_gat
 def list_software() -> tuple[str, ...]:
     """Return the ids of the built-in software generations, sorted."""
     folder = files("meshwright.costmodels") / "software_generations"
-    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+    return tuple(
+        sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    )
 
 
 @cache
@@ -140,14 +142,14 @@ def load_software(name: str) -> SoftwareGeneration:
     section = parse_yaml(entry.read_text(encoding="utf-8"), entry.name)
     section.integer("schema_version")
     values: dict[str, object] = {"id": name, "evidence": section.text("evidence")}
-    for key in section.keys():
+    for key in section:
         if key in ("schema_version", "evidence"):
             continue
         if key == "attention_kernel":
             kernel = section.choice(key, ("unfused", "flash_2", "flash_3"))
-            values[key] = cast(AttentionKernel, kernel)
+            values[key] = cast("AttentionKernel", kernel)
         elif key == "selective_recompute":
-            values[key] = cast(SelectiveRecompute, section.choice(key, ("attention_core", "operators")))
+            values[key] = cast("SelectiveRecompute", section.choice(key, ("attention_core", "operators")))
         elif key in _FLAGS:
             values[key] = section.boolean(key)
         elif key in _SECONDS:

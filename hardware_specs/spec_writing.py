@@ -58,9 +58,9 @@ def cluster_to_mapping(cluster: ClusterSpec) -> dict[str, object]:
     """
     return {
         "id": cluster.id,
-        "node": _node(cluster.node),
+        "node": node_to_mapping(cluster.node),
         "count": cluster.num_nodes,
-        "fabric": _fabric(cluster.fabric),
+        "fabric": fabric_to_mapping(cluster.fabric),
     }
 
 
@@ -114,7 +114,7 @@ def _link(link: LinkSpec, key: str, sources: Mapping[str, str]) -> dict[str, obj
     }
 
 
-def _gpu(gpu: GpuSpec) -> dict[str, object]:
+def gpu_to_mapping(gpu: GpuSpec) -> dict[str, object]:
     sources = gpu.sources
     mapping: dict[str, object] = {
         "id": gpu.id,
@@ -142,13 +142,13 @@ def _gpu(gpu: GpuSpec) -> dict[str, object]:
     return mapping
 
 
-def _node(node: NodeSpec) -> dict[str, object]:
+def node_to_mapping(node: NodeSpec) -> dict[str, object]:
     sources = node.sources
     mapping: dict[str, object] = {
         "id": node.id,
         "name": node.name,
         "aliases": list(node.aliases),
-        "gpu": _gpu(node.gpu),
+        "gpu": gpu_to_mapping(node.gpu),
         "num_gpus": _count(node.num_gpus, "num_gpus", sources),
         "topology": node.topology,
         "nic": _link(node.nic, "nic", sources),
@@ -163,7 +163,7 @@ def _node(node: NodeSpec) -> dict[str, object]:
     return mapping
 
 
-def _fabric(fabric: FabricSpec) -> dict[str, object]:
+def fabric_to_mapping(fabric: FabricSpec) -> dict[str, object]:
     sources = fabric.sources
     oversubscription: object = fabric.oversubscription
     if "oversubscription" in sources:

@@ -1,0 +1,3 @@
+"""What to run: the plan space, its constraints, the search, and exports."""
+
+__all__: list[str] = []

@@ -57,7 +57,8 @@ def _tensor_parallel(context: CostContext, columns: PlanColumns, limits: SearchL
     # Fewer key/value heads than ranks are replicated, in whole copies.
     shares_groups = (groups % columns.tp == 0) | (columns.tp % groups == 0)
     result: Mask = (model.num_attention_heads % columns.tp == 0) & (model.ffn_hidden_size % columns.tp == 0)
-    return result & shares_groups
+    result &= shares_groups
+    return result
 
 
 def _sequence_parallel(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
@@ -97,15 +98,24 @@ def _memory(context: CostContext, columns: PlanColumns, limits: SearchLimits) ->
 
 CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(name="user_limits", sentence="the values allowed under 'constraints'", holds=_user_limits),
-    Constraint(name="tensor_parallel", sentence="tp divides heads and MLP width, and shares key/value heads evenly",
-               holds=_tensor_parallel),
+    Constraint(
+        name="tensor_parallel",
+        sentence="tp divides heads and MLP width, and shares key/value heads evenly",
+        holds=_tensor_parallel,
+    ),
     Constraint(name="sequence_parallel", sentence="tp divides the sequence", holds=_sequence_parallel),
     Constraint(name="pipeline", sentence="every virtual stage holds a layer", holds=_pipeline),
     Constraint(name="batch", sentence="dp x micro-batch divides the global batch", holds=_batch),
-    Constraint(name="interleaving", sentence="chunks divide the layers and stages divide the micro-batches",
-               holds=_interleaving),
-    Constraint(name="sharding", sentence="ZeRO-2 and above do not go with a pipeline in this software",
-               holds=_sharding),
+    Constraint(
+        name="interleaving",
+        sentence="chunks divide the layers and stages divide the micro-batches",
+        holds=_interleaving,
+    ),
+    Constraint(
+        name="sharding",
+        sentence="ZeRO-2 and above do not go with a pipeline in this software",
+        holds=_sharding,
+    ),
     Constraint(name="memory", sentence="the fullest rank fits", holds=_memory),
 )
 

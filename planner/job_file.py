@@ -87,16 +87,20 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
         workload=_workload(section, flags),
         software=_software(section, flags),
     )
-    objective = flags.objective or (section.text("objective", default="throughput") if section else "throughput")
+    objective = flags.objective or (
+        section.text("objective", default="throughput") if section else "throughput"
+    )
     if objective not in OBJECTIVES:
-        raise SpecError(f"objective: unknown value '{objective}'{did_you_mean(objective, OBJECTIVES) or ';'} "
-                        f"known: {', '.join(OBJECTIVES)}")
+        raise SpecError(
+            f"objective: unknown value '{objective}'{did_you_mean(objective, OBJECTIVES) or ';'} "
+            f"known: {', '.join(OBJECTIVES)}"
+        )
     limits = _limits(section.optional_section("constraints") if section else None, flags)
     if section is not None:
         section.close()
     return PlanRequest(
         job=job,
-        objective=cast(Objective, objective),
+        objective=cast("Objective", objective),
         limits=limits,
         origin={"model": model_origin, "cluster": cluster_origin},
     )
@@ -150,11 +154,13 @@ def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
         precision = precision or file_precision
         part.close()
     if batch is None:
-        raise SpecError("no global batch size: give --global-batch-size or 'workload: global_batch_size:' (sequences)")
+        raise SpecError(
+            "no global batch size: give --global-batch-size or 'workload: global_batch_size:' (sequences)"
+        )
     if length is None:
         raise SpecError("no sequence length: give --sequence-length or 'workload: sequence_length:' (tokens)")
     return TrainingWorkload(
-        global_batch_size=batch, sequence_length=length, precision=cast(Precision, precision or "bf16")
+        global_batch_size=batch, sequence_length=length, precision=cast("Precision", precision or "bf16")
     )
 
 
@@ -178,8 +184,10 @@ def _limits(section: Section | None, flags: JobFlags) -> SearchLimits:
                 allowed[key] = _allowed(section, key)
         section.close()
     if target is not None and target not in EXPORTERS:
-        raise SpecError(f"target: unknown target '{target}'{did_you_mean(target, EXPORTERS) or ';'} "
-                        f"known: {', '.join(sorted(EXPORTERS))}")
+        raise SpecError(
+            f"target: unknown target '{target}'{did_you_mean(target, EXPORTERS) or ';'} "
+            f"known: {', '.join(sorted(EXPORTERS))}"
+        )
     return SearchLimits(allowed=allowed, memory_headroom=headroom, target=target)
 
 
@@ -191,8 +199,11 @@ def _allowed(section: Section, key: str) -> tuple[int | str | bool, ...]:
         words = section.texts(key) if section.is_list(key) else (section.text(key),)
         for word in words:
             if word not in _WORDS[key]:
-                raise section.error(key, f"unknown value '{word}'{did_you_mean(word, _WORDS[key]) or ';'} "
-                                         f"known: {', '.join(_WORDS[key])}")
+                raise section.error(
+                    key,
+                    f"unknown value '{word}'{did_you_mean(word, _WORDS[key]) or ';'} "
+                    f"known: {', '.join(_WORDS[key])}",
+                )
         return words
     numbers = section.integers(key) if section.is_list(key) else (section.integer(key, minimum=1),)
     if not numbers or min(numbers) < 1:

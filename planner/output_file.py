@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from meshwright.errors import SpecError
 
-__all__ = ["is_our_json", "is_our_yaml", "replace_file"]
+__all__ = ["check_replaceable", "is_our_json", "is_our_svg", "is_our_trace", "is_our_yaml", "replace_file"]
 
 _YAML_MARK = b"written_by: meshwright"
 _JSON_MARK = b'"written_by": "meshwright"'
@@ -23,6 +24,21 @@ def is_our_yaml(content: bytes) -> bool:
 def is_our_json(content: bytes) -> bool:
     """Return whether a JSON file carries our mark near its start."""
     return _JSON_MARK in content[:400]
+
+
+def is_our_svg(content: bytes) -> bool:
+    """Return whether a picture carries our mark near its start."""
+    return b"meshwright" in content[:600]
+
+
+def is_our_trace(content: bytes) -> bool:
+    """Return whether a trace, compressed or not, carries our mark near its start."""
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = zlib.decompressobj(wbits=31).decompress(content, 4096)
+        except zlib.error:
+            return False
+    return is_our_json(content.replace(b'":"', b'": "'))
 
 
 def replace_file(path: Path, content: bytes, *, force: bool, is_ours: Callable[[bytes], bool]) -> None:
@@ -66,6 +82,8 @@ def check_replaceable(path: Path, *, force: bool, is_ours: Callable[[bytes], boo
         raise SpecError(f"{path}: is a directory; name a file")
     try:
         if not force and path.exists() and not is_ours(path.read_bytes()):
-            raise SpecError(f"{path}: exists and was not written by Meshwright; choose another name or use --force")
+            raise SpecError(
+                f"{path}: exists and was not written by Meshwright; choose another name or use --force"
+            )
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror})") from None

@@ -97,8 +97,14 @@ def read_plan(path: Path) -> PlanDocument:
     section = read_yaml(path)
     kind = section.optional_text("kind")
     if kind != "training_plan":
-        hint = "plan it first: 'meshwright plan'" if kind == "training" else "'meshwright plan' writes plan files"
-        raise section.error("kind", f"expected a plan file (kind: training_plan), not {kind or 'this'}; {hint}")
+        hint = (
+            "plan it first: 'meshwright plan'"
+            if kind == "training"
+            else "'meshwright plan' writes plan files"
+        )
+        raise section.error(
+            "kind", f"expected a plan file (kind: training_plan), not {kind or 'this'}; {hint}"
+        )
     if section.integer("schema_version") != _SCHEMA_VERSION:
         raise section.error("schema_version", f"this release reads version {_SCHEMA_VERSION}")
     # Predictions are recomputed; they stand in the file for people and other tools.
@@ -106,7 +112,7 @@ def read_plan(path: Path) -> PlanDocument:
     section.optional_section("prediction")
     section.optional_section("calibration")
     origin_section = section.optional_section("origin")
-    origin = {key: origin_section.text(key) for key in origin_section.keys()} if origin_section else {}
+    origin = {key: origin_section.text(key) for key in origin_section} if origin_section else {}
     workload = section.section("workload")
     job = TrainingJob(
         model=model_from_section(section.section("model")),
@@ -132,7 +138,9 @@ def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:
 
 
 def _plan(section: Section) -> ParallelPlan:
-    degrees = {axis: section.integer(axis, default=1, minimum=1) for axis in ("tp", "pp", "vpp", "cp", "ep", "etp")}
+    degrees = {
+        axis: section.integer(axis, default=1, minimum=1) for axis in ("tp", "pp", "vpp", "cp", "ep", "etp")
+    }
     try:
         plan = ParallelPlan(
             dp=section.integer("dp", minimum=1),
@@ -155,13 +163,19 @@ def _plan(section: Section) -> ParallelPlan:
 
 def _check_fits(section: Section, job: TrainingJob, plan: ParallelPlan) -> None:
     if plan.num_layers != job.model.num_layers:
-        raise section.error("plan", f"layers_per_stage adds up to {plan.num_layers}, but the model has "
-                                    f"{job.model.num_layers} layers")
+        raise section.error(
+            "plan",
+            f"layers_per_stage adds up to {plan.num_layers}, but the model has {job.model.num_layers} layers",
+        )
     if plan.num_gpus > job.cluster.num_gpus:
-        raise section.error("plan", f"needs tp x cp x dp x pp = {plan.num_gpus} GPUs, but the cluster has "
-                                    f"{job.cluster.num_gpus}")
+        raise section.error(
+            "plan",
+            f"needs tp x cp x dp x pp = {plan.num_gpus} GPUs, but the cluster has {job.cluster.num_gpus}",
+        )
     if job.model.num_attention_heads % plan.tp:
-        raise section.error("plan", f"tp {plan.tp} does not divide {job.model.num_attention_heads} attention heads")
+        raise section.error(
+            "plan", f"tp {plan.tp} does not divide {job.model.num_attention_heads} attention heads"
+        )
     try:
         plan.num_micro_batches(job.workload.global_batch_size)
     except SpecError as error:

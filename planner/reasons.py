@@ -13,7 +13,9 @@ def degrees_text(plan: ParallelPlan) -> str:
 
     Degrees of 1 are left out.
     """
-    parts = [f"{axis} {getattr(plan, axis)}" for axis in ("tp", "pp", "vpp", "cp", "dp") if getattr(plan, axis) > 1]
+    parts = [
+        f"{axis} {getattr(plan, axis)}" for axis in ("tp", "pp", "vpp", "cp", "dp") if getattr(plan, axis) > 1
+    ]
     return " x ".join(parts) or "one GPU"
 
 

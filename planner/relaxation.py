@@ -29,7 +29,11 @@ def infeasible(
         if count
     )
     relaxations = nearest_relaxations(job, context, limits)
-    advice = "; ".join(relaxations) if relaxations else "nothing tried helps: the model is far too large for this cluster"
+    advice = (
+        "; ".join(relaxations)
+        if relaxations
+        else "nothing tried helps: the model is far too large for this cluster"
+    )
     return InfeasiblePlanError(
         f"no feasible plan for {job.model.name} on {job.cluster.id} ({job.cluster.num_gpus} GPUs)\n{counts}\n"
         f"  nearest: {advice}",

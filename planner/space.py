@@ -26,7 +26,17 @@ _SHARDINGS = ("none", "zero1", "zero2", "zero3", "hsdp")
 # Rows evaluated at once: bounds the working memory to some tens of MiB whatever the space.
 _BLOCK_ROWS = 65_536
 
-LIMIT_KEYS = ("dp", "tp", "pp", "vpp", "micro_batch_size", "sequence_parallel", "schedule", "recompute", "sharding")
+LIMIT_KEYS = (
+    "dp",
+    "tp",
+    "pp",
+    "vpp",
+    "micro_batch_size",
+    "sequence_parallel",
+    "schedule",
+    "recompute",
+    "sharding",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +62,9 @@ class SearchLimits:
             if key not in LIMIT_KEYS:
                 raise SpecError(f"constraints: unknown key '{key}'{did_you_mean(key, LIMIT_KEYS)}")
         if not 0.0 <= self.memory_headroom < 1.0:
-            raise SpecError(f"constraints.memory_headroom must be 0 % to below 100 %, not {self.memory_headroom:.0%}")
+            raise SpecError(
+                f"constraints.memory_headroom must be 0 % to below 100 %, not {self.memory_headroom:.0%}"
+            )
 
 
 def divisors(number: int) -> list[int]:
@@ -154,7 +166,9 @@ def _columns(job: TrainingJob, blocks: list[dict[str, np.ndarray]]) -> PlanColum
     )
 
 
-def _stage_layers(num_layers: int, pp: np.ndarray, vpp: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _stage_layers(
+    num_layers: int, pp: np.ndarray, vpp: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the layers of first, fullest middle and last physical stage, as ``partition_layers`` splits them."""
     first, middle, last = (np.zeros(len(pp), dtype=np.int64) for _ in range(3))
     key = pp * (num_layers + 1) + vpp
@@ -182,9 +196,9 @@ def plan_of_row(job: TrainingJob, columns: PlanColumns, row: int) -> ParallelPla
         vpp=vpp,
         sequence_parallel=bool(columns.sequence_parallel[row]),
         micro_batch_size=int(columns.micro_batch_size[row]),
-        schedule=SCHEDULES_KNOWN[columns.schedule[row]],  # type: ignore[arg-type]  # a code of this very tuple
-        recompute=RECOMPUTES[columns.recompute[row]],  # type: ignore[arg-type]  # a code of this very tuple
-        sharding=sharding,  # type: ignore[arg-type]  # a code of this very tuple
+        schedule=SCHEDULES_KNOWN[columns.schedule[row]],
+        recompute=RECOMPUTES[columns.recompute[row]],
+        sharding=sharding,
         sharding_group=group if group < dp else None,
         layers_per_stage=partition_layers(job.model.num_layers, pp * vpp),
     )

@@ -86,4 +86,4 @@ def kernel_output(size: int, fill: float, dtype: type[ScalarT]) -> NDArray[Scala
 def from_kernel(values: NDArray[ScalarT], dtype: type[ScalarT]) -> NDArray[ScalarT]:
     """Return a kernel's output as an array again."""
     # NumPy reads a list three times faster as an iterator than as a nested sequence.
-    return np.fromiter(values, dtype, len(values)) if isinstance(values, list) else values
+    return values if has_compiler() else np.fromiter(values, dtype, len(values))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import SpecError
-from meshwright.simcore.compiled import for_kernel, from_kernel, kernel_output
+from meshwright.simcore.compiled import for_kernel, from_kernel, has_compiler, kernel_output
 from meshwright.simcore.longest_path import (
     evaluate_lagged_tasks,
     evaluate_tasks,
@@ -56,7 +56,7 @@ class TaskGraph:
     Parameters
     ----------
     first_predecessor, second_predecessor : NDArray[np.int32]
-        Shape ``(num_tasks,)``; -1 for none.
+        Shape ``(num_tasks,)``; ``num_tasks`` for none.
     task_class : NDArray[np.int32]
         Class of each task, shape ``(num_tasks,)``: tasks of one class share duration and lag.
     order : NDArray[np.int32]
@@ -118,7 +118,7 @@ class TaskGraph:
         else:
             self._check("lags", lags)
             finish_lagged_tasks(*self._structure, for_kernel(durations), for_kernel(lags), end)
-        return float(max(end) if isinstance(end, list) else end.max())
+        return float(end.max() if has_compiler() else max(end))
 
     def slack(
         self, times: TaskTimes, durations: NDArray[np.float64], lags: NDArray[np.float64] | None = None
@@ -145,9 +145,9 @@ class TaskGraph:
             first, second = int(self.first_predecessor[task]), int(self.second_predecessor[task])
             lag = 0.0 if lags is None else float(lags[self.task_class[task]])
             begin = times.start[task]
-            if first >= 0 and times.end[first] == begin:
+            if first < self.num_tasks and times.end[first] == begin:
                 path.append(first)
-            elif second >= 0 and times.end[second] + lag == begin:
+            elif second < self.num_tasks and times.end[second] + lag == begin:
                 path.append(second)
             else:
                 return np.array(path[::-1], dtype=np.int32)
@@ -218,7 +218,7 @@ def build_task_graph(
         raise SpecError(f"{num_tasks - num_ordered} of {num_tasks} tasks wait for each other in a circle")
     new_first = kernel_output(num_tasks, -1, np.int32)
     new_second = kernel_output(num_tasks, -1, np.int32)
-    position = kernel_output(num_tasks + 1, -1, np.int32)
+    position = kernel_output(num_tasks + 1, num_tasks, np.int32)
     renumber_predecessors(first, second, order, position, new_first, new_second)
     order = from_kernel(order, np.int32)
     return TaskGraph(

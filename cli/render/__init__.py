@@ -1,0 +1,3 @@
+"""Tables, progress and reports."""
+
+__all__: list[str] = []

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +32,14 @@ def stderr_console() -> Console:
 
 def make_table(title: str, columns: tuple[tuple[str, bool], ...]) -> Table:
     """Return an empty table; each column is its header and whether it is numeric."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        pad_edge=False,
+        box=box.SIMPLE_HEAD,
+    )
     for header, is_numeric in columns:
         table.add_column(header, justify="right" if is_numeric else "left", no_wrap=True)
     return table
@@ -39,7 +47,9 @@ def make_table(title: str, columns: tuple[tuple[str, bool], ...]) -> Table:
 
 def print_json(mapping: Mapping[str, object]) -> None:
     """Print one object with the schema version; not-a-number and infinity are refused by the format."""
-    sys.stdout.write(json.dumps({"schema_version": _SCHEMA_VERSION, **mapping}, indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(
+        json.dumps({"schema_version": _SCHEMA_VERSION, **mapping}, indent=2, allow_nan=False) + "\n"
+    )
 
 
 class ProgressLine:

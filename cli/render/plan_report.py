@@ -67,8 +67,8 @@ def write_plans(
     for path in texts:
         check_replaceable(path, force=force, is_ours=is_our_yaml)
     check_replaceable(out / "report.json", force=force, is_ours=is_our_json)
-    for path, text in texts.items():
-        replace_file(path, text, force=force, is_ours=is_our_yaml)
+    for path, content in texts.items():
+        replace_file(path, content, force=force, is_ours=is_our_yaml)
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     replace_file(out / "report.json", text.encode(), force=force, is_ours=is_our_json)
 
@@ -87,30 +87,53 @@ def print_report(
     job = request.job
     console = stdout_console()
     workload = job.workload
-    title = (f"{job.model.name} on {job.cluster.num_gpus} x {job.cluster.gpu.id}: global batch "
-             f"{workload.global_batch_size} x {workload.sequence_length} tokens, {workload.precision}, "
-             f"{job.software}, objective {request.objective}")
+    title = (
+        f"{job.model.name} on {job.cluster.num_gpus} x {job.cluster.gpu.id}: global batch "
+        f"{workload.global_batch_size} x {workload.sequence_length} tokens, {workload.precision}, "
+        f"{job.software}, objective {request.objective}"
+    )
     console.print(ranked_table(title, result.ranked))
     console.print(f"Why: {winning_reason(result)}", soft_wrap=True)
     winner = result.ranked[0].prediction
-    console.print(f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. MFU counts "
-                  f"causal attention half." if flops == "causal" else
-                  f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. MFU counts "
-                  f"attention in full.", soft_wrap=True)
+    console.print(
+        f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. MFU counts "
+        f"causal attention half."
+        if flops == "causal"
+        else f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. MFU counts "
+        f"attention in full.",
+        soft_wrap=True,
+    )
     rejected = ", ".join(f"{name} {count:,}" for name, count in result.rejections.items() if count)
-    console.print(f"Searched {result.num_candidates:,} plans in {seconds:.2f} s: {result.num_feasible:,} feasible, "
-                  f"{result.num_simulated} simulated exactly. Rejected by {rejected or 'nothing'}.", soft_wrap=True)
+    console.print(
+        f"Searched {result.num_candidates:,} plans in {seconds:.2f} s: {result.num_feasible:,} feasible, "
+        f"{result.num_simulated} simulated exactly. Rejected by {rejected or 'nothing'}.",
+        soft_wrap=True,
+    )
     if not quiet:
         sentences = {constraint.name: constraint.sentence for constraint in CONSTRAINTS}
         for name, count in result.rejections.items():
             if count and name in sentences:
                 console.print(f"  {name}: {sentences[name]}", style="dim", soft_wrap=True)
     console.print(f"Calibration: {context.calibration.id} ({context.calibration.reason}).", soft_wrap=True)
-    console.print(f"Wrote {out}/1.yaml to {out}/{len(result.ranked)}.yaml and {out}/report.json. Next: "
-                  f"meshwright simulate {out}/1.yaml", soft_wrap=True)
+    console.print(
+        f"Wrote {out}/1.yaml to {out}/{len(result.ranked)}.yaml and {out}/report.json. Next: "
+        f"meshwright simulate {out}/1.yaml",
+        soft_wrap=True,
+    )
 
 
 def _degrees(plan: ParallelPlan) -> dict[str, object]:
-    names = ("tp", "pp", "vpp", "dp", "cp", "sequence_parallel", "micro_batch_size", "schedule", "recompute",
-             "sharding", "sharding_group")
+    names = (
+        "tp",
+        "pp",
+        "vpp",
+        "dp",
+        "cp",
+        "sequence_parallel",
+        "micro_batch_size",
+        "schedule",
+        "recompute",
+        "sharding",
+        "sharding_group",
+    )
     return {name: getattr(plan, name) for name in names}

@@ -15,9 +15,23 @@ from meshwright.units import format_quantity
 __all__ = ["memory_table", "plan_row", "ranked_table"]
 
 _COLUMNS = (
-    ("#", True), ("tp", True), ("pp", True), ("vpp", True), ("dp", True), ("schedule", False), ("micro", True),
-    ("SP", False), ("recompute", False), ("sharding", False), ("iteration", True), ("tok/s/GPU", True),
-    ("MFU", True), ("peak memory", True), ("free", True), ("bubble", True), ("exposed comm", True),
+    ("#", True),
+    ("tp", True),
+    ("pp", True),
+    ("vpp", True),
+    ("dp", True),
+    ("schedule", False),
+    ("micro", True),
+    ("SP", False),
+    ("recompute", False),
+    ("sharding", False),
+    ("iteration", True),
+    ("tok/s/GPU", True),
+    ("MFU", True),
+    ("memory", True),
+    ("free", True),
+    ("bubble", True),
+    ("exposed", True),
 )
 
 
@@ -25,7 +39,9 @@ def ranked_table(title: str, ranked: Sequence[RankedPlan]) -> Table:
     """Return the table of the best plans, best first."""
     table = make_table(title, _COLUMNS)
     for place, entry in enumerate(ranked, start=1):
-        table.add_row(str(place), *plan_row(entry.plan, entry.prediction), style="bold green" if place == 1 else None)
+        table.add_row(
+            str(place), *plan_row(entry.plan, entry.prediction), style="bold green" if place == 1 else None
+        )
     return table
 
 
@@ -35,9 +51,16 @@ def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
     sharding = plan.sharding if plan.sharding_group is None else f"{plan.sharding}({plan.sharding_group})"
     exposed = result.exposed_communication_time / result.iteration_time
     return (
-        str(plan.tp), str(plan.pp), str(plan.vpp), str(plan.dp), plan.schedule, str(plan.micro_batch_size),
-        "yes" if plan.sequence_parallel else "-", plan.recompute, sharding,
-        format_quantity(prediction.iteration_time, "seconds"),
+        str(plan.tp),
+        str(plan.pp),
+        str(plan.vpp),
+        str(plan.dp),
+        plan.schedule,
+        str(plan.micro_batch_size),
+        "yes" if plan.sequence_parallel else "-",
+        plan.recompute,
+        sharding,
+        f"{prediction.iteration_time:.4g} s",
         f"{prediction.tokens_per_second_per_gpu:,.0f}",
         f"{prediction.mfu:.1%}",
         format_quantity(prediction.peak_memory_bytes, "bytes", 3),
@@ -51,10 +74,14 @@ def memory_table(prediction: Prediction) -> Table:
     """Return the memory breakdown of first, fullest and last stage."""
     total = prediction.memory.total
     stages = sorted({0, prediction.fullest_stage, len(total) - 1})
-    table = make_table("Memory of one rank", (("use", False), *((f"stage {stage}", True) for stage in stages)))
+    table = make_table(
+        "Memory of one rank", (("use", False), *((f"stage {stage}", True) for stage in stages))
+    )
     for use in prediction.memory.row(0):
-        table.add_row(use.replace("_", " "),
-                      *(format_quantity(prediction.memory.row(stage)[use], "bytes", 3) for stage in stages))
+        table.add_row(
+            use.replace("_", " "),
+            *(format_quantity(prediction.memory.row(stage)[use], "bytes", 3) for stage in stages),
+        )
     table.add_section()
     table.add_row("total", *(format_quantity(float(total[stage]), "bytes", 3) for stage in stages))
     return table

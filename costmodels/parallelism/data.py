@@ -53,9 +53,9 @@ def is_fsdp_per_micro_batch(context: CostContext, columns: PlanColumns) -> NDArr
 
     Under pipeline parallelism frameworks that keep gathered weights between micro-batches sync once.
     """
-    is_sharded = columns.sharding >= Shardings.ZERO2
+    is_sharded: NDArray[np.bool_] = columns.sharding >= Shardings.ZERO2
     if context.software.fsdp_keeps_parameters:
-        return is_sharded & (columns.pp == 1)
+        is_sharded &= columns.pp == 1
     return is_sharded
 
 
@@ -85,8 +85,9 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
     per_micro_batch = is_fsdp_per_micro_batch(context, columns)
 
     def timed(collective: Collective, num_bytes: FloatColumn, group: GroupPlacement) -> FloatColumn:
-        return collective_time(collective, num_bytes, group, context.cluster, context.calibration,
-                               software.inter_node_efficiency)
+        return collective_time(
+            collective, num_bytes, group, context.cluster, context.calibration, software.inter_node_efficiency
+        )
 
     all_reduce = timed("all_reduce", gradients, ranks)
     scatter = timed("reduce_scatter", gradients, ranks)
@@ -97,11 +98,15 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
         gather = gather + np.where(shards.num_nodes > 1, shards.size * software.broadcast_step_latency, 0.0)
     is_unsharded = columns.sharding == Shardings.NONE
     # A sharding group smaller than dp still sums its gradients over all of dp.
-    reduce = np.where(is_unsharded | (is_grouped & (columns.sharding == Shardings.ZERO1)), all_reduce, scatter)
+    reduce = np.where(
+        is_unsharded | (is_grouped & (columns.sharding == Shardings.ZERO1)), all_reduce, scatter
+    )
     reduce = np.where(per_micro_batch, np.where(is_grouped, replica_reduce, 0.0), reduce)
     # ZeRO-2 reduces on every micro-batch but gathers its updated weights once.
-    gathers_once = (columns.sharding == Shardings.ZERO1) | ((columns.sharding == Shardings.ZERO2)) | (
-        (columns.sharding >= Shardings.ZERO3) & ~per_micro_batch
+    gathers_once = (
+        (columns.sharding == Shardings.ZERO1)
+        | (columns.sharding == Shardings.ZERO2)
+        | ((columns.sharding >= Shardings.ZERO3) & ~per_micro_batch)
     )
     return SyncTimes(gradient_reduce=reduce, parameter_gather=np.where(gathers_once, gather, 0.0))
 
@@ -133,10 +138,22 @@ def fsdp_times(
     """
     software = context.software
     group = _shard_group(context, columns)
-    gather = collective_time("all_gather", _WEIGHT_BYTES * num_parameters, group, context.cluster,
-                             context.calibration, software.inter_node_efficiency)
-    scatter = collective_time("reduce_scatter", software.gradient_bytes * num_parameters, group, context.cluster,
-                              context.calibration, software.inter_node_efficiency)
+    gather = collective_time(
+        "all_gather",
+        _WEIGHT_BYTES * num_parameters,
+        group,
+        context.cluster,
+        context.calibration,
+        software.inter_node_efficiency,
+    )
+    scatter = collective_time(
+        "reduce_scatter",
+        software.gradient_bytes * num_parameters,
+        group,
+        context.cluster,
+        context.calibration,
+        software.inter_node_efficiency,
+    )
     is_gathered = columns.sharding >= Shardings.ZERO3
     gather = np.where(is_gathered, gather, 0.0)
     forward = _exposed(gather, forward_window, software.fsdp_contention)
@@ -154,8 +171,11 @@ def _exposed(duration: FloatColumn, window: FloatColumn, contention: float) -> F
 
 
 def _replica_group(context: CostContext, columns: PlanColumns) -> GroupPlacement:
-    return place_group((columns.dp * columns.cp).astype(np.float64), columns.tp.astype(np.float64),
-                       context.cluster.node.num_gpus)
+    return place_group(
+        (columns.dp * columns.cp).astype(np.float64),
+        columns.tp.astype(np.float64),
+        context.cluster.node.num_gpus,
+    )
 
 
 def _shard_group(context: CostContext, columns: PlanColumns) -> GroupPlacement:

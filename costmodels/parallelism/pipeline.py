@@ -23,11 +23,21 @@ def stage_send_time(context: CostContext, columns: PlanColumns, crosses_nodes: F
     tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
     full = 2.0 * tokens * context.model.hidden_size
     is_split = columns.sequence_parallel | (context.software.has_scatter_gather & (columns.tp > 1))
-    sent = send_time(np.where(is_split, full / tp, full), crosses_nodes, context.cluster,
-                     context.software.inter_node_efficiency)
+    sent = send_time(
+        np.where(is_split, full / tp, full),
+        crosses_nodes,
+        context.cluster,
+        context.software.inter_node_efficiency,
+    )
     group = place_group(tp, np.ones_like(tp), context.cluster.node.num_gpus)
-    gather = collective_time("all_gather", full, group, context.cluster, context.calibration,
-                             context.software.inter_node_efficiency)
+    gather = collective_time(
+        "all_gather",
+        full,
+        group,
+        context.cluster,
+        context.calibration,
+        context.software.inter_node_efficiency,
+    )
     needs_gather = is_split & ~columns.sequence_parallel
     return np.where(columns.pp > 1, sent + np.where(needs_gather, gather, 0.0), 0.0)
 
@@ -41,4 +51,5 @@ def edge_crosses_nodes(num_edges: int, pp: int, stage_stride: int, gpus_per_node
     sender = np.arange(num_edges) % pp
     receiver = (sender + 1) % pp
     nodes = np.stack([sender * stage_stride // gpus_per_node, receiver * stage_stride // gpus_per_node])
-    return (nodes[0] != nodes[1]).astype(np.float64)
+    crosses: NDArray[np.float64] = (nodes[0] != nodes[1]).astype(np.float64)
+    return crosses

@@ -50,7 +50,9 @@ def tensor_parallel_time(
     efficiency = software.inter_node_efficiency
     reduce = collective_time("all_reduce", num_bytes, group, context.cluster, context.calibration, efficiency)
     gather = collective_time("all_gather", num_bytes, group, context.cluster, context.calibration, efficiency)
-    scatter = collective_time("reduce_scatter", num_bytes, group, context.cluster, context.calibration, efficiency)
+    scatter = collective_time(
+        "reduce_scatter", num_bytes, group, context.cluster, context.calibration, efficiency
+    )
     overlap = software.tp_overlap
     if "async_tp" in context.features:
         overlap = max(overlap, software.async_tp_overlap)

@@ -29,9 +29,14 @@ def vocab_parallel_time(
     pp = columns.pp.astype(np.float64)
     tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
     stride = (columns.tp * columns.cp * columns.dp).astype(np.float64)
-    exchange = collective_time("all_reduce", 2.0 * tokens * context.model.hidden_size,
-                               place_group(pp, stride, context.cluster.node.num_gpus), context.cluster,
-                               context.calibration, context.software.inter_node_efficiency)
+    exchange = collective_time(
+        "all_reduce",
+        2.0 * tokens * context.model.hidden_size,
+        place_group(pp, stride, context.cluster.node.num_gpus),
+        context.cluster,
+        context.calibration,
+        context.software.inter_node_efficiency,
+    )
     exchange = exchange * np.where(columns.vocab_parallel == VocabParallels.INTERLACED, 1.0, 0.5)
     forward = (times.embedding_forward + times.head_forward) / pp
     backward = (times.embedding_backward + times.head_backward) / pp + exchange

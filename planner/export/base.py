@@ -9,7 +9,7 @@ from meshwright.errors import UnsupportedByTargetError
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["ExportBundle", "ExportFile", "Exporter", "Launcher", "launch_shape", "raise_if_unsupported"]
+__all__ = ["ExportBundle", "ExportFile", "Exporter", "Launcher", "raise_if_unsupported"]
 
 Launcher = Literal["torchrun", "slurm"]
 
@@ -97,12 +97,3 @@ def raise_if_unsupported(exporter: Exporter, job: TrainingJob, plan: ParallelPla
         raise UnsupportedByTargetError(
             f"{exporter.target} {exporter.target_version} cannot run this plan:\n{listed}"
         )
-
-
-def launch_shape(job: TrainingJob, plan: ParallelPlan) -> tuple[int, int]:
-    """Return the nodes and the GPUs per node that the plan occupies.
-
-    A plan smaller than a node takes a part of one; any other fills whole nodes (a rule of every exporter).
-    """
-    gpus_per_node = min(job.cluster.node.num_gpus, plan.num_gpus)
-    return plan.num_gpus // gpus_per_node, gpus_per_node

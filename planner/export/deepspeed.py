@@ -8,12 +8,12 @@ from meshwright.planner.export.base import (
     ExportBundle,
     ExportFile,
     Launcher,
-    launch_shape,
     raise_if_unsupported,
 )
 from meshwright.planner.export.deepspeed_rules import DEEPSPEED_RULES
+from meshwright.planner.export.launchers import launch_command, launch_files
 from meshwright.planner.export.rules import broken_rules
-from meshwright.planner.export.scripts import ArgumentGroup, args_file, label, launch_script, slurm_job
+from meshwright.planner.export.scripts import ArgumentGroup, args_file, label
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -51,43 +51,28 @@ class DeepSpeedExporter:
             If ``unsupported`` is not empty; the message lists every reason.
         """
         raise_if_unsupported(self, job, plan)
-        num_nodes, gpus_per_node = launch_shape(job, plan)
         title = (
             f"Meshwright: {label(job.model.name)} on {plan.num_gpus} GPUs, DeepSpeed {self.target_version}."
         )
         notes = _notes(plan)
-        files = [
-            ExportFile("ds_config.json", json.dumps(deepspeed_config(job, plan), indent=2) + "\n"),
-            ExportFile("args.sh", args_file(title, (_CONFIG_OPTION,), notes)),
-            ExportFile(
-                "launch.sh",
-                launch_script(
-                    title=title,
-                    sources=("args.sh",),
-                    required=("TRAIN_SCRIPT", "your training script, which calls deepspeed.initialize"),
-                    num_nodes=num_nodes,
-                    gpus_per_node=gpus_per_node,
-                    words=('"$TRAIN_SCRIPT"', '"${DEEPSPEED_ARGS[@]}"', '"$EXPORT_DIR/ds_config.json"'),
-                ),
-                is_executable=True,
-            ),
-        ]
-        script = "bash launch.sh"
-        if launcher == "slurm":
-            job_script = slurm_job(
-                title=title,
-                name=job.model.name,
-                num_nodes=num_nodes,
-                gpus_per_node=gpus_per_node,
-                owns_nodes=gpus_per_node == job.cluster.node.num_gpus,
-            )
-            files.append(ExportFile("job.sbatch", job_script, is_executable=True))
-            script = "sbatch job.sbatch"
+        scripts = launch_files(
+            job,
+            plan,
+            launcher,
+            title=title,
+            sources=("args.sh",),
+            required=("TRAIN_SCRIPT", "your training script, which calls deepspeed.initialize"),
+            words=('"$TRAIN_SCRIPT"', '"${DEEPSPEED_ARGS[@]}"', '"$EXPORT_DIR/ds_config.json"'),
+        )
         return ExportBundle(
             target=self.target,
             target_version=self.target_version,
-            files=tuple(files),
-            launch_command=f"TRAIN_SCRIPT=/path/to/train.py {script}",
+            files=(
+                ExportFile("ds_config.json", json.dumps(deepspeed_config(job, plan), indent=2) + "\n"),
+                ExportFile("args.sh", args_file(title, (_CONFIG_OPTION,), notes)),
+                *scripts,
+            ),
+            launch_command=launch_command(launcher, "TRAIN_SCRIPT", "/path/to/train.py"),
             notes=notes,
         )
 

@@ -50,7 +50,7 @@ def tensor_parallel_fits(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 
 def tensor_parallel_without_weight_sharding(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """AutoTP is documented with ZeRO 0 to 2."""
+    """AutoTP is documented with ZeRO 0 to 2; only the last 0.19 releases claim ZeRO-3."""
     if plan.tp == 1 or plan.sharding != "zero3":
         return None
     return f"tp {plan.tp} (AutoTP) does not go with sharding 'zero3'; use 'zero2' or tp 1."

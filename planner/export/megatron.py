@@ -6,13 +6,13 @@ from meshwright.planner.export.base import (
     ExportBundle,
     ExportFile,
     Launcher,
-    launch_shape,
     raise_if_unsupported,
 )
+from meshwright.planner.export.launchers import launch_command, launch_files
 from meshwright.planner.export.megatron_arguments import megatron_arguments, vocabulary_multiple
 from meshwright.planner.export.megatron_rules import MEGATRON_RULES, is_fully_sharded
 from meshwright.planner.export.rules import broken_rules
-from meshwright.planner.export.scripts import args_file, label, launch_script, slurm_job
+from meshwright.planner.export.scripts import args_file, label
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -41,47 +41,29 @@ class MegatronExporter:
             If ``unsupported`` is not empty; the message lists every reason.
         """
         raise_if_unsupported(self, job, plan)
-        num_nodes, gpus_per_node = launch_shape(job, plan)
         title = (
             f"Meshwright: {label(job.model.name)} on {plan.num_gpus} GPUs, Megatron-LM {self.target_version}."
         )
         groups = megatron_arguments(job, plan)
         notes = _notes(job, plan)
-        files = [
-            ExportFile("env.sh", _environment(job, plan)),
-            ExportFile("args.sh", args_file(title, groups, notes)),
-            ExportFile(
-                "launch.sh",
-                launch_script(
-                    title=title,
-                    sources=("env.sh", "args.sh"),
-                    required=("MEGATRON_PATH", f"a Megatron-LM checkout ({self.target_version})"),
-                    num_nodes=num_nodes,
-                    gpus_per_node=gpus_per_node,
-                    words=(
-                        '"$MEGATRON_PATH/pretrain_gpt.py"',
-                        *(f'"${{{group.name}[@]}}"' for group in groups),
-                    ),
-                ),
-                is_executable=True,
-            ),
-        ]
-        script = "bash launch.sh"
-        if launcher == "slurm":
-            job_script = slurm_job(
-                title=title,
-                name=job.model.name,
-                num_nodes=num_nodes,
-                gpus_per_node=gpus_per_node,
-                owns_nodes=gpus_per_node == job.cluster.node.num_gpus,
-            )
-            files.append(ExportFile("job.sbatch", job_script, is_executable=True))
-            script = "sbatch job.sbatch"
+        scripts = launch_files(
+            job,
+            plan,
+            launcher,
+            title=title,
+            sources=("env.sh", "args.sh"),
+            required=("MEGATRON_PATH", f"a Megatron-LM checkout ({self.target_version})"),
+            words=('"$MEGATRON_PATH/pretrain_gpt.py"', *(f'"${{{group.name}[@]}}"' for group in groups)),
+        )
         return ExportBundle(
             target=self.target,
             target_version=self.target_version,
-            files=tuple(files),
-            launch_command=f"MEGATRON_PATH=/path/to/Megatron-LM {script}",
+            files=(
+                ExportFile("env.sh", _environment(job, plan)),
+                ExportFile("args.sh", args_file(title, groups, notes)),
+                *scripts,
+            ),
+            launch_command=launch_command(launcher, "MEGATRON_PATH", "/path/to/Megatron-LM"),
             notes=notes,
         )
 

@@ -55,8 +55,15 @@ class ExhaustiveSearch:
             progress("simulating schedules", len(simulated), _NUM_SIMULATED)
         if not simulated:
             raise InfeasiblePlanError("no plan satisfies every constraint", rejections)
-        return _ranked(request, survivors, bounds, simulated, order[position:],
-                       (num_candidates, num_feasible), rejections)
+        return _ranked(
+            request,
+            survivors,
+            bounds,
+            simulated,
+            order[position:],
+            (num_candidates, num_feasible),
+            rejections,
+        )
 
 
 def _bounded(
@@ -78,7 +85,9 @@ def _bounded(
         progress("scoring plans", num_candidates, 0)
     if not kept:
         raise InfeasiblePlanError("no plan satisfies every constraint", rejections)
-    merged = PlanColumns(**{f.name: np.concatenate([getattr(k, f.name) for k in kept]) for f in fields(PlanColumns)})
+    merged = PlanColumns(
+        **{f.name: np.concatenate([getattr(k, f.name) for k in kept]) for f in fields(PlanColumns)}
+    )
     return merged, np.concatenate(bounds), num_candidates, num_feasible
 
 
@@ -102,8 +111,11 @@ def _ranked(
     values = objective_values(request.objective, chosen, times)
     ranking = np.lexsort((rows, peak_memory(request.context, chosen), values))
     ranked = tuple(
-        RankedPlan(plan=simulated[i][2], prediction=predict(request.context, simulated[i][2], request.flops),
-                   bound=float(bounds[simulated[i][1]]))
+        RankedPlan(
+            plan=simulated[i][2],
+            prediction=predict(request.context, simulated[i][2], request.flops),
+            bound=float(bounds[simulated[i][1]]),
+        )
         for i in ranking[: request.num_plans]
     )
     next_value = np.inf

@@ -1,0 +1,3 @@
+"""Models, workloads and plans as values."""
+
+__all__: list[str] = []

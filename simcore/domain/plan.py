@@ -8,14 +8,33 @@ from typing import Literal, get_args
 from meshwright.errors import SpecError, did_you_mean
 
 __all__ = [
-    "RECOMPUTES", "SCHEDULES_KNOWN", "SHARDINGS", "VOCAB_PARALLELS",
-    "ParallelPlan", "Recompute", "ScheduleName", "Sharding", "VocabParallel", "partition_layers",
+    "RECOMPUTES",
+    "SCHEDULES_KNOWN",
+    "SHARDINGS",
+    "VOCAB_PARALLELS",
+    "ParallelPlan",
+    "Recompute",
+    "ScheduleName",
+    "Sharding",
+    "VocabParallel",
+    "partition_layers",
 ]
 
 Sharding = Literal["none", "zero1", "zero2", "zero3", "hsdp"]
 Recompute = Literal["none", "selective", "full"]
-ScheduleName = Literal["none", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_h2", "zb_v", "v_half", "v_min",
-                       "dualpipe", "dualpipe_v"]
+ScheduleName = Literal[
+    "none",
+    "gpipe",
+    "1f1b",
+    "interleaved_1f1b",
+    "zb_h1",
+    "zb_h2",
+    "zb_v",
+    "v_half",
+    "v_min",
+    "dualpipe",
+    "dualpipe_v",
+]
 VocabParallel = Literal["none", "redistributed", "vocab_1", "vocab_2", "interlaced"]
 SHARDINGS: tuple[str, ...] = get_args(Sharding)
 RECOMPUTES: tuple[str, ...] = get_args(Recompute)
@@ -82,15 +101,23 @@ class ParallelPlan:
         for axis in ("dp", "tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size"):
             if getattr(self, axis) < 1:
                 raise SpecError(f"plan.{axis} must be at least 1, not {getattr(self, axis)}")
-        for name, known in (("sharding", SHARDINGS), ("recompute", RECOMPUTES), ("schedule", SCHEDULES_KNOWN),
-                            ("vocab_parallel", VOCAB_PARALLELS)):
+        for name, known in (
+            ("sharding", SHARDINGS),
+            ("recompute", RECOMPUTES),
+            ("schedule", SCHEDULES_KNOWN),
+            ("vocab_parallel", VOCAB_PARALLELS),
+        ):
             value = getattr(self, name)
             if value not in known:
-                raise SpecError(f"plan.{name}: unknown value '{value}'{did_you_mean(value, known)} "
-                                f"Known: {', '.join(known)}.")
+                raise SpecError(
+                    f"plan.{name}: unknown value '{value}'{did_you_mean(value, known)} "
+                    f"Known: {', '.join(known)}."
+                )
         if len(self.layers_per_stage) != self.pp * self.vpp:
-            raise SpecError(f"plan.layers_per_stage names {len(self.layers_per_stage)} virtual stages, but pp x vpp "
-                            f"is {self.pp} x {self.vpp} = {self.pp * self.vpp}")
+            raise SpecError(
+                f"plan.layers_per_stage names {len(self.layers_per_stage)} virtual stages, but pp x vpp "
+                f"is {self.pp} x {self.vpp} = {self.pp * self.vpp}"
+            )
         if min(self.layers_per_stage) < 0:
             raise SpecError("plan.layers_per_stage: a stage cannot hold a negative number of layers")
         if self.sequence_parallel and self.tp == 1:
@@ -98,11 +125,19 @@ class ParallelPlan:
         if self.vpp > 1 and self.pp == 1:
             raise SpecError("plan.vpp > 1 needs pp > 1 (interleaving splits a pipeline stage)")
         if (self.pp == 1) != (self.schedule == "none"):
-            raise SpecError(f"plan.schedule '{self.schedule}' does not go with pp {self.pp}: "
-                            "write 'none' for pp 1 and a pipeline schedule otherwise")
-        if (self.vpp > 1) != (self.schedule == "interleaved_1f1b") and self.schedule in ("gpipe", "1f1b", "interleaved_1f1b"):
-            raise SpecError(f"plan.schedule '{self.schedule}' does not go with vpp {self.vpp}: "
-                            "interleaved_1f1b needs vpp > 1, gpipe and 1f1b have vpp 1")
+            raise SpecError(
+                f"plan.schedule '{self.schedule}' does not go with pp {self.pp}: "
+                "write 'none' for pp 1 and a pipeline schedule otherwise"
+            )
+        if (self.vpp > 1) != (self.schedule == "interleaved_1f1b") and self.schedule in (
+            "gpipe",
+            "1f1b",
+            "interleaved_1f1b",
+        ):
+            raise SpecError(
+                f"plan.schedule '{self.schedule}' does not go with vpp {self.vpp}: "
+                "interleaved_1f1b needs vpp > 1, gpipe and 1f1b have vpp 1"
+            )
         if self.sharding_group is not None and (self.sharding_group < 1 or self.dp % self.sharding_group):
             raise SpecError(f"plan.sharding_group {self.sharding_group} must divide dp {self.dp}")
 
@@ -128,8 +163,10 @@ class ParallelPlan:
         if global_batch_size % per_step:
             lower = global_batch_size // per_step * per_step
             near = f"{lower} or {lower + per_step}" if lower else str(per_step)
-            raise SpecError(f"global_batch_size {global_batch_size} is not a multiple of dp x micro_batch_size = "
-                            f"{self.dp} x {self.micro_batch_size} = {per_step}; the nearest batches are {near}")
+            raise SpecError(
+                f"global_batch_size {global_batch_size} is not a multiple of dp x micro_batch_size = "
+                f"{self.dp} x {self.micro_batch_size} = {per_step}; the nearest batches are {near}"
+            )
         return global_batch_size // per_step
 
 

@@ -36,8 +36,10 @@ class TrainingWorkload:
             if getattr(self, field) < 1:
                 raise SpecError(f"workload.{field} must be at least 1, not {getattr(self, field)}")
         if self.precision not in PRECISIONS:
-            raise SpecError(f"workload.precision: unknown precision '{self.precision}'"
-                            f"{did_you_mean(self.precision, PRECISIONS)} Known: {', '.join(PRECISIONS)}.")
+            raise SpecError(
+                f"workload.precision: unknown precision '{self.precision}'"
+                f"{did_you_mean(self.precision, PRECISIONS)} Known: {', '.join(PRECISIONS)}."
+            )
 
     @property
     def num_tokens(self) -> int:

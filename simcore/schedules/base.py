@@ -73,7 +73,7 @@ class PipelineSchedule(Protocol):
 
     @property
     def name(self) -> str:
-        """The word of interfaces.md."""
+        """The word that plan files use."""
         raise NotImplementedError
 
     def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:

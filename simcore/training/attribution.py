@@ -47,7 +47,9 @@ class IdleTime:
     @property
     def per_stage(self) -> NDArray[np.float64]:
         """All idle time of each stage, shape ``(num_stages,)`` [s]."""
-        return np.sum([getattr(self, field.name) for field in fields(self)], axis=0)
+        causes = np.array([getattr(self, field.name) for field in fields(self)], dtype=np.float64)
+        total: NDArray[np.float64] = causes.sum(axis=0)
+        return total
 
     def totals(self) -> dict[str, float]:
         """Return the idle time of all stages together by cause [s]."""
@@ -73,10 +75,10 @@ def idle_time(
     begins, ends = start[: kind.size].reshape(kind.shape), end[: kind.size].reshape(kind.shape)
     gap = begins.copy()
     gap[:, 1:] -= ends[:, :-1]
-    gather = np.zeros(kind.size)
-    gather[structure.first_forward] += start[structure.first_forward] - end[structure.forward_ready]
-    gather[structure.first_forward + 1] += end[structure.forward_done] - end[structure.first_forward]
-    gather = gather.reshape(kind.shape)
+    waits = np.zeros(kind.size)
+    waits[structure.first_forward] += start[structure.first_forward] - end[structure.forward_ready]
+    waits[structure.first_forward + 1] += end[structure.forward_done] - end[structure.first_forward]
+    gather = waits.reshape(kind.shape)
     wait = gap - gather
     later = wait[:, 1:]
     is_backward = (kind[:, 1:] == BACKWARD) | (kind[:, 1:] == INPUT_GRADIENT)

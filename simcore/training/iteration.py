@@ -188,4 +188,5 @@ def _communication_inside(costs: IterationCosts) -> NDArray[np.float64]:
         per_micro_batch[:-1] += costs.send_time[:-1]
         per_micro_batch[1:] += costs.send_time[:-1]
     by_chunk = per_micro_batch.reshape(costs.num_chunks, costs.num_stages)
-    return by_chunk.sum(axis=0) * costs.num_micro_batches
+    per_stage: NDArray[np.float64] = by_chunk.sum(axis=0) * costs.num_micro_batches
+    return per_stage

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import SpecError, did_you_mean
-from meshwright.simcore.compiled import compiled, for_kernel, from_kernel, kernel_output
 from meshwright.simcore.schedules import SCHEDULES, WEIGHT_GRADIENT, StageOperations
 from meshwright.simcore.task_graph import TaskGraph, build_task_graph
 from meshwright.simcore.training.costs import IterationCosts
+from meshwright.simcore.training.operation_links import linked_operations
 
 __all__ = ["IterationStructure", "iteration_structure"]
 
@@ -168,7 +168,7 @@ def _build(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: i
     blocks = extra[2 * num_stages :].reshape(7, num_virtual)
     ready, done, backward_ready, exposed, overlapped, reduce_overlapped, reduce_exposed = blocks
 
-    first, second, task_class, first_forward, last_backward = _linked(
+    first, second, task_class, first_forward, last_backward = linked_operations(
         operations, num_virtual, done, len(extra)
     )
     first[first_forward + 1] = done
@@ -188,22 +188,10 @@ def _build(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: i
     first[optimizer] = np.arange(1, num_stages + 1) * operations.num_operations - 1
     second[optimizer] = _last_reduction(last_backward, reduce_exposed, num_stages)
 
-    tail = _NUM_BLOCKS * num_virtual
-    task_class[begin] = tail + np.arange(num_stages)
-    task_class[optimizer] = tail + num_stages + np.arange(num_stages)
-    task_class[done] = tail + 2 * num_stages
-    for block, tasks in (
-        (_FORWARD_READY, ready),
-        (_BACKWARD_READY, backward_ready),
-        (_GATHER_EXPOSED, exposed),
-        (_GATHER_OVERLAPPED, overlapped),
-        (_REDUCE_OVERLAPPED, reduce_overlapped),
-        (_REDUCE_EXPOSED, reduce_exposed),
-    ):
-        task_class[tasks] = block * num_virtual + np.arange(num_virtual)
+    _set_classes(task_class, begin, optimizer, blocks)
     return IterationStructure(
         operations=operations,
-        graph=build_task_graph(first, second, task_class, tail + 2 * num_stages + 1),
+        graph=build_task_graph(first, second, task_class, _NUM_BLOCKS * num_virtual + 2 * num_stages + 1),
         peak_in_flight=operations.peak_in_flight(),
         has_split_backward=bool((operations.kind[0] == WEIGHT_GRADIENT).any()),
         first_forward=first_forward,
@@ -221,6 +209,30 @@ def _build(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: i
 
 _small = functools.lru_cache(maxsize=128)(_build)
 _large = functools.lru_cache(maxsize=4)(_build)
+
+
+def _set_classes(
+    task_class: NDArray[np.int32],
+    begin: NDArray[np.int32],
+    optimizer: NDArray[np.int32],
+    blocks: NDArray[np.int32],
+) -> None:
+    """Write the classes of the tasks that are no operations."""
+    ready, done, backward_ready, exposed, overlapped, reduce_overlapped, reduce_exposed = blocks
+    num_stages, num_virtual = len(begin), len(ready)
+    tail = _NUM_BLOCKS * num_virtual
+    task_class[begin] = tail + np.arange(num_stages)
+    task_class[optimizer] = tail + num_stages + np.arange(num_stages)
+    task_class[done] = tail + 2 * num_stages
+    for block, tasks in (
+        (_FORWARD_READY, ready),
+        (_BACKWARD_READY, backward_ready),
+        (_GATHER_EXPOSED, exposed),
+        (_GATHER_OVERLAPPED, overlapped),
+        (_REDUCE_OVERLAPPED, reduce_overlapped),
+        (_REDUCE_EXPOSED, reduce_exposed),
+    ):
+        task_class[tasks] = block * num_virtual + np.arange(num_virtual)
 
 
 def _link_communication(
@@ -247,85 +259,6 @@ def _last_reduction(
     last_backward: NDArray[np.int32], reduce_exposed: NDArray[np.int32], num_stages: int
 ) -> NDArray[np.int32]:
     by_chunk = last_backward.reshape(-1, num_stages)
-    return reduce_exposed.reshape(-1, num_stages)[by_chunk.argmax(axis=0), np.arange(num_stages)]
-
-
-def _linked(
-    operations: StageOperations, num_virtual: int, done: NDArray[np.int32], num_extra: int
-) -> tuple[NDArray[np.int32], ...]:
-    """Return predecessors and classes of the operations, room for the extra tasks, and who is first and last."""
-    num_tasks = operations.kind.size + num_extra
-    num_micro_batches = int(operations.micro_batch[0].max()) + 1
-    first = kernel_output(num_tasks, -1, np.int32)
-    second = kernel_output(num_tasks, -1, np.int32)
-    task_class = kernel_output(num_tasks, 0, np.int32)
-    first_forward = kernel_output(num_virtual, -1, np.int32)
-    last_backward = kernel_output(num_virtual, -1, np.int32)
-    link_operations(
-        for_kernel(operations.kind.ravel()),
-        for_kernel(operations.micro_batch.ravel()),
-        for_kernel(operations.chunk.ravel()),
-        operations.num_stages,
-        for_kernel(done),
-        kernel_output(num_virtual * num_micro_batches, -1, np.int32),
-        kernel_output(num_virtual * num_micro_batches, -1, np.int32),
-        first,
-        second,
-        task_class,
-        first_forward,
-        last_backward,
-    )
-    return tuple(
-        from_kernel(values, np.int32) for values in (first, second, task_class, first_forward, last_backward)
-    )
-
-
-@compiled
-def link_operations(  # noqa: PLR0917 - kernels take flat arrays
-    kind: NDArray[np.int8],
-    micro_batch: NDArray[np.int32],
-    chunk: NDArray[np.int32],
-    num_stages: int,
-    done: NDArray[np.int32],
-    forward_task: NDArray[np.int32],
-    backward_task: NDArray[np.int32],
-    first: NDArray[np.int32],
-    second: NDArray[np.int32],
-    task_class: NDArray[np.int32],
-    first_forward: NDArray[np.int32],
-    last_backward: NDArray[np.int32],
-) -> None:
-    """Write who precedes each operation, its class, and each virtual stage's first forward and last gradient.
-
-    ``forward_task`` and ``backward_task`` (per virtual stage and micro-batch) are scratch: the task after
-    which the activation and the gradient exist. Kinds are written out because kernels see only arguments.
-    """
-    num_operations = len(kind) // num_stages
-    num_virtual = len(first_forward)
-    num_micro_batches = len(forward_task) // num_virtual
-    for stage in range(num_stages):
-        for task in range(stage * num_operations, (stage + 1) * num_operations):
-            virtual = chunk[task] * num_stages + stage
-            place = virtual * num_micro_batches + micro_batch[task]
-            what = kind[task]
-            if what == 0:
-                forward_task[place] = task
-                if first_forward[virtual] < 0:
-                    first_forward[virtual] = task
-                    forward_task[place] = done[virtual]
-            elif what != 3:
-                backward_task[place] = task
-            if what in (1, 3):
-                last_backward[virtual] = task
-    for stage in range(num_stages):
-        for task in range(stage * num_operations, (stage + 1) * num_operations):
-            virtual = chunk[task] * num_stages + stage
-            place = virtual * num_micro_batches + micro_batch[task]
-            what = kind[task]
-            first[task] = task - 1
-            if what == 0 and virtual > 0:
-                second[task] = forward_task[place - num_micro_batches]
-            elif what in (1, 2) and virtual < num_virtual - 1:
-                second[task] = backward_task[place + num_micro_batches]
-            task_class[task] = what * num_virtual + virtual
-        first[stage * num_operations] = len(kind) + stage
+    chunk = by_chunk.argmax(axis=0)
+    last: NDArray[np.int32] = reduce_exposed[chunk * num_stages + np.arange(num_stages)]
+    return last

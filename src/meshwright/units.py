@@ -15,7 +15,16 @@ from meshwright.errors import SpecError, did_you_mean
 
 __all__ = ["Kind", "format_quantity", "parse_quantity"]
 
-Kind = Literal["bytes", "bytes_per_second", "flops_per_second", "seconds", "watts", "hertz", "dollars_per_hour", "fraction"]
+Kind = Literal[
+    "bytes",
+    "bytes_per_second",
+    "flops_per_second",
+    "seconds",
+    "watts",
+    "hertz",
+    "dollars_per_hour",
+    "fraction",
+]
 
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -25,7 +34,9 @@ _UNITS: dict[Kind, dict[str, float]] = {
     "bytes": {p + "B": f for p, f in _PREFIXES.items()},
     "bytes_per_second": {p + "B/s": f for p, f in _PREFIXES.items()}
     | {p + unit: f / 8.0 for p, f in _DECIMAL.items() for unit in ("bit/s", "b/s", "bps")},
-    "flops_per_second": {p + unit: f for p, f in _DECIMAL.items() for unit in ("FLOP/s", "FLOPS", "FLOPs/s", "OP/s")},
+    "flops_per_second": {
+        p + unit: f for p, f in _DECIMAL.items() for unit in ("FLOP/s", "FLOPS", "FLOPs/s", "OP/s")
+    },
     "seconds": {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0},
     "watts": {"mW": 1e-3, "W": 1.0, "kW": 1e3, "MW": 1e6},
     "hertz": {"Hz": 1.0, "kHz": 1e3, "MHz": 1e6, "GHz": 1e9},
@@ -92,8 +103,10 @@ def parse_quantity(text: str, kind: Kind) -> float:
         raise SpecError(f"'{text}' has no unit; write for example '{_EXAMPLES[kind]}'")
     if unit not in units:
         guess = did_you_mean(unit, units) or ";"
-        raise SpecError(f"'{text}': unknown unit '{unit}' for {_spoken(kind)}{guess} write for example "
-                        f"'{_EXAMPLES[kind]}'")
+        raise SpecError(
+            f"'{text}': unknown unit '{unit}' for {_spoken(kind)}{guess} write for example "
+            f"'{_EXAMPLES[kind]}'"
+        )
     value = number * units[unit]
     if not math.isfinite(value) or value < 0:
         raise SpecError(f"'{text}' must be a finite quantity, not negative")

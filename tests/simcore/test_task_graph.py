@@ -65,7 +65,7 @@ def test_tasks_are_numbered_by_level(seed: int, num_tasks: int) -> None:
     level = np.zeros(num_tasks, dtype=int)
     for task in range(num_tasks):
         sides = (graph.first_predecessor[task], graph.second_predecessor[task])
-        level[task] = max([level[side] + 1 for side in sides if side >= 0], default=0)
+        level[task] = max([level[side] + 1 for side in sides if side < num_tasks], default=0)
     assert np.all(np.diff(level) >= 0)
 
 
@@ -75,7 +75,7 @@ def test_critical_path_is_gapless_and_has_no_slack(seed: int, num_tasks: int, ha
     graph = build_task_graph(*random_predecessors(rng, num_tasks))
     durations = rng.integers(0, 64, num_tasks) / 8.0
     # Only where there is a second predecessor: elsewhere a lag holds the task back on its own.
-    is_joined = graph.in_built_order(graph.second_predecessor) >= 0
+    is_joined = graph.in_built_order(graph.second_predecessor) < num_tasks
     lags = np.where(is_joined, rng.integers(0, 64, num_tasks) / 8.0, 0.0) if has_lags else None
     times = graph.evaluate(durations, lags)
     path = graph.critical_path(times, lags)

@@ -72,7 +72,9 @@ DEEPSEEK = dataclasses.replace(
     vocab_size=129280,
     max_position_embeddings=4096,
     num_mtp_layers=1,
-    mla=MlaSpec(q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+    mla=MlaSpec(
+        q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+    ),
     moe=MoeSpec(
         num_experts=256,
         top_k=8,
@@ -187,8 +189,12 @@ CASES: dict[str, tuple[str, Launcher, TrainingJob, ParallelPlan]] = {
     "megatron_latent_attention": (
         "megatron",
         "slurm",
-        make_job(DEEPSEEK, num_nodes=32, batch=4096, length=4096, precision="fp8_block", architecture="hopper"),
-        make_plan(61, dp=16, tp=2, pp=8, ep=32, sequence_parallel=True, sharding="zero1", recompute="selective"),
+        make_job(
+            DEEPSEEK, num_nodes=32, batch=4096, length=4096, precision="fp8_block", architecture="hopper"
+        ),
+        make_plan(
+            61, dp=16, tp=2, pp=8, ep=32, sequence_parallel=True, sharding="zero1", recompute="selective"
+        ),
     ),
     "megatron_part_of_a_node": (
         "megatron",
@@ -196,7 +202,12 @@ CASES: dict[str, tuple[str, Launcher, TrainingJob, ParallelPlan]] = {
         make_job(num_nodes=1),
         make_plan(dp=2, tp=2, sharding="zero1"),
     ),
-    "deepspeed_zero3": ("deepspeed", "torchrun", make_job(), make_plan(dp=16, sharding="zero3", recompute="full")),
+    "deepspeed_zero3": (
+        "deepspeed",
+        "torchrun",
+        make_job(),
+        make_plan(dp=16, sharding="zero3", recompute="full"),
+    ),
     "deepspeed_zero1_slurm": (
         "deepspeed",
         "slurm",

@@ -17,7 +17,9 @@ from export_cases import CASES, GOLDEN, export_case
 def test_export_equals_the_golden_files(name):
     bundle = export_case(name)
     kept = {path.name: path.read_text() for path in (GOLDEN / name).iterdir()}
-    assert {file.name: file.text for file in bundle.files} | {"launch_command.txt": bundle.launch_command + "\n"} == kept
+    assert {file.name: file.text for file in bundle.files} | {
+        "launch_command.txt": bundle.launch_command + "\n"
+    } == kept
 
 
 def test_every_golden_folder_belongs_to_a_case():

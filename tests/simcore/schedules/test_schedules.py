@@ -63,7 +63,7 @@ def test_keys_are_the_words_of_plan_files() -> None:
     assert [schedule.name for schedule in SCHEDULES.values()] == list(SCHEDULES)
 
 
-# ../reference: Megatron's order reproduced by an event simulation; peak of the first stage.
+# Megatron's order in an independent event simulation; peak of the first stage.
 @pytest.mark.parametrize(
     ("stages", "chunks", "micro_batches", "peak"), [(4, 2, 8, 11), (8, 4, 32, 39), (16, 2, 64, 47)]
 )

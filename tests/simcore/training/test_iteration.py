@@ -66,7 +66,7 @@ def test_bubble_of_interleaving_is_divided_by_the_chunks(
     assert result.iteration_time == stages * groups * (forward + backward) + bubble
 
 
-# Makespans of an independent event simulation, F = 1 and B = 2 per stage (oracle of the training reference).
+# Makespans of an independent event simulation, F = 1 and B = 2 per stage.
 @pytest.mark.parametrize(
     ("name", "stages", "chunks", "micro_batches", "makespan"),
     [

@@ -1,0 +1,74 @@
+"""Specs by name, as plain data for printing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from meshwright.errors import SpecError, did_you_mean
+from meshwright.hardware_specs.catalog import (
+    SpecKind,
+    list_specs,
+    load_cluster,
+    load_fabric,
+    load_gpu,
+    load_node,
+)
+from meshwright.hardware_specs.spec_writing import (
+    cluster_to_mapping,
+    fabric_to_mapping,
+    gpu_to_mapping,
+    node_to_mapping,
+)
+from meshwright.simcore.domain.model_catalog import list_models, load_model, model_to_mapping
+from meshwright.simcore.domain.model_parameters import parameter_breakdown
+
+__all__ = ["find_spec", "spec_names"]
+
+
+def _model_mapping(name: str) -> dict[str, object]:
+    model = load_model(name)
+    return {
+        **model_to_mapping(model),
+        "parameters": model.num_parameters,
+        "active_parameters": model.num_active_parameters,
+        "parameter_breakdown": parameter_breakdown(model),
+    }
+
+
+_SHOWERS: dict[str, Callable[[str], dict[str, object]]] = {
+    "gpu": lambda name: gpu_to_mapping(load_gpu(name)),
+    "node": lambda name: node_to_mapping(load_node(name)),
+    "fabric": lambda name: fabric_to_mapping(load_fabric(name)),
+    "cluster": lambda name: cluster_to_mapping(load_cluster(name)),
+    "model": _model_mapping,
+}
+
+
+def spec_names(kind: str) -> tuple[str, ...]:
+    """Return the ids of one kind, sorted."""
+    return list_models() if kind == "model" else list_specs(cast("SpecKind", kind))
+
+
+def find_spec(name: str) -> tuple[str, dict[str, object]]:
+    """Return the kind and the data of the first spec of that name: GPU, node, fabric, cluster, then model.
+
+    Raises
+    ------
+    SpecError
+        If nothing has that name; names the nearest.
+    """
+    for kind, show in _SHOWERS.items():
+        if name.lower() in spec_names(kind):
+            return kind, show(name.lower())
+    for kind, show in _SHOWERS.items():
+        # Aliases and paths: each catalogue knows its own.
+        try:
+            return kind, show(name)
+        except SpecError as error:
+            if not str(error).startswith("unknown"):
+                raise
+    known = [each for kind in _SHOWERS for each in spec_names(kind)]
+    raise SpecError(
+        f"unknown spec '{name[:80]}'{did_you_mean(name, known) or ';'} run 'meshwright specs list' for all"
+    )

@@ -1,0 +1,45 @@
+"""``meshwright validate``: predicted against measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from meshwright.cli.options import CommonOptions, common_options
+
+__all__ = ["command"]
+
+
+@click.command("validate", short_help="Score predictions against measured runs.")
+@click.argument("runs", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write one line per run as CSV.")
+@common_options
+def command(*, runs: Path, out: Path | None, common: CommonOptions) -> None:
+    r"""Predict every run of the table RUNS (CSV) and print the error by source.
+
+    \b
+    meshwright validate validation/training_runs.csv --out results.csv
+    """
+    from meshwright.cli.render.console import ProgressLine, print_json
+    from meshwright.cli.render.validation import (
+        is_our_results,
+        print_validation,
+        results_csv,
+        validation_mapping,
+    )
+    from meshwright.planner.output_file import check_replaceable, replace_file
+    from meshwright.profiler.measured_runs import read_measured_runs
+    from meshwright.profiler.validation import score_runs
+
+    table = read_measured_runs(runs)
+    if out is not None:
+        check_replaceable(out, force=common.force, is_ours=is_our_results)
+    with ProgressLine(common.quiet or common.as_json) as progress:
+        scored = score_runs(table, common.calibrations, progress)
+    if out is not None:
+        replace_file(out, results_csv(scored).encode(), force=common.force, is_ours=is_our_results)
+    if common.as_json:
+        print_json(validation_mapping(scored))
+    else:
+        print_validation(runs, scored, out)

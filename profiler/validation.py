@@ -1,0 +1,164 @@
+"""Score predictions against measured runs, row by row and source by source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from meshwright.costmodels.context import cost_context
+from meshwright.costmodels.prediction import Prediction, predict
+from meshwright.errors import MeshwrightError
+from meshwright.profiler.measured_runs import MeasuredRun
+from meshwright.profiler.measured_setup import IncompleteRowError, measured_setup
+
+__all__ = [
+    "RESULT_COLUMNS",
+    "ErrorSummary",
+    "Quantity",
+    "ScoredRun",
+    "Status",
+    "score_run",
+    "score_runs",
+    "summarise",
+]
+
+Status = Literal["scored", "skipped", "infeasible"]
+Quantity = Literal["time", "memory"]
+
+RESULT_COLUMNS = (
+    "id",
+    "source",
+    "status",
+    "reason",
+    "measured_seconds",
+    "predicted_seconds",
+    "predicted_low_seconds",
+    "predicted_high_seconds",
+    "measured_memory_gib",
+    "predicted_memory_gib",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoredRun:
+    """One row with its prediction, or the reason why there is none."""
+
+    run: MeasuredRun
+    status: Status
+    reason: str
+    prediction: Prediction | None
+
+    @property
+    def is_scorable(self) -> bool:
+        """Whether the row states a time, a memory or an out-of-memory to compare with."""
+        run = self.run
+        if run.measured == "time":
+            return run.measured_seconds is not None
+        return run.measured == "oom" or (run.measured == "memory" and run.measured_memory_bytes is not None)
+
+    @property
+    def time_error(self) -> float | None:
+        """Predicted over measured seconds minus 1; None without both."""
+        if self.prediction is None or self.run.measured != "time" or self.run.measured_seconds is None:
+            return None
+        return self.prediction.iteration_time / self.run.measured_seconds - 1.0
+
+    @property
+    def memory_error(self) -> float | None:
+        """Predicted over measured memory minus 1; None without both."""
+        if self.prediction is None or self.run.measured_memory_bytes is None:
+            return None
+        return self.prediction.peak_memory_bytes / self.run.measured_memory_bytes - 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorSummary:
+    """Errors of a group of rows, as shares of the measured value.
+
+    Parameters
+    ----------
+    num_scored, num_scorable : int
+        Rows with a prediction, and rows that state something to compare with.
+    mean, median, bias, p90 : float | None
+        Mean and median absolute error, median signed error, 90th percentile; None without a row.
+    """
+
+    name: str
+    num_scored: int
+    num_scorable: int
+    mean: float | None
+    median: float | None
+    bias: float | None
+    p90: float | None
+
+    @property
+    def coverage(self) -> float:
+        """Scored over scorable rows; 1 when nothing is scorable."""
+        return self.num_scored / self.num_scorable if self.num_scorable else 1.0
+
+
+def score_run(run: MeasuredRun, calibration_paths: Sequence[Path] = ()) -> ScoredRun:
+    """Return the prediction of one row, or why it has none."""
+    try:
+        setup = measured_setup(run)
+        context = cost_context(
+            setup.job,
+            features=setup.features,
+            attention_kernel=setup.attention_kernel,
+            calibration_paths=calibration_paths,
+        )
+        prediction = predict(context, setup.plan)
+    except (IncompleteRowError, MeshwrightError) as error:
+        return ScoredRun(run=run, status="skipped", reason=str(error), prediction=None)
+    remarks = list(setup.remarks)
+    if context.calibration.is_estimate:
+        remarks.append(context.calibration.reason)
+    status: Status = "scored"
+    if prediction.memory_headroom < 0:
+        status = "infeasible"
+        remarks.insert(
+            0,
+            f"predicted {prediction.peak_memory_bytes / 2**30:.1f} GiB of "
+            f"{prediction.usable_memory_bytes / 2**30:.1f} GiB usable",
+        )
+    return ScoredRun(run=run, status=status, reason="; ".join(remarks), prediction=prediction)
+
+
+def score_runs(
+    runs: Sequence[MeasuredRun], calibration_paths: Sequence[Path], progress: Callable[[str, int, int], None]
+) -> tuple[ScoredRun, ...]:
+    """Return every row scored, in order."""
+    scored = []
+    for index, run in enumerate(runs, start=1):
+        scored.append(score_run(run, calibration_paths))
+        progress("predicting runs", index, len(runs))
+    return tuple(scored)
+
+
+def summarise(name: str, rows: Sequence[ScoredRun], quantity: Quantity) -> ErrorSummary:
+    """Return the errors of some rows; ``time`` counts timed rows, ``memory`` those with a measured memory."""
+    if quantity == "time":
+        scorable = [row for row in rows if row.run.measured == "time" and row.is_scorable]
+        errors = [row.time_error for row in scorable]
+    else:
+        scorable = [row for row in rows if row.run.measured_memory_bytes is not None]
+        errors = [row.memory_error for row in scorable]
+    known = np.array([error for error in errors if error is not None])
+    if not len(known):
+        return ErrorSummary(
+            name=name, num_scored=0, num_scorable=len(scorable), mean=None, median=None, bias=None, p90=None
+        )
+    size = np.abs(known)
+    return ErrorSummary(
+        name=name,
+        num_scored=len(known),
+        num_scorable=len(scorable),
+        mean=float(size.mean()),
+        median=float(np.median(size)),
+        bias=float(np.median(known)),
+        p90=float(np.percentile(size, 90)),
+    )

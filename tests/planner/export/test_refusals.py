@@ -1,0 +1,187 @@
+"""Each target says what it cannot run, with the values and the nearest ones that would do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from export_cases import DEEPSEEK, GPT_175B, LLAMA_8B, MIXTRAL, make_job, make_plan
+
+from meshwright.errors import UnsupportedByTargetError
+from meshwright.planner.export import EXPORTERS
+
+SP = {"sequence_parallel": True}
+
+
+def changed(**fields):
+    return make_job(dataclasses.replace(LLAMA_8B, **fields))
+
+
+MEGATRON_REFUSALS = {
+    "layers that do not add up": (make_job(), make_plan(30), ["30 layers", "has 32"]),
+    "more GPUs than the cluster": (make_job(), make_plan(dp=32), ["32 GPUs", "has 16"]),
+    "nodes left half empty": (
+        make_job(num_nodes=4, batch=12),
+        make_plan(dp=12),
+        ["whole nodes of 8", "8 or 16"],
+    ),
+    "a batch that does not divide": (make_job(batch=100), make_plan(dp=8), ["100", "96 or 104"]),
+    "vocabulary over stages": (make_job(), make_plan(dp=8, vocab_parallel="vocab_1"), ["vocab_1", "'none'"]),
+    "experts without experts": (make_job(), make_plan(dp=8, ep=2), ["ep 2", "mixture-of-experts"]),
+    "experts that do not divide": (
+        make_job(MIXTRAL),
+        make_plan(dp=8, ep=3),
+        ["ep 3", "num_experts 8", "2 or 4"],
+    ),
+    "heads that do not divide": (
+        make_job(num_nodes=3),
+        make_plan(tp=3, dp=8),
+        ["tp 3", "heads 32", "2 or 4"],
+    ),
+    "a width that does not divide": (
+        changed(ffn_hidden_size=14338),
+        make_plan(tp=4, dp=2),
+        ["tp 4", "ffn_hidden_size 14338", "use tp 2"],
+    ),
+    "a sequence that cp cannot cut": (make_job(length=8190), make_plan(cp=2, dp=4), ["8190", "8188 or 8192"]),
+    "a sequence that sp cannot cut": (make_job(length=8190), make_plan(tp=4, dp=2, **SP), ["8188 or 8192"]),
+    "gpipe": (make_job(), make_plan(pp=2, dp=8, schedule="gpipe"), ["'gpipe'", "'1f1b'"]),
+    "zero bubble": (make_job(), make_plan(pp=2, dp=8, schedule="zb_h1"), ["'zb_h1'", "'1f1b'"]),
+    "interleaving with a remainder": (
+        make_job(batch=12),
+        make_plan(pp=4, vpp=2, dp=2),
+        ["multiples of pp 4", "there are 6", "8 or 16"],
+    ),
+    "an empty inner stage": (
+        make_job(),
+        make_plan(pp=4, dp=4, layers_per_stage=(16, 0, 8, 8)),
+        ["virtual stage 1", "0 layers"],
+    ),
+    "sharded gradients in a pipeline": (
+        make_job(),
+        make_plan(pp=2, dp=8, sharding="zero2"),
+        ["'zero2'", "pp 1"],
+    ),
+    "hybrid in a pipeline": (
+        make_job(),
+        make_plan(pp=2, dp=8, sharding="hsdp", sharding_group=4),
+        ["'hsdp'", "pp 1"],
+    ),
+    "zero2 in groups": (
+        make_job(),
+        make_plan(dp=16, sharding="zero2", sharding_group=8),
+        ["sharding_group 8", "16"],
+    ),
+    "experts in groups": (
+        make_job(MIXTRAL),
+        make_plan(dp=16, sharding="zero1", sharding_group=8),
+        ["sharding_group 8", "16"],
+    ),
+    "an expert grid that misses the world": (
+        make_job(MIXTRAL, num_nodes=8),
+        make_plan(dp=4, ep=8, pp=4, etp=2),
+        ["etp 2 x ep 8", "4 ranks", "use ep 2"],
+    ),
+    "experts with tp but without sp": (
+        make_job(MIXTRAL),
+        make_plan(tp=2, dp=8),
+        ["tp 2", "sequence_parallel"],
+    ),
+    "fp32": (make_job(precision="fp32"), make_plan(dp=8), ["'fp32'", "'bf16'"]),
+    "nvfp4": (make_job(precision="nvfp4"), make_plan(dp=8), ["'nvfp4'", "'fp8'"]),
+    "fp8 on odd sizes": (
+        dataclasses.replace(changed(ffn_hidden_size=14344), workload=make_job(precision="fp8").workload),
+        make_plan(dp=8),
+        ["ffn_hidden_size 14344", "14336 or 14352"],
+    ),
+    "alibi": (changed(position_embedding="alibi"), make_plan(dp=8), ["ALiBi"]),
+    "positions beyond the table": (
+        make_job(GPT_175B, length=4096),
+        make_plan(96, dp=8),
+        ["4096", "2048 learned"],
+    ),
+    "a parallel block": (changed(has_parallel_block=True), make_plan(dp=8), ["has_parallel_block"]),
+    "four norms": (changed(norms_per_layer=4), make_plan(dp=8), ["norms_per_layer 4"]),
+    "no final norm": (changed(has_final_norm=False), make_plan(dp=8), ["final norm"]),
+    "layernorm without bias": (
+        changed(normalization="layernorm_nobias"),
+        make_plan(dp=8),
+        ["layernorm_nobias"],
+    ),
+    "a head with bias": (changed(has_head_bias=True), make_plan(dp=8), ["LM head"]),
+    "biases on the MLP only": (changed(has_mlp_bias=True), make_plan(dp=8), ["biases", "MLP True"]),
+    "a window that bites": (changed(sliding_window=4096), make_plan(dp=8), ["sliding_window 4096", "8192"]),
+    "latent attention without rope": (
+        make_job(dataclasses.replace(DEEPSEEK, position_embedding="none"), length=4096),
+        make_plan(61, dp=8),
+        ["multi-latent", "'none'"],
+    ),
+}
+DEEPSPEED_REFUSALS = {
+    "a pipeline": (make_job(), make_plan(pp=2, dp=8), ["pp 2", "PipelineModule", "megatron"]),
+    "interleaving": (make_job(), make_plan(pp=2, vpp=2, dp=8), ["vpp 2", "1f1b"]),
+    "gpipe": (make_job(), make_plan(pp=2, dp=8, schedule="gpipe"), ["'gpipe'"]),
+    "zero2 in a pipeline": (make_job(), make_plan(pp=2, dp=8, sharding="zero2"), ["'zero2'", "'zero1'"]),
+    "sequence parallelism": (make_job(), make_plan(tp=2, dp=8, **SP), ["sequence_parallel"]),
+    "context parallelism": (make_job(), make_plan(cp=2, dp=8), ["cp 2"]),
+    "tp under zero3": (make_job(), make_plan(tp=2, dp=8, sharding="zero3"), ["tp 2", "'zero2'"]),
+    "tp beyond the key/value heads": (
+        make_job(),
+        make_plan(tp=16),
+        ["tp 16", "num_query_groups 8", "use tp 8"],
+    ),
+    "hybrid sharding": (make_job(), make_plan(dp=16, sharding="hsdp", sharding_group=8), ["MiCS", "'zero3'"]),
+    "zero1 in groups": (
+        make_job(),
+        make_plan(dp=16, sharding="zero1", sharding_group=8),
+        ["sharding_group 16"],
+    ),
+    "experts": (make_job(MIXTRAL), make_plan(dp=16, ep=8), ["ep 8"]),
+    "fp8": (make_job(precision="fp8"), make_plan(dp=16), ["'fp8'", "'bf16'"]),
+    "selective recompute": (make_job(), make_plan(dp=16, recompute="selective"), ["'selective'", "'full'"]),
+}
+
+
+@pytest.mark.parametrize("case", MEGATRON_REFUSALS)
+def test_megatron_refuses(case):
+    check_refusal("megatron", *MEGATRON_REFUSALS[case])
+
+
+@pytest.mark.parametrize("case", DEEPSPEED_REFUSALS)
+def test_deepspeed_refuses(case):
+    check_refusal("deepspeed", *DEEPSPEED_REFUSALS[case])
+
+
+def check_refusal(target, job, plan, words):
+    exporter = EXPORTERS[target]
+    reasons = exporter.unsupported(job, plan)
+    matching = [reason for reason in reasons if all(word in reason for word in words)]
+    assert len(matching) == 1, reasons
+    assert matching[0].endswith(".")
+    assert "\n" not in matching[0]
+    with pytest.raises(UnsupportedByTargetError) as error:
+        exporter.export(job, plan, "torchrun")
+    assert all(reason in str(error.value) for reason in reasons)
+    assert exporter.target_version in str(error.value)
+
+
+def test_every_reason_is_listed_at_once():
+    job = make_job(dataclasses.replace(LLAMA_8B, position_embedding="alibi"), precision="int8", length=8191)
+    reasons = EXPORTERS["megatron"].unsupported(job, make_plan(tp=2, dp=8, cp=1, **SP))
+    assert len(reasons) == 3
+
+
+def test_a_window_as_long_as_the_sequence_is_full_attention():
+    assert EXPORTERS["megatron"].unsupported(changed(sliding_window=8192), make_plan(dp=8)) == ()
+
+
+def test_key_value_heads_may_be_replicated_in_megatron():
+    job = make_job(num_nodes=2)
+    assert EXPORTERS["megatron"].unsupported(job, make_plan(tp=16, sequence_parallel=True)) == ()
+
+
+def test_the_table_names_each_exporter_by_its_target():
+    assert {name: exporter.target for name, exporter in EXPORTERS.items()} == {
+        "deepspeed": "deepspeed",
+        "megatron": "megatron",
+    }
