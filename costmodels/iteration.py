@@ -61,8 +61,7 @@ def micro_batch_times(context: CostContext, columns: PlanColumns) -> MicroBatchT
     forward = layer.forward + layer.forward_communication
     backward = layer.backward + recompute + layer.backward_communication + recompute_communication
     model = context.model
-    tp = columns.tp.astype(np.float64)
-    fsdp = fsdp_times(context, columns, model.num_layer_parameters / tp, forward, backward)
+    fsdp = fsdp_times(context, columns, model.num_layer_parameters, forward, backward)
     root = _root_fsdp_times(context, columns)
     embedding_forward = boundary.embedding_forward + boundary.embedding_communication + root.forward
     return MicroBatchTimes(
@@ -93,12 +92,7 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     pp = columns.pp.astype(np.float64)
     vpp = columns.vpp.astype(np.float64)
     batches = columns.num_micro_batches.astype(np.float64)
-    stride = columns.tp * columns.cp * columns.dp
-    crosses = (stride * columns.pp > context.cluster.node.num_gpus).astype(np.float64)
-    # A pipeline inside one node has no slow edge; otherwise at least one edge crosses, but a bound may only
-    # count on every edge crossing when stages are whole nodes.
-    crosses = np.where(stride >= context.cluster.node.num_gpus, crosses, 0.0)
-    send = stage_send_time(context, columns, crosses)
+    send = _bound_send_time(context, columns)
     blocking = send * vpp if context.software.is_send_blocking else np.zeros_like(send)
     extra_forward, extra_backward = vocab_parallel_time(context, columns, times)
     vocab = columns.vocab_parallel >= 2
@@ -142,7 +136,20 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     pipeline = np.maximum(batches * first, ramp_last + batches * last)
     pipeline = np.where(pp > 2.0, np.maximum(pipeline, ramp_middle + batches * middle), pipeline)
     pipeline = np.where(pp > 1.0, pipeline, batches * (alone_forward + alone_backward))
-    return pipeline + _tail_time(context, columns)
+    rows, inverse = columns.distinct(
+        "tp", "cp", "pp", "vpp", "dp", "sharding", "sharding_group", "layers_first"
+    )
+    return pipeline + _tail_time(context, rows)[inverse]
+
+
+def _bound_send_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
+    """Return the least a stage-to-stage message can take [s].
+
+    Every edge crosses nodes only where stages are whole nodes; elsewhere a bound may not count on it.
+    """
+    rows, inverse = columns.distinct("tp", "cp", "dp", "pp", "micro_batch_size", "sequence_parallel")
+    crosses = (rows.tp * rows.cp * rows.dp >= context.cluster.node.num_gpus).astype(np.float64)
+    return stage_send_time(context, rows, crosses)[inverse]
 
 
 def _tail_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
@@ -231,13 +238,12 @@ def _on_first_chunk(by_chunk: FloatColumn) -> FloatColumn:
 
 def _gathered_times(context: CostContext, columns: PlanColumns) -> tuple[LayerTimes, BoundaryTimes]:
     """Cost the distinct (tp, cp, micro-batch, SP) cases once and hand every plan its case."""
-    key = ((columns.tp * 4096 + columns.cp) * 4096 + columns.micro_batch_size) * 2 + columns.sequence_parallel
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    rows, inverse = columns.distinct("tp", "cp", "micro_batch_size", "sequence_parallel")
     cases = LayerCases(
-        tp=columns.tp[first].astype(np.float64),
-        cp=columns.cp[first].astype(np.float64),
-        micro_batch_size=columns.micro_batch_size[first].astype(np.float64),
-        sequence_parallel=columns.sequence_parallel[first],
+        tp=rows.tp.astype(np.float64),
+        cp=rows.cp.astype(np.float64),
+        micro_batch_size=rows.micro_batch_size.astype(np.float64),
+        sequence_parallel=rows.sequence_parallel,
     )
     layer, boundary = layer_times(context, cases), boundary_times(context, cases)
     return (
@@ -248,7 +254,7 @@ def _gathered_times(context: CostContext, columns: PlanColumns) -> tuple[LayerTi
 
 def _root_fsdp_times(context: CostContext, columns: PlanColumns) -> FsdpTimes:
     """FSDP's root unit (embedding and head): its gather precedes all compute, its reduction follows it."""
-    parameters = (context.model.num_embedding_parameters + context.model.num_head_parameters) / columns.tp
+    parameters = context.model.num_embedding_parameters + context.model.num_head_parameters
     nothing = np.zeros(len(columns))
     return fsdp_times(context, columns, parameters, nothing, nothing)
 

@@ -14,6 +14,7 @@ from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.parallelism.data import is_fsdp_per_micro_batch, shard_ranks
 from meshwright.costmodels.plan_columns import (
     FloatColumn,
+    IntColumn,
     PlanColumns,
     Recomputes,
     Schedules,
@@ -22,7 +23,15 @@ from meshwright.costmodels.plan_columns import (
 )
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["MemoryColumns", "layer_activation_bytes", "peak_memory", "plan_memory", "stage_memory"]
+__all__ = [
+    "LayerActivations",
+    "MemoryColumns",
+    "layer_activation_bytes",
+    "layer_activations",
+    "peak_memory",
+    "plan_memory",
+    "stage_memory",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,7 +53,9 @@ class MemoryColumns:
     @property
     def total(self) -> FloatColumn:
         """Sum of all uses [B]."""
-        result: FloatColumn = np.sum([getattr(self, f.name) for f in fields(self)], axis=0)
+        result = np.zeros_like(self.weights)
+        for use in fields(self):
+            result += getattr(self, use.name)
         return result
 
     def row(self, index: int) -> dict[str, float]:
@@ -92,9 +103,27 @@ def layer_activation_bytes(context: CostContext, columns: PlanColumns) -> FloatC
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerActivations:
+    """One layer's activation bytes per micro-batch: what it stores, and what its recomputation holds."""
+
+    stored: FloatColumn
+    recomputed: FloatColumn
+
+
+def layer_activations(context: CostContext, columns: PlanColumns) -> LayerActivations:
+    """Return the activation bytes of one layer, costed once per distinct layer shape."""
+    rows, inverse = columns.distinct("tp", "cp", "micro_batch_size", "sequence_parallel", "recompute")
+    stored = layer_activation_bytes(context, rows)
+    whole = layer_activation_bytes(context, rows.with_recompute(Recomputes.NONE))
+    recomputed = np.where(rows.recompute == Recomputes.FULL, whole, 0.0)
+    return LayerActivations(stored=stored[inverse], recomputed=recomputed[inverse])
+
+
 def stage_memory(
     context: CostContext,
     columns: PlanColumns,
+    activations: LayerActivations,
     stage: FloatColumn,
     layers: FloatColumn,
     has_embedding: FloatColumn,
@@ -108,6 +137,8 @@ def stage_memory(
         Job and software.
     columns : PlanColumns
         Plans.
+    activations : LayerActivations
+        What one layer stores and needs while it is recomputed.
     stage : FloatColumn
         Physical stage of each entry, 0 is the first.
     layers : FloatColumn
@@ -124,20 +155,21 @@ def stage_memory(
         head_parameters = model.num_embedding_parameters
     tied_extra = np.where((columns.pp == 1) & model.has_tied_embeddings, 0.0, head_parameters)
     boundary = has_embedding * model.num_embedding_parameters + has_head * tied_extra
-    spread = (model.num_embedding_parameters + head_parameters) / columns.pp
-    boundary = np.where(is_vocab_parallel, spread, boundary)
+    logits = has_head
+    if is_vocab_parallel.any():
+        spread = (model.num_embedding_parameters + head_parameters) / columns.pp
+        boundary = np.where(is_vocab_parallel, spread, boundary)
+        logits = np.where(is_vocab_parallel, 1.0 / columns.pp, has_head)
     parameters = (layers * model.num_layer_parameters + boundary) / tp
     states = _state_bytes(context, columns, parameters)
-    activation = layer_activation_bytes(context, columns)
     tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
-    logits = np.where(is_vocab_parallel, 1.0 / columns.pp, has_head)
     message = 2.0 * tokens * model.hidden_size / np.where(columns.sequence_parallel, tp, 1.0)
     return MemoryColumns(
         weights=states.weights,
         gradients=states.gradients,
         optimizer_states=states.optimizer_states,
-        activations=activation * layers * _in_flight_micro_batches(columns, stage),
-        working_set=_working_set(context, columns, parameters),
+        activations=activations.stored * layers * _in_flight_micro_batches(columns, stage),
+        working_set=activations.recomputed + _unsharded_bytes(context, columns, parameters),
         logits=software.logit_memory_bytes * tokens * model.vocab_size / tp * logits,
         communication=np.where(columns.pp > 1, 2.0 * message, 0.0)
         + np.where(columns.sequence_parallel, message * tp, 0.0),
@@ -151,20 +183,22 @@ def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
     The first stage holds the embedding and the most micro-batches, a middle stage the most layers, the last
     one head and logits; the fullest is one of the three.
     """
+    activations = layer_activations(context, columns)
     zero, one = np.zeros(len(columns)), np.ones(len(columns))
     last = (columns.pp - 1).astype(np.float64)
     is_alone = (columns.pp == 1).astype(np.float64)
-    first_total = stage_memory(
-        context, columns, zero, columns.layers_first.astype(np.float64), one, is_alone
-    ).total
-    last_total = stage_memory(
-        context, columns, last, columns.layers_last.astype(np.float64), is_alone, one
-    ).total
-    middle_total = stage_memory(
-        context, columns, np.minimum(1.0, last), columns.layers_middle.astype(np.float64), zero, zero
-    ).total
-    peak = np.maximum(first_total, last_total)
-    peak = np.where(columns.pp > 2, np.maximum(peak, middle_total), peak)
+
+    def total(
+        stage: FloatColumn, layers: IntColumn, embedding: FloatColumn, head: FloatColumn
+    ) -> FloatColumn:
+        held = layers.astype(np.float64)
+        return stage_memory(context, columns, activations, stage, held, embedding, head).total
+
+    peak = np.maximum(
+        total(zero, columns.layers_first, one, is_alone), total(last, columns.layers_last, is_alone, one)
+    )
+    middle = total(np.minimum(1.0, last), columns.layers_middle, zero, zero)
+    peak = np.where(columns.pp > 2, np.maximum(peak, middle), peak)
     return peak * (1.0 + context.software.fragmentation)
 
 
@@ -176,14 +210,9 @@ def plan_memory(context: CostContext, plan: ParallelPlan) -> MemoryColumns:
         [sum(plan.layers_per_stage[stage :: plan.pp]) for stage in range(plan.pp)], dtype=np.float64
     )
     index = np.arange(plan.pp, dtype=np.float64)
-    return stage_memory(
-        context,
-        stages,
-        index,
-        layers,
-        (index == 0).astype(np.float64),
-        (index == plan.pp - 1).astype(np.float64),
-    )
+    has_embedding, has_head = (index == 0).astype(np.float64), (index == plan.pp - 1).astype(np.float64)
+    activations = layer_activations(context, stages)
+    return stage_memory(context, stages, activations, index, layers, has_embedding, has_head)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -223,28 +252,30 @@ def _in_flight_micro_batches(columns: PlanColumns, stage: FloatColumn) -> FloatC
     interleaved = np.minimum(batches * vpp, pp * vpp + pp - 1.0 - 2.0 * stage) / vpp
     in_flight = np.where(columns.schedule == Schedules.INTERLEAVED, interleaved, one_f_one_b)
     in_flight = np.where(columns.schedule == Schedules.GPIPE, batches, in_flight)
-    in_flight = np.where(columns.schedule == Schedules.ZB_H1, np.minimum(batches, pp), in_flight)
-    # The hand-crafted ZB-H2 fills every stage with 2p - 1 micro-batches (Qi et al. 2024, table 2).
-    in_flight = np.where(columns.schedule == Schedules.ZB_H2, np.minimum(batches, 2.0 * pp - 1.0), in_flight)
-    extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_1, 2.0, 0.0)
-    extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_2, 1.0, extra)
-    in_flight = np.where(
-        columns.vocab_parallel == VocabParallels.INTERLACED, 1.5 * in_flight, in_flight + extra
-    )
+    if (columns.schedule > Schedules.INTERLEAVED).any():
+        in_flight = np.where(columns.schedule == Schedules.ZB_H1, np.minimum(batches, pp), in_flight)
+        # The hand-crafted ZB-H2 fills every stage with 2p - 1 micro-batches (Qi et al. 2024, table 2).
+        filled = np.minimum(batches, 2.0 * pp - 1.0)
+        in_flight = np.where(columns.schedule == Schedules.ZB_H2, filled, in_flight)
+    if columns.vocab_parallel.any():
+        extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_1, 2.0, 0.0)
+        extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_2, 1.0, extra)
+        is_interlaced = columns.vocab_parallel == VocabParallels.INTERLACED
+        in_flight = np.where(is_interlaced, 1.5 * in_flight, in_flight + extra)
     return np.where(columns.pp > 1, np.minimum(in_flight, batches), 1.0)
 
 
-def _working_set(context: CostContext, columns: PlanColumns, parameters: FloatColumn) -> FloatColumn:
-    """Bytes beyond the stored: the layer being recomputed, and weights and gradients FSDP holds unsharded."""
+def _unsharded_bytes(context: CostContext, columns: PlanColumns, parameters: FloatColumn) -> FloatColumn:
+    """Return the weights and gradients FSDP holds gathered on top of its shard [B]."""
+    is_zero3 = columns.sharding >= Shardings.ZERO3
+    if not is_zero3.any():
+        return np.zeros(len(columns))
     model = context.model
     tp = columns.tp.astype(np.float64)
-    unrecomputed = layer_activation_bytes(context, columns.with_recompute(Recomputes.NONE))
-    recomputed = np.where(columns.recompute == Recomputes.FULL, unrecomputed, 0.0)
     layer = model.num_layer_parameters / tp
     root = (model.num_embedding_parameters + model.num_head_parameters) / tp
     # The gathered layer and its successor, the root unit, and one layer's unreduced gradient.
     gathered = 2.0 * (2.0 * layer + root) + context.software.gradient_bytes * layer
     whole_stage = (2.0 + context.software.gradient_bytes) * parameters
-    is_zero3 = columns.sharding >= Shardings.ZERO3
     unsharded = np.where(is_fsdp_per_micro_batch(context, columns), gathered, whole_stage)
-    return recomputed + np.where(is_zero3 & (shard_ranks(columns) > 1), unsharded, 0.0)
+    return np.where(is_zero3 & (shard_ranks(columns) > 1), unsharded, 0.0)

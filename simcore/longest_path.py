@@ -4,6 +4,7 @@ Where ``-1`` means "no predecessor" at construction, ``num_tasks`` does from ren
 times carry one more entry than there are tasks, so that an absent predecessor is a load like any other instead
 of a branch. (Index -1 would do as well, but plain Python's fast path is for indices that are not negative.)
 """
+# ruff: noqa: PLR1730 - a call of max() halves the speed of plain Python
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ __all__ = [
 
 
 @compiled
-def sort_by_level(  # noqa: PLR0917 - kernels take flat arrays
+def sort_by_level(
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     waiting: NDArray[np.int32],
@@ -71,7 +72,7 @@ def sort_by_level(  # noqa: PLR0917 - kernels take flat arrays
 
 
 @compiled
-def renumber_predecessors(  # noqa: PLR0917 - kernels take flat arrays
+def renumber_predecessors(
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     order: NDArray[np.int32],
@@ -93,7 +94,7 @@ def renumber_predecessors(  # noqa: PLR0917 - kernels take flat arrays
 
 
 @compiled
-def evaluate_tasks(  # noqa: PLR0917 - kernels take flat arrays
+def evaluate_tasks(
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     task_class: NDArray[np.int32],
@@ -108,14 +109,14 @@ def evaluate_tasks(  # noqa: PLR0917 - kernels take flat arrays
     for task in range(len(first)):
         time = end[first[task]]
         data = end[second[task]]
-        if data > time:  # noqa: PLR1730 - a call of max() halves the speed of plain Python
+        if data > time:
             time = data
         start[task] = time
         end[task] = time + durations[task_class[task]]
 
 
 @compiled
-def evaluate_lagged_tasks(  # noqa: PLR0917 - kernels take flat arrays
+def evaluate_lagged_tasks(
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     task_class: NDArray[np.int32],
@@ -129,7 +130,7 @@ def evaluate_lagged_tasks(  # noqa: PLR0917 - kernels take flat arrays
         kind = task_class[task]
         time = end[first[task]]
         data = end[second[task]] + lags[kind]
-        if data > time:  # noqa: PLR1730 - a call of max() halves the speed of plain Python
+        if data > time:
             time = data
         start[task] = time
         end[task] = time + durations[kind]
@@ -147,13 +148,13 @@ def finish_tasks(
     for task in range(len(first)):
         time = end[first[task]]
         data = end[second[task]]
-        if data > time:  # noqa: PLR1730 - a call of max() halves the speed of plain Python
+        if data > time:
             time = data
         end[task] = time + durations[task_class[task]]
 
 
 @compiled
-def finish_lagged_tasks(  # noqa: PLR0917 - kernels take flat arrays
+def finish_lagged_tasks(
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     task_class: NDArray[np.int32],
@@ -166,13 +167,13 @@ def finish_lagged_tasks(  # noqa: PLR0917 - kernels take flat arrays
         kind = task_class[task]
         time = end[first[task]]
         data = end[second[task]] + lags[kind]
-        if data > time:  # noqa: PLR1730 - a call of max() halves the speed of plain Python
+        if data > time:
             time = data
         end[task] = time + durations[kind]
 
 
 @compiled
-def latest_ends(  # noqa: PLR0917 - kernels take flat arrays
+def latest_ends(
     first: NDArray[np.int32],
     second: NDArray[np.int32],
     task_class: NDArray[np.int32],

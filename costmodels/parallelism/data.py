@@ -114,7 +114,7 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
 def fsdp_times(
     context: CostContext,
     columns: PlanColumns,
-    num_parameters: FloatColumn,
+    num_parameters: float,
     forward_window: FloatColumn,
     backward_window: FloatColumn,
 ) -> FsdpTimes:
@@ -126,8 +126,8 @@ def fsdp_times(
         Job and software.
     columns : PlanColumns
         Plans; those that do not gather per micro-batch get 0.
-    num_parameters : FloatColumn
-        Parameters of the layer on one tensor parallel rank.
+    num_parameters : float
+        Parameters of the unit (a layer, or embedding and head), before the tensor parallel split.
     forward_window, backward_window : FloatColumn
         Compute time the communication may hide behind [s]; 0 for the root unit, whose gather nothing precedes.
 
@@ -137,31 +137,26 @@ def fsdp_times(
     small from large micro-batches at equal shapes; the ring latency is the loss from 128 to 512 GPUs.
     """
     software = context.software
-    group = _shard_group(context, columns)
-    gather = collective_time(
-        "all_gather",
-        _WEIGHT_BYTES * num_parameters,
-        group,
-        context.cluster,
-        context.calibration,
-        software.inter_node_efficiency,
-    )
-    scatter = collective_time(
-        "reduce_scatter",
-        software.gradient_bytes * num_parameters,
-        group,
-        context.cluster,
-        context.calibration,
-        software.inter_node_efficiency,
-    )
+    applies = is_fsdp_per_micro_batch(context, columns) & (shard_ranks(columns) > 1)
+    if not applies.any():
+        return FsdpTimes(forward=np.zeros(len(columns)), backward=np.zeros(len(columns)))
+    rows, inverse = columns.distinct("tp", "cp", "dp", "sharding_group")
+    group = _shard_group(context, rows)
+    parameters = num_parameters / rows.tp
+
+    def timed(collective: Collective, num_bytes: FloatColumn) -> FloatColumn:
+        return collective_time(
+            collective, num_bytes, group, context.cluster, context.calibration, software.inter_node_efficiency
+        )[inverse]
+
     is_gathered = columns.sharding >= Shardings.ZERO3
-    gather = np.where(is_gathered, gather, 0.0)
+    gather = np.where(is_gathered, timed("all_gather", _WEIGHT_BYTES * parameters), 0.0)
+    scatter = timed("reduce_scatter", software.gradient_bytes * parameters)
     forward = _exposed(gather, forward_window, software.fsdp_contention)
     backward = _exposed(gather + scatter, backward_window, software.fsdp_contention)
-    step = (group.size - 1.0) * software.fsdp_step_latency
+    step = (shard_ranks(columns) - 1.0) * software.fsdp_step_latency
     forward += np.where(is_gathered, _FSDP_COLLECTIVES["forward"] * step, 0.0)
     backward += np.where(is_gathered, _FSDP_COLLECTIVES["backward"], 1.0) * step
-    applies = is_fsdp_per_micro_batch(context, columns) & (group.size > 1)
     return FsdpTimes(forward=np.where(applies, forward, 0.0), backward=np.where(applies, backward, 0.0))
 
 

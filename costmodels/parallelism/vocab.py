@@ -26,6 +26,8 @@ def vocab_parallel_time(
     al. 2024, arXiv 2411.05288).
     """
     applies = columns.vocab_parallel >= VocabParallels.VOCAB_1
+    if not applies.any():
+        return np.zeros(len(columns)), np.zeros(len(columns))
     pp = columns.pp.astype(np.float64)
     tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
     stride = (columns.tp * columns.cp * columns.dp).astype(np.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from meshwright.planner.export.base import ExportFile, Launcher
+from meshwright.planner.export.rules import server_size
 from meshwright.planner.export.scripts import launch_script, slurm_job
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
@@ -24,7 +25,7 @@ def launch_files(
 ) -> tuple[ExportFile, ...]:
     """Return ``launch.sh`` and, for Slurm, ``job.sbatch``.
 
-    A plan smaller than a node takes a part of one; any other fills whole nodes (a rule of every exporter).
+    A plan smaller than a server takes a part of one; any other fills whole servers (a rule of every exporter).
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ def launch_files(
     title, sources, required, words : str, Iterable[str], tuple[str, str], Iterable[str]
         As in :func:`meshwright.planner.export.scripts.launch_script`.
     """
-    node_size = job.cluster.node.num_gpus
+    node_size = server_size(job.cluster)
     gpus_per_node = min(node_size, plan.num_gpus)
     num_nodes = plan.num_gpus // gpus_per_node
     script = launch_script(

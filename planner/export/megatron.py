@@ -112,10 +112,13 @@ def _notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
         notes.append(
             f"The {model.num_mtp_layers} multi-token-prediction layers of the checkpoint are not trained."
         )
+    if model.num_reserved_positions:
+        notes.append(f"The {model.num_reserved_positions} unused rows of the position table are left out.")
     if is_fully_sharded(plan) and (plan.tp > 1 or plan.cp > 1):
         notes.append(
             "Megatron-FSDP with tp or cp leaves some overlap of tp communication unused on older GPUs."
         )
-    if job.cluster.gpu.vendor.lower() == "amd":
-        notes.append("On AMD GPUs use the ROCm fork of Megatron-LM, whose options may lag behind.")
+    vendor = label(job.cluster.gpu.vendor)
+    if vendor.lower() != "nvidia":
+        notes.append(f"On {vendor} GPUs use the vendor's fork of Megatron-LM, whose options may lag behind.")
     return tuple(notes)

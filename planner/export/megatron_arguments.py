@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 
-from meshwright.planner.export.megatron_rules import is_fully_sharded, num_sharding_groups
+from meshwright.planner.export.megatron_rules import is_fully_sharded, num_sharding_groups, window_bites
 from meshwright.planner.export.scripts import ArgumentGroup
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model import MlaSpec, ModelSpec, MoeSpec
@@ -89,6 +89,7 @@ def _model(job: TrainingJob, plan: ParallelPlan) -> tuple[tuple[str, ...], ...]:
         ("--ffn-hidden-size", str(model.ffn_hidden_size)),
         ("--num-attention-heads", str(model.num_attention_heads)),
         *(_attention(model) if model.mla is None else _latent_attention(model.mla)),
+        *(_window(model) if window_bites(job) else ()),
         ("--max-position-embeddings", str(positions)),
         ("--position-embedding-type", _POSITIONS[model.position_embedding]),
         ("--normalization", "RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm"),
@@ -114,6 +115,14 @@ def _attention(model: ModelSpec) -> Options:
         options += [("--group-query-attention",), ("--num-query-groups", str(model.num_query_groups))]
     if model.has_qk_norm:
         options.append(("--qk-layernorm",))
+    return options
+
+
+def _window(model: ModelSpec) -> Options:
+    # Megatron counts the keys before a query; the model's window counts the query's own key too.
+    options: Options = [("--window-size", f"{(model.sliding_window or 1) - 1},0")]
+    if model.full_attention_interval is not None:
+        options.append(("--window-attn-skip-freq", str(model.full_attention_interval)))
     return options
 
 
@@ -144,6 +153,8 @@ def _experts(moe: MoeSpec, num_layers: int) -> Options:
         options.append(("--moe-shared-expert-gate",))
     if moe.has_router_bias:
         options += [("--moe-router-score-function", "sigmoid"), ("--moe-router-enable-expert-bias",)]
+    elif moe.top_k == 1:
+        options.append(("--moe-router-pre-softmax",))  # over one chosen expert a softmax would be constant
     if moe.num_dense_layers or moe.layer_frequency > 1:
         options.append(("--moe-layer-freq", _layer_pattern(moe, num_layers)))
     return options
@@ -152,7 +163,7 @@ def _experts(moe: MoeSpec, num_layers: int) -> Options:
 def _layer_pattern(moe: MoeSpec, num_layers: int) -> str:
     """Return which layers are MoE (1) as the list expression Megatron evaluates, e.g. ``[0]*3+[1]*58``."""
     kinds = [
-        int(index >= moe.num_dense_layers and (index - moe.num_dense_layers + 1) % moe.layer_frequency == 0)
+        int(index >= moe.num_dense_layers and (index - moe.num_dense_layers) % moe.layer_frequency == 0)
         for index in range(num_layers)
     ]
     return "+".join(f"[{kind}]*{len(list(run))}" for kind, run in itertools.groupby(kinds))

@@ -19,7 +19,7 @@ from meshwright.planner.export.rules import (
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["FP8_ALIGNMENT", "MEGATRON_RULES", "is_fully_sharded", "num_sharding_groups"]
+__all__ = ["FP8_ALIGNMENT", "MEGATRON_RULES", "is_fully_sharded", "num_sharding_groups", "window_bites"]
 
 #: Multiple that Transformer Engine asks of matrix dimensions: 16-byte rows of fp8, or 32-value MX blocks.
 FP8_ALIGNMENT = {"fp8": 16, "fp8_block": 16, "mxfp8": 32}
@@ -35,6 +35,12 @@ def is_fully_sharded(plan: ParallelPlan) -> bool:
 def num_sharding_groups(plan: ParallelPlan) -> int:
     """Return how many replicas of the sharded state there are over dp."""
     return 1 if plan.sharding_group is None or plan.sharding == "none" else plan.dp // plan.sharding_group
+
+
+def window_bites(job: TrainingJob) -> bool:
+    """Return whether the sliding window is shorter than the sequence."""
+    window = job.model.sliding_window
+    return window is not None and window < job.workload.sequence_length
 
 
 def tensor_parallel_divides_attention(job: TrainingJob, plan: ParallelPlan) -> str | None:
@@ -233,15 +239,19 @@ def biases_exist(job: TrainingJob, plan: ParallelPlan) -> str | None:
     )
 
 
-def window_covers_sequence(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """Which layers are windowed is not part of a model spec, so a window must not bite."""
-    window, length = job.model.sliding_window, job.workload.sequence_length
-    if window is None or window >= length:
-        return None
-    return (
-        f"sliding_window {window} is shorter than sequence_length {length}, and which layers use it is not known; "
-        f"use sequence_length {window} or less, or a model with full attention."
-    )
+def attention_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Windows cannot be cut by ring attention; norms of queries and keys are per head; sinks are not mapped."""
+    model = job.model
+    if window_bites(job) and plan.cp > 1:
+        return (
+            f"sliding_window {model.sliding_window} does not go with cp {plan.cp} (p2p); use cp 1 or "
+            f"sequence_length {model.sliding_window} or less."
+        )
+    if model.has_attention_sinks:
+        return "attention sinks (has_attention_sinks) are not mapped to Megatron-LM; export a model without them."
+    if model.has_qk_norm and not model.is_qk_norm_per_head:
+        return "query/key norms are per head in Megatron-LM (is_qk_norm_per_head); export a model like that."
+    return None
 
 
 MEGATRON_RULES: tuple[Rule, ...] = (
@@ -261,5 +271,5 @@ MEGATRON_RULES: tuple[Rule, ...] = (
     positions_exist,
     block_exists,
     biases_exist,
-    window_covers_sequence,
+    attention_exists,
 )

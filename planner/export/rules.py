@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from meshwright.errors import SpecError
+from meshwright.hardware_specs.specs import ClusterSpec
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -20,9 +21,14 @@ __all__ = [
     "divisors",
     "nearest",
     "nearest_multiples",
+    "server_size",
 ]
 
 Rule = Callable[[TrainingJob, ParallelPlan], str | None]
+
+# A node of a cluster spec is a scale-up domain. The largest single server has 16 GPUs (DGX-2); larger domains
+# (GB200 and GB300 NVL72) are racks of servers with 4 GPUs each, and launchers run once per server.
+_LARGEST_SERVER, _GPUS_OF_A_RACK_SERVER = 16, 4
 
 
 def broken_rules(rules: Iterable[Rule], job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
@@ -72,6 +78,12 @@ def nearest_multiples(value: int, step: int) -> str:
     return f"{lower} or {lower + step}" if lower else str(step)
 
 
+def server_size(cluster: ClusterSpec) -> int:
+    """Return the GPUs of one server, which one launcher starts."""
+    num_gpus = cluster.node.num_gpus
+    return num_gpus if num_gpus <= _LARGEST_SERVER else _GPUS_OF_A_RACK_SERVER
+
+
 def stages_hold_every_layer(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """The stages must hold exactly the model's layers."""
     if plan.num_layers == job.model.num_layers:
@@ -83,8 +95,8 @@ def stages_hold_every_layer(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 
 def ranks_fill_whole_nodes(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """The world must fit the cluster and fill its nodes."""
-    per_node, world, available = job.cluster.node.num_gpus, plan.num_gpus, job.cluster.num_gpus
+    """The world must fit the cluster and fill its servers."""
+    per_node, world, available = server_size(job.cluster), plan.num_gpus, job.cluster.num_gpus
     if world > available:
         return (
             f"the plan takes {world} GPUs but the cluster has {available}; lower dp {plan.dp} or add nodes."

@@ -60,7 +60,7 @@ def linked_operations(
 
 
 @compiled
-def link_operations(  # noqa: PLR0917 - kernels take flat arrays
+def link_operations(
     kind: NDArray[np.int8],
     micro_batch: NDArray[np.int32],
     chunk: NDArray[np.int32],

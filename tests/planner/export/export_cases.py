@@ -61,6 +61,14 @@ MIXTRAL = dataclasses.replace(
     max_position_embeddings=32768,
     moe=MoeSpec(num_experts=8, top_k=2, moe_ffn_hidden_size=14336),
 )
+WINDOWED = dataclasses.replace(
+    LLAMA_8B,
+    name="windowed",
+    sliding_window=4096,
+    full_attention_interval=2,
+    has_qk_norm=True,
+    moe=MoeSpec(num_experts=8, top_k=1, moe_ffn_hidden_size=8192, layer_frequency=2, num_dense_layers=1),
+)
 DEEPSEEK = dataclasses.replace(
     LLAMA_8B,
     name="deepseek-v3",
@@ -86,12 +94,14 @@ DEEPSEEK = dataclasses.replace(
 )
 
 
-def make_cluster(num_nodes: int, architecture: str = "hopper", num_gpus: int = 8) -> ClusterSpec:
+def make_cluster(
+    num_nodes: int, architecture: str = "hopper", num_gpus: int = 8, vendor: str = "nvidia"
+) -> ClusterSpec:
     """Return a cluster of made-up but plausible machines; no export depends on their speed."""
     gpu = GpuSpec(
         id="test-gpu",
         name="test GPU",
-        vendor="nvidia",
+        vendor=vendor,
         architecture=architecture,
         peak_flops_per_second={"bf16": 1e15},
         memory_bytes=8e10,
@@ -125,11 +135,12 @@ def make_job(
     precision: Precision = "bf16",
     architecture: str = "hopper",
     gpus_per_node: int = 8,
+    vendor: str = "nvidia",
 ) -> TrainingJob:
     """Return a job of a model on made-up machines."""
     return TrainingJob(
         model=model,
-        cluster=make_cluster(num_nodes, architecture, gpus_per_node),
+        cluster=make_cluster(num_nodes, architecture, gpus_per_node, vendor),
         workload=TrainingWorkload(global_batch_size=batch, sequence_length=length, precision=precision),
         software="megatron-core",
     )
@@ -179,6 +190,12 @@ CASES: dict[str, tuple[str, Launcher, TrainingJob, ParallelPlan]] = {
         "torchrun",
         make_job(GPT_175B, num_nodes=16, batch=1536, length=2048, precision="fp16"),
         make_plan(96, dp=2, tp=8, pp=8, recompute="full"),
+    ),
+    "megatron_windows": (
+        "megatron",
+        "torchrun",
+        make_job(WINDOWED, length=16384, architecture="cdna3", vendor="amd"),
+        make_plan(dp=8, tp=2, sequence_parallel=True, sharding="zero3"),
     ),
     "megatron_experts": (
         "megatron",

@@ -110,7 +110,17 @@ MEGATRON_REFUSALS = {
     ),
     "a head with bias": (changed(has_head_bias=True), make_plan(dp=8), ["LM head"]),
     "biases on the MLP only": (changed(has_mlp_bias=True), make_plan(dp=8), ["biases", "MLP True"]),
-    "a window that bites": (changed(sliding_window=4096), make_plan(dp=8), ["sliding_window 4096", "8192"]),
+    "a window cut by cp": (
+        changed(sliding_window=4096),
+        make_plan(dp=8, cp=2),
+        ["sliding_window 4096", "cp 2"],
+    ),
+    "attention sinks": (changed(has_attention_sinks=True), make_plan(dp=8), ["has_attention_sinks"]),
+    "norms over all heads": (
+        changed(has_qk_norm=True, is_qk_norm_per_head=False),
+        make_plan(dp=8),
+        ["is_qk_norm_per_head"],
+    ),
     "latent attention without rope": (
         make_job(dataclasses.replace(DEEPSEEK, position_embedding="none"), length=4096),
         make_plan(61, dp=8),
@@ -172,7 +182,15 @@ def test_every_reason_is_listed_at_once():
 
 
 def test_a_window_as_long_as_the_sequence_is_full_attention():
-    assert EXPORTERS["megatron"].unsupported(changed(sliding_window=8192), make_plan(dp=8)) == ()
+    bundle = EXPORTERS["megatron"].export(changed(sliding_window=8192), make_plan(dp=8, cp=2), "torchrun")
+    assert "--window-size" not in bundle.files[1].text
+
+
+def test_a_rack_wide_domain_is_launched_per_server_of_four():
+    job = make_job(num_nodes=1, gpus_per_node=72, architecture="blackwell")
+    launch = EXPORTERS["megatron"].export(job, make_plan(dp=32, tp=2), "torchrun").files[2].text
+    assert 'NNODES="${NNODES:-16}"' in launch
+    assert 'GPUS_PER_NODE="${GPUS_PER_NODE:-4}"' in launch
 
 
 def test_key_value_heads_may_be_replicated_in_megatron():

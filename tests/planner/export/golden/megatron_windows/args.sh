@@ -1,0 +1,82 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # read by launch.sh
+# Meshwright: windowed on 16 GPUs, Megatron-LM core_r0.16.
+# Note: DATA_ARGS trains on random tokens with a null tokenizer; edit it for real data.
+# Note: Learning rate, warm-up and the 100 iterations of TRAINING_ARGS are placeholders; the plan does not set them.
+# Note: Rope base and scaling, norm epsilon and initialization keep Megatron's defaults; set them to continue from a checkpoint.
+# Note: The gated MLP is written as SwiGLU.
+# Note: Router losses and scaling keep Megatron's defaults; expert tokens are not dropped.
+# Note: Megatron-FSDP with tp or cp leaves some overlap of tp communication unused on older GPUs.
+# Note: On amd GPUs use the vendor's fork of Megatron-LM, whose options may lag behind.
+
+# The model's shape.
+MODEL_ARGS=(
+  --num-layers 32
+  --hidden-size 4096
+  --ffn-hidden-size 14336
+  --num-attention-heads 32
+  --kv-channels 128
+  --group-query-attention
+  --num-query-groups 8
+  --qk-layernorm
+  --window-size '4095,0'
+  --window-attn-skip-freq 2
+  --max-position-embeddings 16384
+  --position-embedding-type rope
+  --normalization RMSNorm
+  --make-vocab-size-divisible-by 128
+  --swiglu
+  --disable-bias-linear
+  --untie-embeddings-and-output-weights
+  --attention-dropout 0.0
+  --hidden-dropout 0.0
+  --num-experts 8
+  --moe-router-topk 1
+  --moe-ffn-hidden-size 8192
+  --moe-grouped-gemm
+  --moe-token-dispatcher-type alltoall
+  --moe-router-pre-softmax
+  --moe-layer-freq '[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1'
+)
+
+# The plan.
+PARALLEL_ARGS=(
+  --tensor-model-parallel-size 2
+  --pipeline-model-parallel-size 1
+  --context-parallel-size 1
+  --sequence-parallel
+  --expert-model-parallel-size 1
+  --expert-tensor-parallel-size 1
+  --use-distributed-optimizer
+  --use-megatron-fsdp
+  --data-parallel-sharding-strategy optim_grads_params
+  --no-gradient-accumulation-fusion
+  --ckpt-format fsdp_dtensor
+  --overlap-grad-reduce
+  --overlap-param-gather
+)
+
+# Batch, precision, recompute, optimizer.
+TRAINING_ARGS=(
+  --micro-batch-size 1
+  --global-batch-size 128
+  --seq-length 16384
+  --bf16
+  --train-iters 100
+  --lr 3.0e-4
+  --min-lr 3.0e-5
+  --lr-decay-style cosine
+  --lr-warmup-iters 10
+  --weight-decay 0.1
+  --clip-grad 1.0
+  --log-interval 1
+  --eval-iters 1
+)
+
+# EDIT HERE: random tokens for now; put your tokenizer and --data-path in place of all four lines.
+DATA_ARGS=(
+  --tokenizer-type NullTokenizer
+  --vocab-size 128255
+  --mock-data
+  --split '99,1,0'
+)
