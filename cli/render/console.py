@@ -22,12 +22,17 @@ _PLAIN_INTERVAL_SECONDS = 2.0
 
 def stdout_console() -> Console:
     """Return the console of results; colours and width only for a terminal."""
-    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False)
+    return _plain_text_console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, stderr=False)
 
 
 def stderr_console() -> Console:
     """Return the console of notes and progress."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _PIPE_WIDTH)
+    return _plain_text_console(width=None if sys.stderr.isatty() else _PIPE_WIDTH, stderr=True)
+
+
+def _plain_text_console(*, width: int | None, stderr: bool) -> Console:
+    # Names and paths are the user's: "[/b]" or ":x:" in one is text, never markup.
+    return Console(width=width, stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def make_table(title: str, columns: tuple[tuple[str, bool], ...]) -> Table:
