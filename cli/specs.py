@@ -47,4 +47,5 @@ def show_command(*, name: str, common: CommonOptions) -> None:
     if common.as_json:
         print_json({"kind": kind, "spec": mapping})
     else:
-        stdout_console().print(dump_yaml({"kind": kind, **mapping}), markup=False, soft_wrap=True, end="")
+        # A comment, because a fabric has a key 'kind' of its own; the rest can be pasted into a cluster file.
+        stdout_console().print(f"# {kind}\n{dump_yaml(mapping)}", soft_wrap=True, end="")

@@ -76,7 +76,7 @@ def dump_yaml(mapping: Mapping[str, object]) -> str:
     return yaml.dump(mapping, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-class _StrictDumper(yaml.SafeDumper):
+class _StrictDumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]  # C where libyaml is
     def ignore_aliases(self, data: object) -> bool:  # the base's signature
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,4 +184,4 @@ def _check_fits(section: Section, job: TrainingJob, plan: ParallelPlan) -> None:
 
 
 def _digest(mapping: Mapping[str, object]) -> str:
-    return hashlib.sha256(dump_yaml(mapping).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()

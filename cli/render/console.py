@@ -44,6 +44,7 @@ def make_table(title: str, columns: tuple[tuple[str, bool], ...]) -> Table:
         header_style="bold",
         pad_edge=False,
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
     )
     for header, is_numeric in columns:
         table.add_column(header, justify="right" if is_numeric else "left", no_wrap=True)

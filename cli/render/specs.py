@@ -61,6 +61,7 @@ def find_spec(name: str) -> tuple[str, dict[str, object]]:
     for kind, show in _SHOWERS.items():
         if name.lower() in spec_names(kind):
             return kind, show(name.lower())
+    guesses = []
     for kind, show in _SHOWERS.items():
         # Aliases and paths: each catalogue knows its own.
         try:
@@ -68,7 +69,10 @@ def find_spec(name: str) -> tuple[str, dict[str, object]]:
         except SpecError as error:
             if not str(error).startswith("unknown"):
                 raise
+            if "did you mean" in str(error):
+                guesses.append(error)
     known = [each for kind in _SHOWERS for each in spec_names(kind)]
-    raise SpecError(
-        f"unknown spec '{name[:80]}'{did_you_mean(name, known) or ';'} run 'meshwright specs list' for all"
-    )
+    guess = did_you_mean(name[:80], known)
+    if guesses and not guess:
+        raise guesses[0]
+    raise SpecError(f"unknown spec '{name[:80]}'{guess or ';'} run 'meshwright specs list' for all")
