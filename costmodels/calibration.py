@@ -8,13 +8,13 @@ architecture, and the borrowing is said in :attr:`DeviceCalibration.reason`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from meshwright.errors import CalibrationError, SpecError
-from meshwright.hardware_specs.specs import GpuSpec
+from meshwright.hardware_specs.specs import GpuSpec, NodeSpec
 from meshwright.hardware_specs.yaml_document import Section, parse_yaml, read_yaml
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
 # A slower power-limited sibling of the same die keeps this share of the clock: the two measured H100 parts
 # differ by 0.77 at 500 W against 700 W, which is (5/7) ** 0.78; 0.7 is used for parts never measured.
 CLOCK_POWER_EXPONENT = 0.7
+# The device whose collectives were measured over PCIe without NVLink and without the L40S boxes' detour.
+_PCIE_DEVICE = "rtx-pro-6000-server"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,10 @@ def load_device_calibration(gpu: GpuSpec) -> DeviceCalibration:
         note = own.optional_text("estimate")
         return _read(own, gpu, borrowed=False, reason=note or f"built-in calibration of {gpu.id}")
     for lender, section in sections.items():
+        if gpu.id in section.texts("covers"):
+            reason = f"built-in calibration of {lender}, the same die and power limit as {gpu.id}"
+            return _read(section, gpu, borrowed=False, reason=reason)
+    for lender, section in sections.items():
         if section.text("architecture") == gpu.architecture and section.boolean("represents_architecture"):
             reason = (
                 f"no calibration of {gpu.id}; borrows that of {lender} ({gpu.architecture}), expect +-20 %"
@@ -143,6 +149,22 @@ def load_device_calibration(gpu: GpuSpec) -> DeviceCalibration:
             return _read(section, gpu, borrowed=True, reason=reason)
     raise CalibrationError(
         f"no calibration for {gpu.id} ({gpu.architecture}), and none represents its architecture"
+    )
+
+
+def on_node(calibration: DeviceCalibration, node: NodeSpec) -> DeviceCalibration:
+    """Return the calibration with collectives of the node's own kind of link.
+
+    Curves measured over NVLink say nothing about GPUs that meet on PCIe; those take the curves of the measured
+    PCIe device.
+    """
+    if node.topology != "pcie" or _PCIE_DEVICE in calibration.id or calibration.id == "l40s":
+        return calibration
+    lender = _built_in_sections()[_PCIE_DEVICE]
+    return replace(
+        calibration,
+        collectives=_collective_curves(lender.section("collectives")),
+        reason=f"{calibration.reason}; collectives over PCIe as measured on {_PCIE_DEVICE}",
     )
 
 
@@ -190,6 +212,7 @@ def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> Dev
     lender = section.text("gpu")
     section.text("architecture")
     section.boolean("represents_architecture")
+    section.texts("covers")
     note = section.optional_text("estimate")
     gemm_section = section.section("gemm")
     gemm = {name: _gemm_curve(gemm_section.section(name)) for name in gemm_section}
@@ -210,8 +233,6 @@ def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> Dev
         for name in attention_section
         if name.startswith("flash")
     }
-    collectives_section = section.section("collectives")
-    collectives_section.text("source")
     return DeviceCalibration(
         id=section.file.removesuffix(".yaml"),
         reason=reason,
@@ -221,9 +242,7 @@ def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> Dev
         memory_stream_efficiency=stream.number("efficiency"),
         attention=attention,
         attention_backward_efficiency=attention_section.number("backward_efficiency"),
-        collectives={
-            n: _collective_curve(collectives_section, n) for n in collectives_section if n != "source"
-        },
+        collectives=_collective_curves(section.section("collectives")),
     )
 
 
@@ -235,6 +254,11 @@ def _gemm_curve(section: Section) -> GemmCurve:
         memory_efficiency=section.number("memory_efficiency"),
         exponent=section.number("exponent"),
     )
+
+
+def _collective_curves(section: Section) -> Mapping[str, CollectiveCurve]:
+    section.text("source")
+    return {name: _collective_curve(section, name) for name in section if name != "source"}
 
 
 def _collective_curve(section: Section, name: str) -> CollectiveCurve:

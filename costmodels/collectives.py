@@ -1,9 +1,9 @@
 """Time of collectives and sends by algorithm and network tier.
 
 Inside a node a collective follows its measured curve: a p-norm of a latency and a bandwidth term by group
-size (5 to 6 % mean error against NCCL tables; plain alpha-beta is at 13 to 15 %). Across nodes a ring runs
-over all ranks: its slowest link is the share of the NICs that the group's members on one node own, and small
-messages take the tree's logarithmic number of hops.
+size (5 to 6 % mean error against NCCL tables; plain alpha-beta is at 13 to 15 %), in which ring and in-switch
+reduction (NVLS) are already NCCL's own choice. Across nodes the fastest of ring, double binary tree and
+hierarchical all-reduce is taken; the slowest link is the share of the NICs that a group's ranks on a node own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 _PASSES: dict[Collective, float] = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 # Small inter-node messages and large ones blend like the measured intra-node curves.
 _INTER_NODE_EXPONENT = 0.8
+# An all-reduce this much above the ring's bus bandwidth was reduced in the switch.
+_IN_SWITCH_GAIN = 1.15
+# Launch of a collective between nodes that has no step inside one [s] (NCCL's base latency of small messages).
+_LAUNCH = 10e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,7 @@ def collective_time(
     calibration: DeviceCalibration,
     inter_node_efficiency: float,
 ) -> FloatColumn:
-    """Return the seconds of a collective over a group.
+    """Return the seconds of a collective over a group, by the fastest algorithm as NCCL would choose.
 
     Parameters
     ----------
@@ -88,29 +92,107 @@ def collective_time(
     FloatColumn
         Time [s]; 0 for groups of one rank.
     """
-    traffic = _PASSES[collective] * (group.size - 1.0) / group.size * num_bytes
-    curve = calibration.collectives[collective]
-    link = cluster.node.intra_link.bandwidth_bytes_per_second
-    log_ranks = np.log2(np.maximum(group.ranks_per_node, 2.0))
+    network = _Network(cluster=cluster, calibration=calibration, efficiency=inter_node_efficiency)
+    inside = _intra_node_time(collective, num_bytes, group.ranks_per_node, network)
+    spans_nodes = group.num_nodes > 1.0
+    if spans_nodes.any():
+        across = _ring_time(collective, num_bytes, group, network)
+        if collective == "all_reduce":
+            across = np.minimum(across, _tree_all_reduce_time(num_bytes, group, network))
+            across = np.minimum(across, _hierarchical_all_reduce_time(num_bytes, group, network))
+        inside = np.where(spans_nodes, across, inside)
+    return np.where(group.size <= 1.0, 0.0, inside)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Network:
+    cluster: ClusterSpec
+    calibration: DeviceCalibration
+    efficiency: float
+
+    @property
+    def hop(self) -> float:
+        """One step between nodes, NICs included [s]."""
+        return self.cluster.fabric.latency
+
+    def nic_bandwidth(self, ranks_per_node: FloatColumn) -> FloatColumn:
+        """What the NICs of a group's ranks on one node carry together [B/s]."""
+        share = (
+            self.cluster.node.nic_bandwidth_per_gpu * self.efficiency / self.cluster.fabric.oversubscription
+        )
+        return ranks_per_node * share
+
+
+def _intra_node_time(
+    collective: Collective, num_bytes: FloatColumn, ranks: FloatColumn, network: _Network
+) -> FloatColumn:
+    """Return the measured curve of a group inside one node: NCCL's own choice of ring or in-switch reduction."""
+    latency, bandwidth, exponent = _intra_node_curve(collective, ranks, network)
+    traffic = _PASSES[collective] * (ranks - 1.0) / np.maximum(ranks, 1.0) * num_bytes
+    return _p_norm(latency, traffic / bandwidth, exponent)
+
+
+def _intra_node_curve(
+    collective: Collective, ranks: FloatColumn, network: _Network
+) -> tuple[FloatColumn, FloatColumn, FloatColumn]:
+    """Return latency [s], bus bandwidth [B/s] and p-norm exponent of a group inside one node."""
+    curve = network.calibration.collectives[collective]
+    log_ranks = np.log2(np.maximum(ranks, 2.0))
     known = np.log2(curve.ranks)
     latency = np.exp(np.interp(log_ranks, known, np.log(curve.latency)))
-    # Rings inside larger domains (NVL72) add a hop per rank beyond the largest group that was measured.
-    latency = latency * np.maximum(1.0, group.ranks_per_node / curve.ranks[-1])
-    bandwidth = link * np.interp(log_ranks, known, curve.link_efficiency)
-    exponent = np.interp(log_ranks, known, curve.exponent)
-    inside = _p_norm(latency, traffic / bandwidth, exponent)
+    # Domains larger than the largest measured group (NVL72): a ring adds a step per rank.
+    beyond = np.maximum(1.0, ranks / curve.ranks[-1])
+    efficiency = np.interp(log_ranks, known, curve.link_efficiency)
+    ring = network.calibration.collectives["all_gather"].link_efficiency[-1]
+    if collective == "all_reduce" and curve.link_efficiency[-1] > _IN_SWITCH_GAIN * ring:
+        # Reduced in the switch (NVLS): one step whatever the ranks, each GPU sends S and stores S/n, so the
+        # bus bandwidth grows as 2(n-1)/(n+1); within 2.5 % of four published peaks.
+        last = curve.ranks[-1]
+        efficiency = efficiency * np.where(
+            beyond > 1.0, (ranks - 1) / (ranks + 1) * (last + 1) / (last - 1), 1.0
+        )
+    else:
+        latency = latency * beyond
+    link = network.cluster.node.intra_link.bandwidth_bytes_per_second
+    return latency, link * efficiency, np.interp(log_ranks, known, curve.exponent)
 
-    nodes = group.num_nodes
-    nic_share = group.ranks_per_node * cluster.node.nic_bandwidth_per_gpu * inter_node_efficiency
-    ring_bandwidth = np.where(group.ranks_per_node > 1.0, np.minimum(bandwidth, nic_share), nic_share)
-    ring_bandwidth = ring_bandwidth / np.where(nodes > 1.0, cluster.fabric.oversubscription, 1.0)
-    # The fabric's latency is end to end, NICs included.
-    hop = cluster.fabric.latency
-    # NCCL takes the tree for small and the ring for large messages: the fewer of their steps is latency.
-    hops = _PASSES[collective] * np.minimum(nodes - 1.0, 2.0 * np.log2(np.maximum(nodes, 2.0)))
-    across_latency = hops * hop + np.where(group.ranks_per_node > 1.0, latency, curve.latency[0])
-    across = _p_norm(across_latency, traffic / ring_bandwidth, np.full_like(exponent, _INTER_NODE_EXPONENT))
-    return np.where(group.size <= 1.0, 0.0, np.where(nodes > 1.0, across, inside))
+
+def _ring_time(
+    collective: Collective, num_bytes: FloatColumn, group: GroupPlacement, network: _Network
+) -> FloatColumn:
+    """Return the time of a ring over all ranks: its slowest link carries 2(n-1)/n or (n-1)/n of the buffer."""
+    passes = _PASSES[collective]
+    latency, bandwidth, _ = _intra_node_curve(collective, group.ranks_per_node, network)
+    nic = network.nic_bandwidth(group.ranks_per_node)
+    is_local = group.ranks_per_node > 1.0
+    slowest = np.where(is_local, np.minimum(bandwidth, nic), nic)
+    steps = passes * (group.num_nodes - 1.0) * network.hop + np.where(is_local, latency, _LAUNCH)
+    traffic = passes * (group.size - 1.0) / group.size * num_bytes
+    return _p_norm(steps, traffic / slowest, np.full_like(steps, _INTER_NODE_EXPONENT))
+
+
+def _tree_all_reduce_time(num_bytes: FloatColumn, group: GroupPlacement, network: _Network) -> FloatColumn:
+    """Return the time of a double binary tree over nodes: logarithmic latency, the whole buffer up and down."""
+    latency, bandwidth, _ = _intra_node_curve("all_reduce", group.ranks_per_node, network)
+    nic = network.nic_bandwidth(group.ranks_per_node)
+    is_local = group.ranks_per_node > 1.0
+    slowest = np.where(is_local, np.minimum(bandwidth, nic), nic)
+    depth = np.log2(np.maximum(group.num_nodes, 2.0))
+    steps = 2.0 * depth * network.hop + np.where(is_local, latency, _LAUNCH)
+    return _p_norm(steps, 2.0 * num_bytes / slowest, np.full_like(steps, _INTER_NODE_EXPONENT))
+
+
+def _hierarchical_all_reduce_time(
+    num_bytes: FloatColumn, group: GroupPlacement, network: _Network
+) -> FloatColumn:
+    """Return reduce-scatter inside nodes, all-reduce of each rail across them, all-gather inside."""
+    local = group.ranks_per_node
+    rail = GroupPlacement(size=group.num_nodes, ranks_per_node=np.ones_like(local))
+    return (
+        _intra_node_time("reduce_scatter", num_bytes, local, network)
+        + _ring_time("all_reduce", num_bytes / local, rail, network)
+        + _intra_node_time("all_gather", num_bytes, local, network)
+    )
 
 
 def send_time(

@@ -9,6 +9,7 @@ from pathlib import Path
 from meshwright.costmodels.calibration import (
     DeviceCalibration,
     load_device_calibration,
+    on_node,
     read_device_calibrations,
 )
 from meshwright.costmodels.software import AttentionKernel, SoftwareGeneration, load_software
@@ -109,7 +110,7 @@ def cost_context(
         cluster=job.cluster,
         workload=job.workload,
         software=software,
-        calibration=calibration,
+        calibration=calibration if calibration_paths else on_node(calibration, job.cluster.node),
         attention_kernel=attention_kernel or software.attention_kernel,
         features=features,
     )

@@ -110,6 +110,9 @@ class GpuSpec:
         SpecError
             If the device has no such format; names those it has.
         """
+        if precision not in self.peak_flops_per_second and precision == "fp8_block":
+            # Block-scaled fp8 runs on the fp8 units.
+            return self.peak("fp8")
         if precision not in self.peak_flops_per_second:
             known = ", ".join(self.peak_flops_per_second)
             raise SpecError(

@@ -22,24 +22,20 @@ def degrees_text(plan: ParallelPlan) -> str:
 def winning_reason(result: SearchResult) -> str:
     """Return one or two sentences: what the winner does better than the best plan with other degrees."""
     winner = result.ranked[0]
-    rival = next((other for other in result.ranked[1:] if _shape(other.plan) != _shape(winner.plan)), None)
+    rival = result.rival
     certificate = (
         "no other plan of the space can beat it: the bound of every plan not simulated is above its time"
         if result.is_certified
         else "plans beyond the simulated hundred have lower bounds, so the optimum is not certified"
     )
     if rival is None:
-        return f"{degrees_text(winner.plan)} is the only family among the best plans; {certificate}."
+        return f"{degrees_text(winner.plan)} is the only combination of degrees among the plans simulated; {certificate}."
     gain = rival.prediction.iteration_time / winner.prediction.iteration_time - 1.0
     margin = f"is {gain:.1%} faster than" if gain >= 0.0005 else "ties with"
     return (
         f"{degrees_text(winner.plan)} {margin} the best plan with other degrees "
         f"({degrees_text(rival.plan)}): {_difference(winner, rival)}; {certificate}."
     )
-
-
-def _shape(plan: ParallelPlan) -> tuple[int, int, int]:
-    return plan.tp, plan.pp, plan.dp
 
 
 def _difference(winner: RankedPlan, rival: RankedPlan) -> str:

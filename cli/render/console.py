@@ -66,6 +66,7 @@ class ProgressLine:
         self._quiet = quiet
         self._status = self._console.status("starting") if self._console.is_terminal and not quiet else None
         self._last = time.monotonic()
+        self._phase = ""
 
     def __enter__(self) -> ProgressLine:
         """Start the live line."""
@@ -83,6 +84,8 @@ class ProgressLine:
         text = f"{phase}: {done:,}" + (f" of {total:,}" if total else "")
         if self._status:
             self._status.update(text)
-        elif not self._quiet and time.monotonic() - self._last >= _PLAIN_INTERVAL_SECONDS:
-            self._last = time.monotonic()
+            return
+        is_due = phase != self._phase or time.monotonic() - self._last >= _PLAIN_INTERVAL_SECONDS
+        if not self._quiet and is_due:
+            self._phase, self._last = phase, time.monotonic()
             self._console.print(text)

@@ -49,6 +49,8 @@ class SearchResult:
     ----------
     ranked : tuple[RankedPlan, ...]
         The best plans, best first.
+    rival : RankedPlan | None
+        The best simulated plan with other degrees than the winner's; None when there is none.
     num_candidates, num_feasible, num_simulated : int
         Plans of the space, those that satisfy every constraint, those whose schedule was simulated.
     rejections : Mapping[str, int]
@@ -59,6 +61,7 @@ class SearchResult:
     """
 
     ranked: tuple[RankedPlan, ...]
+    rival: RankedPlan | None
     num_candidates: int
     num_feasible: int
     num_simulated: int

@@ -110,23 +110,29 @@ def _ranked(
     chosen = survivors.take(rows)
     values = objective_values(request.objective, chosen, times)
     ranking = np.lexsort((rows, peak_memory(request.context, chosen), values))
-    ranked = tuple(
-        RankedPlan(
-            plan=simulated[i][2],
-            prediction=predict(request.context, simulated[i][2], request.flops),
-            bound=float(bounds[simulated[i][1]]),
-        )
-        for i in ranking[: request.num_plans]
-    )
+
+    def entry(index: int) -> RankedPlan:
+        _, row, plan = simulated[index]
+        prediction = predict(request.context, plan, request.flops)
+        return RankedPlan(plan=plan, prediction=prediction, bound=float(bounds[row]))
+
+    winner = simulated[int(ranking[0])][2]
+    others = (int(i) for i in ranking if _degrees(simulated[int(i)][2]) != _degrees(winner))
+    rival = next(others, None)
     next_value = np.inf
     if len(rest):
         # Bounds are ascending along the order, so the first unsimulated plan has the least.
         next_value = float(objective_values(request.objective, survivors.take(rest[:1]), bounds[rest[:1]])[0])
     return SearchResult(
-        ranked=ranked,
+        ranked=tuple(entry(int(index)) for index in ranking[: request.num_plans]),
+        rival=None if rival is None else entry(rival),
         num_candidates=counts[0],
         num_feasible=counts[1],
         num_simulated=len(simulated),
         rejections=rejections,
         is_certified=bool(values[ranking[0]] <= next_value),
     )
+
+
+def _degrees(plan: ParallelPlan) -> tuple[int, int, int]:
+    return plan.tp, plan.pp, plan.dp

@@ -1,0 +1,69 @@
+"""Contexts and plans the cost-model tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+
+from meshwright.costmodels.context import CostContext, cost_context
+from meshwright.costmodels.software import AttentionKernel
+from meshwright.hardware_specs.catalog import resolve_cluster
+from meshwright.simcore.domain.job import TrainingJob
+from meshwright.simcore.domain.model_catalog import load_model
+from meshwright.simcore.domain.plan import ParallelPlan, ScheduleName, partition_layers
+from meshwright.simcore.domain.workload import Precision, TrainingWorkload
+
+# The first example of a session compiles the simulator's kernels.
+settings.register_profile("compiles", deadline=None)
+settings.load_profile("compiles")
+
+MakeContext = Callable[..., CostContext]
+MakePlan = Callable[..., ParallelPlan]
+
+
+def build_context(
+    model: str = "llama-3-8b",
+    cluster: str = "dgx-h100:1",
+    *,
+    batch: int = 64,
+    length: int = 2048,
+    precision: Precision = "bf16",
+    software: str = "megatron-core",
+    features: tuple[str, ...] = (),
+    kernel: AttentionKernel | None = None,
+    **model_changes: object,
+) -> CostContext:
+    """Return the context of a job on built-in hardware; further keywords change fields of the model."""
+    job = TrainingJob(
+        model=replace(load_model(model), **model_changes),  # type: ignore[arg-type]  # checked by the class
+        cluster=resolve_cluster(cluster),
+        workload=TrainingWorkload(global_batch_size=batch, sequence_length=length, precision=precision),
+        software=software,
+    )
+    return cost_context(job, features=frozenset(features), attention_kernel=kernel)
+
+
+def build_plan(num_layers: int = 32, **changes: object) -> ParallelPlan:
+    """Return a plan whose schedule and stages follow from pp and vpp unless they are given."""
+    pp, vpp = int(str(changes.get("pp", 1))), int(str(changes.get("vpp", 1)))
+    schedule: ScheduleName = "none" if pp == 1 else "interleaved_1f1b" if vpp > 1 else "1f1b"
+    defaults: dict[str, object] = {
+        "dp": 1,
+        "micro_batch_size": 1,
+        "schedule": schedule,
+        "layers_per_stage": partition_layers(num_layers, pp * vpp),
+    }
+    return ParallelPlan(**(defaults | changes))  # type: ignore[arg-type]  # keywords are checked by the class
+
+
+@pytest.fixture(scope="session")
+def make_context() -> MakeContext:
+    return build_context
+
+
+@pytest.fixture(scope="session")
+def make_plan() -> MakePlan:
+    return build_plan
