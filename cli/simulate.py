@@ -63,7 +63,7 @@ def command(
     if common.as_json:
         print_json({**simulation_mapping(document, context, prediction), "written": written})
     else:
-        print_simulation(document, context, prediction, written)
+        print_simulation(document, context, prediction, flops, written)
 
 
 def _write(

@@ -223,20 +223,22 @@ class _StateBytes:
 
 
 def _state_bytes(context: CostContext, columns: PlanColumns, parameters: FloatColumn) -> _StateBytes:
-    """Weights, gradients and Adam states of a rank: 2 + gradient width + 12 bytes, each sharded or not."""
+    """Return the bytes of weights, gradients and Adam states of a rank, each sharded or not.
+
+    Mixed precision keeps a 16-bit working copy beside the fp32 master and moments (2 + gradient + 12 bytes);
+    ZeRO-3 gathers it from the fp32 shard instead of storing it (4 + gradient + 8).
+    """
+    software = context.software
     is_wide = context.workload.precision in ("fp32", "tf32")
-    weight, gradient, optimizer = (4.0, 4.0, 8.0) if is_wide else (2.0, context.software.gradient_bytes, 12.0)
     ranks = shard_ranks(columns)
-    # Frameworks that keep further fp32 copies of a ZeRO-3 shard hold them with the optimizer states.
-    optimizer_zero3 = context.software.zero3_state_bytes - weight - gradient
     is_zero3 = columns.sharding >= Shardings.ZERO3
-    shards_optimizer = np.where(columns.sharding >= Shardings.ZERO1, ranks, 1.0)
-    shards_gradient = np.where(columns.sharding >= Shardings.ZERO2, ranks, 1.0)
-    shards_weight = np.where(is_zero3, ranks, 1.0)
+    weight = np.where(is_zero3 | is_wide, 4.0, 2.0)
+    gradient = 4.0 if is_wide else software.gradient_bytes
+    optimizer = np.where(is_zero3 | is_wide, 8.0, 12.0) + software.extra_state_bytes
     return _StateBytes(
-        weights=weight * parameters / shards_weight,
-        gradients=gradient * parameters / shards_gradient,
-        optimizer_states=np.where(is_zero3, optimizer_zero3, optimizer) * parameters / shards_optimizer,
+        weights=weight * parameters / np.where(is_zero3, ranks, 1.0),
+        gradients=gradient * parameters / np.where(columns.sharding >= Shardings.ZERO2, ranks, 1.0),
+        optimizer_states=optimizer * parameters / np.where(columns.sharding >= Shardings.ZERO1, ranks, 1.0),
     )
 
 

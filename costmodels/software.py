@@ -76,8 +76,8 @@ class SoftwareGeneration:
     selective_recompute : SelectiveRecompute
         What "selective" recomputes: the ``attention_core`` (Megatron), or ``operators``, every second matrix
         product and all element-wise work (torchtitan).
-    zero3_state_bytes : float
-        Bytes per parameter of sharded weights, gradients and optimizer states under ZeRO-3 [B].
+    extra_state_bytes : float
+        Further copies held with the optimizer states, sharded like them [B per parameter].
     fragmentation : float
         Allocator reserve over the bytes in use.
     """
@@ -109,7 +109,7 @@ class SoftwareGeneration:
     fsdp_keeps_parameters: bool = False
     framework_bytes: float = 2**30
     selective_recompute: SelectiveRecompute = "attention_core"
-    zero3_state_bytes: float = 16.0
+    extra_state_bytes: float = 0.0
     fragmentation: float = 0.0
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from meshwright.cli.render.console import stdout_console
-from meshwright.cli.render.plans import ranked_table
+from meshwright.cli.render.plans import FLOPS_WORDS, ranked_table
 from meshwright.costmodels.context import CostContext
 from meshwright.planner.constraints import CONSTRAINTS
 from meshwright.planner.job_file import PlanRequest
@@ -96,11 +96,8 @@ def print_report(
     console.print(f"Why: {winning_reason(result)}", soft_wrap=True)
     winner = result.ranked[0].prediction
     console.print(
-        f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. MFU counts "
-        f"causal attention half."
-        if flops == "causal"
-        else f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. MFU counts "
-        f"attention in full.",
+        f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. "
+        f"MFU: {FLOPS_WORDS[flops]}.",
         soft_wrap=True,
     )
     rejected = ", ".join(f"{name} {count:,}" for name, count in result.rejections.items() if count)

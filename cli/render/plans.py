@@ -12,8 +12,10 @@ from meshwright.planner.search.base import RankedPlan
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.units import format_quantity
 
-__all__ = ["memory_table", "plan_row", "ranked_table"]
+__all__ = ["FLOPS_WORDS", "memory_table", "plan_row", "ranked_table"]
 
+# How the printed MFU counts attention; every figure says so.
+FLOPS_WORDS = {"causal": "causal attention counted half", "full-attention": "attention counted in full"}
 _COLUMNS = (
     ("#", True),
     ("tp", True),

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from rich.table import Table
 
 from meshwright.cli.render.console import make_table, stdout_console
-from meshwright.cli.render.plans import memory_table
+from meshwright.cli.render.plans import FLOPS_WORDS, memory_table
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.prediction import Prediction
 from meshwright.planner.plan_file import PlanDocument, prediction_mapping
@@ -35,7 +35,7 @@ def simulation_mapping(
 
 
 def print_simulation(
-    document: PlanDocument, context: CostContext, prediction: Prediction, written: list[str]
+    document: PlanDocument, context: CostContext, prediction: Prediction, flops: str, written: list[str]
 ) -> None:
     """Print figures, time attribution, timeline and memory."""
     console = stdout_console()
@@ -48,7 +48,7 @@ def print_simulation(
     figures.add_row("iteration time", f"{prediction.iteration_time:.4g} s")
     figures.add_row("80 % interval", f"{prediction.low:.4g} to {prediction.high:.4g} s")
     figures.add_row("tokens/s/GPU", f"{prediction.tokens_per_second_per_gpu:,.0f}")
-    figures.add_row("MFU (causal attention counted half unless asked)", f"{prediction.mfu:.1%}")
+    figures.add_row(f"MFU ({FLOPS_WORDS[flops]})", f"{prediction.mfu:.1%}")
     figures.add_row("HFU", f"{prediction.hfu:.1%}")
     figures.add_row("bubble of the worst stage", f"{result.bubble_fraction:.1%}")
     figures.add_row("exposed communication of the worst stage", f"{result.exposed_communication_time:.4g} s")

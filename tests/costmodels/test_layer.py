@@ -72,8 +72,8 @@ def test_a_wide_layer_runs_at_the_calibrated_share_of_the_peak(make_context: Mak
     ideal = 24.0 * length * hidden**2 / rate
     result = times(context)
     assert ideal < result.forward[0] < 1.03 * ideal
-    assert 2 * ideal < result.backward[0] < 2 * 1.06 * ideal
-    assert ideal < result.weight_gradient[0] < 1.06 * ideal
+    assert 2 * ideal < result.backward[0] < 2 * 1.08 * ideal
+    assert ideal < result.weight_gradient[0] < 1.08 * ideal
 
 
 @pytest.mark.parametrize("model", ["llama-3-8b", "gpt3-175b"])

@@ -67,8 +67,8 @@ def first_stage_activations(context: CostContext, row: Published, recompute: str
         layers_per_stage=partition_layers(num_layers, row.pp * row.vpp),
     )
     columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
-    # 1 + (p - 1) / (p v) of all layers' activations is in flight on the first stage (section 4.2.3).
-    factor = 1 + (row.pp - 1) / (row.pp * row.vpp)
+    # All layers' activations are in flight on the first stage, 1 + (p - 1) / (p v) of them when interleaved.
+    factor = 1 + (row.pp - 1) / (row.pp * row.vpp) if row.vpp > 1 else 1.0
     expected = float(layer_activation_bytes(context, columns)[0]) * num_layers * factor
     stored = float(plan_memory(context, plan).activations[0])
     assert stored == pytest.approx(expected)
@@ -112,7 +112,8 @@ def test_every_saving_equals_the_published_share(
     modes = (("none", True), ("selective", False), ("selective", True), ("full", False))
     for (recompute, sp), percent in zip(modes, published.percents, strict=True):
         stored = first_stage_activations(published_context, published, recompute, sp=sp)
-        assert 100 * stored / none == pytest.approx(percent, rel=0.005), recompute
+        # The published shares are read from a figure: within a seventh of a point.
+        assert 100 * stored / none == pytest.approx(percent, abs=0.15), recompute
 
 
 def test_a_gpt_layer_stores_the_bytes_of_the_papers_formulas(
@@ -155,10 +156,13 @@ def test_shards_of_all_ranks_add_up_to_the_model(
         "gradients": group if sharding in ("zero2", "zero3", "hsdp") else 1,
         "optimizer_states": group if sharding != "none" else 1,
     }
-    gradient = context.software.gradient_bytes
-    widths = {"weights": 2.0, "gradients": gradient, "optimizer_states": 12.0}
-    if sharding in ("zero3", "hsdp"):
-        widths["optimizer_states"] = context.software.zero3_state_bytes - 2.0 - gradient
+    # Adam's moments and fp32 master weights; ZeRO-3 gathers its 16-bit weights from the master shard.
+    is_zero3 = sharding in ("zero3", "hsdp")
+    widths = {
+        "weights": 4.0 if is_zero3 else 2.0,
+        "gradients": context.software.gradient_bytes,
+        "optimizer_states": 8.0 if is_zero3 else 12.0,
+    }
     # The final norm (4,096 of 8e9 parameters) belongs to no stage's count.
     whole = context.model.num_parameters
     for use, ranks in copies.items():
