@@ -26,6 +26,13 @@ __all__ = [
     "read_device_calibrations",
 ]
 
+# What every prediction looks up; other formats and kernels borrow from these.
+_REQUIRED_CURVES: Mapping[str, tuple[str, ...]] = {
+    "gemm": ("bf16",),
+    "sustained_clock": ("bf16",),
+    "attention": ("flash_2",),
+    "collectives": ("all_reduce", "all_gather", "reduce_scatter"),
+}
 # A slower power-limited sibling of the same die keeps this share of the clock: the two measured H100 parts
 # differ by 0.77 at 500 W against 700 W, which is (5/7) ** 0.78; 0.7 is used for parts never measured.
 CLOCK_POWER_EXPONENT = 0.7
@@ -190,8 +197,9 @@ def read_device_calibrations(paths: Sequence[Path], gpu: GpuSpec) -> DeviceCalib
     for path in paths:
         section = read_yaml(path)
         named.append(section.text("gpu"))
-        if section.text("gpu") in (gpu.id, *gpu.aliases):
+        if section.text("gpu").lower() in (gpu.id, *(alias.lower() for alias in gpu.aliases)):
             found = _read(section, gpu, borrowed=False, reason=f"given as {path}")
+            section.close()
     if found is None:
         raise CalibrationError(f"no given calibration is for {gpu.id}: the files are for {', '.join(named)}")
     return found
@@ -208,18 +216,23 @@ def _built_in_sections() -> Mapping[str, Section]:
 
 
 def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> DeviceCalibration:
-    section.integer("schema_version")
+    if section.integer("schema_version") != 1:
+        raise section.error("schema_version", "this release reads version 1")
     lender = section.text("gpu")
     section.text("architecture")
     section.boolean("represents_architecture")
     section.texts("covers")
     note = section.optional_text("estimate")
+    for key, names in _REQUIRED_CURVES.items():
+        for name in names:
+            if not section.section(key).has(name):
+                raise section.section(key).error(name, "is required but missing")
     gemm_section = section.section("gemm")
     gemm = {name: _gemm_curve(gemm_section.section(name)) for name in gemm_section}
     clock_section = section.section("sustained_clock")
     clock_section.text("source")
     scale = _clock_scale(gpu, lender) if borrowed else 1.0
-    clock = {name: clock_section.number(name) * scale for name in clock_section if name != "source"}
+    clock = {name: _positive(clock_section, name) * scale for name in clock_section if name != "source"}
     stream = section.section("memory_stream")
     stream.text("source")
     attention_section = section.section("attention")
@@ -228,7 +241,7 @@ def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> Dev
         name: AttentionCurve(
             peak_flops_per_second=attention_section.section(name).quantity("peak", "flops_per_second")
             * (_peak_scale(gpu, lender) if borrowed else 1.0),
-            half_length=attention_section.section(name).number("half_length"),
+            half_length=_positive(attention_section.section(name), "half_length"),
         )
         for name in attention_section
         if name.startswith("flash")
@@ -239,20 +252,27 @@ def _read(section: Section, gpu: GpuSpec, *, borrowed: bool, reason: str) -> Dev
         is_estimate=borrowed or note is not None,
         gemm=gemm,
         sustained_clock=clock,
-        memory_stream_efficiency=stream.number("efficiency"),
+        memory_stream_efficiency=_positive(stream, "efficiency"),
         attention=attention,
-        attention_backward_efficiency=attention_section.number("backward_efficiency"),
+        attention_backward_efficiency=_positive(attention_section, "backward_efficiency"),
         collectives=_collective_curves(section.section("collectives")),
     )
+
+
+def _positive(section: Section, key: str) -> float:
+    value = section.number(key)
+    if value <= 0.0:
+        raise section.error(key, f"must be above zero, not {value}")
+    return value
 
 
 def _gemm_curve(section: Section) -> GemmCurve:
     section.text("source")
     return GemmCurve(
         launch_time=section.quantity("launch_time", "seconds"),
-        compute_efficiency=section.number("compute_efficiency"),
-        memory_efficiency=section.number("memory_efficiency"),
-        exponent=section.number("exponent"),
+        compute_efficiency=_positive(section, "compute_efficiency"),
+        memory_efficiency=_positive(section, "memory_efficiency"),
+        exponent=_positive(section, "exponent"),
     )
 
 
@@ -265,11 +285,14 @@ def _collective_curve(section: Section, name: str) -> CollectiveCurve:
     rows = section.sections(name)
     if not rows:
         raise SpecError(f"{section.file}: collectives.{name} has no measured group size")
+    ranks = [row.integer("ranks", minimum=2) for row in rows]
+    if ranks != sorted(set(ranks)):
+        raise section.error(name, "list the measured group sizes in ascending order, each once")
     return CollectiveCurve(
-        ranks=tuple(float(row.integer("ranks")) for row in rows),
+        ranks=tuple(float(size) for size in ranks),
         latency=tuple(row.quantity("latency", "seconds") for row in rows),
-        link_efficiency=tuple(row.number("link_efficiency") for row in rows),
-        exponent=tuple(row.number("exponent") for row in rows),
+        link_efficiency=tuple(_positive(row, "link_efficiency") for row in rows),
+        exponent=tuple(_positive(row, "exponent") for row in rows),
     )
 
 

@@ -154,7 +154,10 @@ def _intra_node_curve(
     else:
         latency = latency * beyond
     link = network.cluster.node.intra_link.bandwidth_bytes_per_second
-    return latency, link * efficiency, np.interp(log_ranks, known, curve.exponent)
+    exponent = np.interp(log_ranks, known, curve.exponent)
+    # Small groups blend latency and bandwidth over a wide range of sizes; long rings do as between nodes.
+    exponent = np.where(beyond > 1.0, _INTER_NODE_EXPONENT, exponent)
+    return latency, link * efficiency, exponent
 
 
 def _ring_time(

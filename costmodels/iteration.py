@@ -98,8 +98,8 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     vocab = columns.vocab_parallel >= 2
 
     def stage(layers: FloatColumn, is_first: bool, is_last: bool) -> tuple[FloatColumn, FloatColumn]:
-        forward = layers * times.layer_forward + extra_forward
-        backward = layers * times.layer_backward + extra_backward
+        forward = layers * times.layer_forward + extra_forward * vpp
+        backward = layers * times.layer_backward + extra_backward * vpp
         if is_first:
             forward = forward + np.where(vocab, 0.0, times.embedding_forward)
             backward = backward + np.where(vocab, 0.0, times.embedding_backward)
@@ -133,13 +133,16 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     ramp_first = ramp_in + out_first
     ramp_middle = ramp_first + before * through / vpp + np.where(before > 0, pp - 3.0, 0.0) * sends_through
     ramp_last = ramp_first + between * through / vpp + np.maximum(pp - 2.0, 0.0) * sends_through
-    pipeline = np.maximum(batches * first, ramp_last + batches * last)
-    pipeline = np.where(pp > 2.0, np.maximum(pipeline, ramp_middle + batches * middle), pipeline)
-    pipeline = np.where(pp > 1.0, pipeline, batches * (alone_forward + alone_backward))
     rows, inverse = columns.distinct(
         "tp", "cp", "pp", "vpp", "dp", "sharding", "sharding_group", "layers_first"
     )
-    return pipeline + _tail_time(context, rows)[inverse]
+    tail = _tail_time(context, rows)[inverse]
+    # Every path but a zero-bubble stage's own ends at the first stage, with its reduction and optimizer.
+    last_tail = np.where(is_split, _fixed_time(context, columns), tail)
+    bound = np.maximum(batches * first + tail, ramp_last + batches * last + last_tail)
+    through_middle = ramp_middle + batches * middle + last_tail
+    bound = np.where(pp > 2.0, np.maximum(bound, through_middle), bound)
+    return np.where(pp > 1.0, bound, batches * (alone_forward + alone_backward) + tail)
 
 
 def _bound_send_time(context: CostContext, columns: PlanColumns) -> FloatColumn:

@@ -5,7 +5,7 @@ The order is the order of the report: a plan is counted by the first constraint 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,14 @@ from numpy.typing import NDArray
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.memory import peak_memory
 from meshwright.costmodels.plan_columns import PlanColumns, Schedules, Shardings
+from meshwright.planner.export import EXPORTERS
 from meshwright.planner.space import SearchLimits
 from meshwright.simcore.domain.plan import RECOMPUTES, SCHEDULES_KNOWN, SHARDINGS
 
 __all__ = ["CONSTRAINTS", "Constraint", "Mask", "apply_constraints"]
+
+# Column codes of the fields that are words.
+_WORDS = {"schedule": SCHEDULES_KNOWN, "recompute": RECOMPUTES, "sharding": SHARDINGS}
 
 Mask = NDArray[np.bool_]
 
@@ -42,10 +46,20 @@ class Constraint:
 
 
 def _user_limits(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
-    words = {"schedule": SCHEDULES_KNOWN, "recompute": RECOMPUTES, "sharding": SHARDINGS}
+    return _within(columns, limits.allowed)
+
+
+def _target(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    if limits.target is None:
+        return np.ones(len(columns), dtype=np.bool_)
+    return _within(columns, EXPORTERS[limits.target].search_limits)
+
+
+def _within(columns: PlanColumns, allowed: Mapping[str, tuple[int | str | bool, ...]]) -> Mask:
+    """Return where every named field has one of its allowed values."""
     keep: Mask = np.ones(len(columns), dtype=np.bool_)
-    for key, values in limits.allowed.items():
-        known = words.get(key)
+    for key, values in allowed.items():
+        known = _WORDS.get(key)
         codes = [known.index(str(value)) for value in values] if known else [int(value) for value in values]
         keep &= np.isin(getattr(columns, key), codes)
     return keep
@@ -98,6 +112,7 @@ def _memory(context: CostContext, columns: PlanColumns, limits: SearchLimits) ->
 
 CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(name="user_limits", sentence="the values allowed under 'constraints'", holds=_user_limits),
+    Constraint(name="target", sentence="the export target can express the plan", holds=_target),
     Constraint(
         name="tensor_parallel",
         sentence="tp divides heads and MLP width, and shares key/value heads evenly",

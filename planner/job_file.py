@@ -87,14 +87,16 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
         workload=_workload(section, flags),
         software=_software(section, flags),
     )
-    objective = flags.objective or (
-        section.text("objective", default="throughput") if section else "throughput"
-    )
+    of_file = section.optional_text("objective") if section else None
+    objective = flags.objective or of_file or "throughput"
     if objective not in OBJECTIVES:
-        raise SpecError(
-            f"objective: unknown value '{objective}'{did_you_mean(objective, OBJECTIVES) or ';'} "
+        message = (
+            f"unknown value '{objective}'{did_you_mean(objective, OBJECTIVES) or ';'} "
             f"known: {', '.join(OBJECTIVES)}"
         )
+        if section is not None and flags.objective is None:
+            raise section.error("objective", message)
+        raise SpecError(f"objective: {message}")
     limits = _limits(section.optional_section("constraints") if section else None, flags)
     if section is not None:
         section.close()
@@ -116,30 +118,53 @@ def _check_kind(section: Section) -> None:
 
 def _model(section: Section | None, flags: JobFlags) -> tuple[ModelSpec, str]:
     if flags.model is not None:
+        _skip(section, "model")
         return load_model(flags.model), flags.model
     if section is None or not section.has("model"):
         raise SpecError("no model: name a preset or a config.json with --model, or 'model:' in the job file")
     if section.is_section("model"):
         return model_from_section(section.section("model")), "inline"
     name = section.text("model")
-    return load_model(_beside(section, name)), name
+    try:
+        return load_model(_beside(section, name)), name
+    except SpecError as error:
+        raise _located(section, "model", error) from None
 
 
 def _cluster(section: Section | None, flags: JobFlags) -> tuple[ClusterSpec, str]:
     if flags.cluster is not None:
+        _skip(section, "cluster")
         return resolve_cluster(flags.cluster), flags.cluster
     if section is None or not section.has("cluster"):
         raise SpecError("no cluster: name one as --cluster dgx-h100:8 (nodes), or 'cluster:' in the job file")
     if section.is_section("cluster"):
         return cluster_from_section(section.section("cluster")), "inline"
     name = section.text("cluster")
-    return resolve_cluster(_beside(section, name)), name
+    try:
+        return resolve_cluster(_beside(section, name)), name
+    except SpecError as error:
+        raise _located(section, "cluster", error) from None
+
+
+def _skip(section: Section | None, key: str) -> None:
+    """Mark a key as read whose value a flag replaces."""
+    if section is not None and section.has(key):
+        _ = section.section(key) if section.is_section(key) else section.text(key)
+
+
+def _located(section: Section, key: str, error: SpecError) -> SpecError:
+    """Return the error of an unknown name with its place in the job file; errors of other files have their own."""
+    text = str(error)
+    return section.error(key, text) if text.startswith("unknown ") or " has no " in text else error
 
 
 def _beside(section: Section, name: str) -> str:
     """Return a path in a job file as seen from the job file's folder, when it exists there."""
     beside = Path(section.file).parent / name
-    return str(beside) if beside.is_file() else name
+    try:
+        return str(beside) if beside.is_file() else name
+    except OSError:  # a name too long for a file
+        return name
 
 
 def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
@@ -150,7 +175,8 @@ def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
         file_batch = part.optional_integer("global_batch_size", minimum=1)
         file_length = part.optional_integer("sequence_length", minimum=1)
         file_precision = part.choice("precision", PRECISIONS, default="bf16")
-        batch, length = batch or file_batch, length or file_length
+        batch = file_batch if batch is None else batch
+        length = file_length if length is None else length
         precision = precision or file_precision
         part.close()
     if batch is None:
@@ -166,6 +192,7 @@ def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
 
 def _software(section: Section | None, flags: JobFlags) -> str:
     if flags.software is not None:
+        _skip(section, "software")
         return load_software(flags.software).id
     if section is None:
         return _DEFAULT_SOFTWARE
@@ -177,18 +204,25 @@ def _limits(section: Section | None, flags: JobFlags) -> SearchLimits:
     headroom = 0.0
     allowed: dict[str, tuple[int | str | bool, ...]] = {}
     if section is not None:
-        target = target or section.optional_text("target")
+        of_file = section.optional_text("target")
+        target = target or of_file
         headroom = section.optional_quantity("memory_headroom", "fraction") or 0.0
         for key in LIMIT_KEYS:
             if section.has(key):
                 allowed[key] = _allowed(section, key)
         section.close()
     if target is not None and target not in EXPORTERS:
-        raise SpecError(
-            f"target: unknown target '{target}'{did_you_mean(target, EXPORTERS) or ';'} "
+        message = (
+            f"unknown target '{target}'{did_you_mean(target, EXPORTERS) or ';'} "
             f"known: {', '.join(sorted(EXPORTERS))}"
         )
-    return SearchLimits(allowed=allowed, memory_headroom=headroom, target=target)
+        if section is not None and flags.target is None:
+            raise section.error("target", message)
+        raise SpecError(f"target: {message}")
+    try:
+        return SearchLimits(allowed=allowed, memory_headroom=headroom, target=target)
+    except SpecError as error:
+        raise error if section is None else section.error("memory_headroom", str(error)) from None
 
 
 def _allowed(section: Section, key: str) -> tuple[int | str | bool, ...]:
@@ -197,6 +231,8 @@ def _allowed(section: Section, key: str) -> tuple[int | str | bool, ...]:
         return (section.boolean(key),)
     if key in _WORDS:
         words = section.texts(key) if section.is_list(key) else (section.text(key),)
+        if not words:
+            raise section.error(key, "list at least one value, or leave the key out")
         for word in words:
             if word not in _WORDS[key]:
                 raise section.error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import zlib
@@ -70,17 +71,20 @@ def replace_file(path: Path, content: bytes, *, force: bool, is_ours: Callable[[
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may not exist
+            temporary.unlink(missing_ok=True)
         raise SpecError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from None
 
 
 def check_replaceable(path: Path, *, force: bool, is_ours: Callable[[bytes], bool]) -> None:
     """Raise when writing ``path`` would lose somebody's file; see :func:`replace_file`."""
-    if path.is_symlink():
-        raise SpecError(f"{path}: is a symbolic link, which is never followed or replaced; remove it first")
-    if path.is_dir():
-        raise SpecError(f"{path}: is a directory; name a file")
     try:
+        if path.is_symlink():
+            raise SpecError(
+                f"{path}: is a symbolic link, which is never followed or replaced; remove it first"
+            )
+        if path.is_dir():
+            raise SpecError(f"{path}: is a directory; name a file")
         if not force and path.exists() and not is_ours(path.read_bytes()):
             raise SpecError(
                 f"{path}: exists and was not written by Meshwright; choose another name or use --force"

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.prediction import Prediction
@@ -24,6 +25,10 @@ from meshwright.simcore.domain.plan import (
     SHARDINGS,
     VOCAB_PARALLELS,
     ParallelPlan,
+    Recompute,
+    ScheduleName,
+    Sharding,
+    VocabParallel,
 )
 from meshwright.simcore.domain.workload import PRECISIONS, TrainingWorkload
 
@@ -142,24 +147,32 @@ def _plan(section: Section) -> ParallelPlan:
     degrees = {
         axis: section.integer(axis, default=1, minimum=1) for axis in ("tp", "pp", "vpp", "cp", "ep", "etp")
     }
+    dp = section.integer("dp", minimum=1)
+    micro_batch_size = section.integer("micro_batch_size", minimum=1)
+    sequence_parallel = section.boolean("sequence_parallel", default=False)
+    schedule = cast("ScheduleName", section.choice("schedule", SCHEDULES_KNOWN))
+    recompute = cast("Recompute", section.choice("recompute", RECOMPUTES, default="none"))
+    sharding = cast("Sharding", section.choice("sharding", SHARDINGS, default="none"))
+    sharding_group = section.optional_integer("sharding_group", minimum=1)
+    vocab_parallel = cast("VocabParallel", section.choice("vocab_parallel", VOCAB_PARALLELS, default="none"))
+    layers_per_stage = section.integers("layers_per_stage")
+    # Before the plan is built: a mistyped key must not show as a degree that does not fit.
+    section.close()
     try:
-        plan = ParallelPlan(
-            dp=section.integer("dp", minimum=1),
+        return ParallelPlan(
+            dp=dp,
             **degrees,
-            sequence_parallel=section.boolean("sequence_parallel", default=False),
-            micro_batch_size=section.integer("micro_batch_size", minimum=1),
-            schedule=section.choice("schedule", SCHEDULES_KNOWN),  # type: ignore[arg-type]  # a word of this very list
-            recompute=section.choice("recompute", RECOMPUTES, default="none"),  # type: ignore[arg-type]  # as above
-            sharding=section.choice("sharding", SHARDINGS, default="none"),  # type: ignore[arg-type]  # as above
-            sharding_group=section.optional_integer("sharding_group", minimum=1),
-            vocab_parallel=section.choice("vocab_parallel", VOCAB_PARALLELS, default="none"),  # type: ignore[arg-type]  # as above
-            layers_per_stage=section.integers("layers_per_stage"),
+            sequence_parallel=sequence_parallel,
+            micro_batch_size=micro_batch_size,
+            schedule=schedule,
+            recompute=recompute,
+            sharding=sharding,
+            sharding_group=sharding_group,
+            vocab_parallel=vocab_parallel,
+            layers_per_stage=layers_per_stage,
         )
     except SpecError as error:
-        text = str(error)
-        raise error if text.startswith(section.file) else section.error("", text) from None
-    section.close()
-    return plan
+        raise section.error("", str(error)) from None
 
 
 def _check_fits(section: Section, job: TrainingJob, plan: ParallelPlan) -> None:

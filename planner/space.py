@@ -25,6 +25,8 @@ _SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 _SHARDINGS = ("none", "zero1", "zero2", "zero3", "hsdp")
 # Rows evaluated at once: bounds the working memory to some tens of MiB whatever the space.
 _BLOCK_ROWS = 65_536
+# Ten times the deepest model that was ever trained (1,000-layer DeepNet, arXiv 2203.00555).
+_MAX_LAYERS = 10_000
 
 LIMIT_KEYS = (
     "dp",
@@ -86,7 +88,16 @@ def enumerate_space(job: TrainingJob, world_sizes: tuple[int, ...]) -> Iterator[
         Model, cluster and workload.
     world_sizes : tuple[int, ...]
         Numbers of GPUs to plan for.
+
+    Raises
+    ------
+    SpecError
+        If the model has more layers than any model; every divisor of them would be a number of chunks.
     """
+    if job.model.num_layers > _MAX_LAYERS:
+        raise SpecError(
+            f"model {job.model.name}: num_layers must be at most {_MAX_LAYERS}, not {job.model.num_layers}"
+        )
     pending: list[dict[str, np.ndarray]] = []
     rows = 0
     for world in world_sizes:

@@ -1,11 +1,12 @@
 """The table of measured training runs: its columns, its rows as text, and what scoring reads of them.
 
-The grammar is documented in ``docs/validation.md``.
+The grammar is documented in ``docs/validate.md``.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ COLUMNS = [
     "notes",
 ]
 _OPTIONAL_COLUMNS = ("cluster", "calibration")
+_MEASURED = ("time", "memory", "oom", "other")
 _REQUIRED_COLUMNS = (
     "id",
     "source",
@@ -114,7 +116,7 @@ def read_measured_runs(path: Path) -> tuple[MeasuredRun, ...]:
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        reader = csv.DictReader(text.splitlines(), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         header = tuple(reader.fieldnames or ())
         _check_header(path, header)
         return tuple(_run(path, reader.line_num, row) for row in reader)
@@ -127,6 +129,9 @@ def _check_header(path: Path, header: tuple[str, ...]) -> None:
     for column in header:
         if column not in known:
             raise SpecError(f"{path}:1: unknown column '{column}'{did_you_mean(column, known)}")
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if repeated:
+        raise SpecError(f"{path}:1: column(s) {', '.join(repeated)} stand there twice")
     missing = [column for column in _REQUIRED_COLUMNS if column not in header]
     if missing:
         raise SpecError(
@@ -151,11 +156,17 @@ def _run(path: Path, line: int, row: Mapping[str | None, str | list[str] | None]
             raise SpecError(f"{path}:{line}: {column} must be a finite number above zero, not {text}")
         return value * scale
 
+    measured = cells["measured"] or "time"
+    if measured not in _MEASURED:
+        raise SpecError(
+            f"{path}:{line}: measured: '{measured}' is not one of {', '.join(_MEASURED)}"
+            f"{did_you_mean(measured, _MEASURED)}"
+        )
     return MeasuredRun(
         id=cells["id"],
         source=cells["source"],
         quality=cells.get("quality", "") or "ok",
-        measured=cells["measured"] or "time",
+        measured=measured,
         measured_seconds=optional_number("measured_seconds", 1.0),
         measured_memory_bytes=optional_number("measured_memory_gib", 2.0**30),
         cells=cells,

@@ -74,6 +74,8 @@ _SOFTWARE_LENDERS: Mapping[str, str] = {
     "megatron-deepspeed-2023": "megatron-deepspeed-2022",
     "metaseq-2022": "megatron-2021",
 }
+# Beyond any count or dimension of a table; keeps products inside 64 bits.
+_MAX_INTEGER = 1e9
 _FALLBACK_SOFTWARE = "megatron-core"
 
 
@@ -115,14 +117,16 @@ def measured_setup(run: MeasuredRun) -> MeasuredSetup:
         plan.num_micro_batches(workload.global_batch_size)
     except SpecError as error:
         raise IncompleteRowError(str(error)) from None
-    features = frozenset(word for word in run.cell("features").split(";") if word)
+    features = frozenset(_features(run))
     software = _software(run, remarks)
     if "parallel_block" in features:
         model = replace(model, has_parallel_block=True)
     kernel: AttentionKernel | None = None
-    if run.cell("flash_attention") == "n":
+    states_attention = bool(run.cell("flash_attention"))
+    is_fused = _flag(run, "flash_attention", True)
+    if states_attention and not is_fused:
         kernel = "unfused"
-    elif run.cell("flash_attention") == "y" and software in ("megatron-2021", "megatron-deepspeed-2022"):
+    elif states_attention and software in ("megatron-2021", "megatron-deepspeed-2022"):
         kernel = "flash_2"
     job = TrainingJob(model=model, cluster=cluster, workload=workload, software=software)
     return MeasuredSetup(
@@ -136,8 +140,12 @@ def measured_setup(run: MeasuredRun) -> MeasuredSetup:
 
 def unknown_features(runs: tuple[MeasuredRun, ...]) -> tuple[str, ...]:
     """Return the features of a table that no cost model knows, each once, sorted."""
-    words = {word for run in runs for word in run.cell("features").split(";") if word}
+    words = {word for run in runs for word in _features(run)}
     return tuple(sorted(words - KNOWN_FEATURES - {"parallel_block"}))
+
+
+def _features(run: MeasuredRun) -> tuple[str, ...]:
+    return tuple(word.strip() for word in run.cell("features").split(";") if word.strip())
 
 
 def _integer(run: MeasuredRun, column: str, default: int | None = None) -> int:
@@ -150,7 +158,7 @@ def _integer(run: MeasuredRun, column: str, default: int | None = None) -> int:
         value = float(text)
     except ValueError:
         raise IncompleteRowError(f"{column}: '{text}' is not a whole number") from None
-    if value < 1 or value != int(value):
+    if not 1.0 <= value <= _MAX_INTEGER or value != int(value):
         raise IncompleteRowError(f"{column}: '{text}' is not a whole number above zero")
     return int(value)
 
@@ -232,7 +240,12 @@ def _preset(name: str) -> ModelSpec | None:
 
 def _cluster(run: MeasuredRun, num_gpus: int) -> ClusterSpec:
     if run.cell("cluster"):
-        return resolve_cluster(run.cell("cluster"))
+        named = resolve_cluster(run.cell("cluster"))
+        if named.num_gpus < num_gpus:
+            raise IncompleteRowError(
+                f"cluster {named.id} has {named.num_gpus} GPUs, but the row says {num_gpus}"
+            )
+        return named
     gpu = load_gpu(run.cell("gpu"))
     base = load_node(_NODES.get(gpu.id, "dgx-h100"))
     per_node = _integer(run, "gpus_per_node", min(base.num_gpus, 8) if gpu.id in _NODES else 8)

@@ -104,7 +104,8 @@ def _chosen_stages(result: IterationResult, max_events: int) -> tuple[tuple[int,
 
 def _write(result: IterationResult, stages: tuple[int, ...], binary: io.IOBase | gzip.GzipFile) -> int:
     num_events = 0
-    separator = '{"displayTimeUnit":"ms","traceEvents":[\n'
+    # The mark tells a later run that it may replace the file.
+    separator = '{"written_by":"meshwright","displayTimeUnit":"ms","traceEvents":[\n'
     for stage in stages:
         for block in (_metadata(stage), _compute_events(result, stage, stages), _other_events(result, stage)):
             lines = list(block)

@@ -71,6 +71,7 @@ def timeline_svg(result: IterationResult) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height:.0f}" '
         f'viewBox="0 0 {_WIDTH} {height:.0f}" role="img" font-family="system-ui, -apple-system, \'Segoe UI\', '
         'Helvetica, Arial, sans-serif">',
+        "<metadata>written by meshwright</metadata>",
         f"<title>{escape(_headline(result))}</title>",
         f'<rect width="{_WIDTH}" height="{height:.0f}" rx="8" fill="#ffffff"/>',
         f'<text x="20" y="32" font-size="17" font-weight="600" fill="#1d2430">{escape(title)}</text>',

@@ -19,7 +19,7 @@ __all__ = ["vocab_parallel_time"]
 def vocab_parallel_time(
     context: CostContext, columns: PlanColumns, times: MicroBatchTimes
 ) -> tuple[FloatColumn, FloatColumn]:
-    """Return what each stage adds per micro-batch, forward and backward [s]; 0 without vocabulary parallelism.
+    """Return what each virtual stage adds per micro-batch, forward and backward [s]; 0 without vocabulary parallelism.
 
     A 1/pp slice of embedding and head, and an all-reduce of the hidden activations over the stages:
     overlapped by half in vocab_1 and vocab_2 (its barriers are scheduled apart), whole in interlaced (Yeung et
@@ -40,6 +40,8 @@ def vocab_parallel_time(
         context.software.inter_node_efficiency,
     )
     exchange = exchange * np.where(columns.vocab_parallel == VocabParallels.INTERLACED, 1.0, 0.5)
-    forward = (times.embedding_forward + times.head_forward) / pp
-    backward = (times.embedding_backward + times.head_backward) / pp + exchange
+    # Each chunk of an interleaved stage carries its share of the stage's slice.
+    chunks = pp * columns.vpp
+    forward = (times.embedding_forward + times.head_forward) / chunks
+    backward = (times.embedding_backward + times.head_backward) / chunks + exchange / columns.vpp
     return np.where(applies, forward, 0.0), np.where(applies, backward, 0.0)

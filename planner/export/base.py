@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -66,6 +67,11 @@ class Exporter(Protocol):
     @property
     def target_version(self) -> str:
         """Release whose option names and rules apply."""
+        ...
+
+    @property
+    def search_limits(self) -> Mapping[str, tuple[int | str | bool, ...]]:
+        """Values of plan fields outside which every plan is unsupported, so that a search need not ask."""
         ...
 
     def unsupported(self, job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:

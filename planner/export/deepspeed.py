@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from meshwright.planner.export.base import (
     ExportBundle,
@@ -37,6 +39,15 @@ class DeepSpeedExporter:
 
     target = "deepspeed"
     target_version = "0.19"
+    search_limits: Mapping[str, tuple[int | str | bool, ...]] = MappingProxyType(
+        {
+            "pp": (1,),
+            "vpp": (1,),
+            "sequence_parallel": (False,),
+            "recompute": ("none", "full"),
+            "sharding": ("none", "zero1", "zero2", "zero3"),
+        }
+    )
 
     def unsupported(self, job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
         """Return every reason why DeepSpeed cannot run the plan; empty when it can."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from meshwright.planner.export.base import (
     ExportBundle,
     ExportFile,
@@ -27,6 +30,9 @@ class MegatronExporter:
 
     target = "megatron"
     target_version = "core_r0.16"
+    search_limits: Mapping[str, tuple[int | str | bool, ...]] = MappingProxyType(
+        {"schedule": ("none", "1f1b", "interleaved_1f1b")}
+    )
 
     def unsupported(self, job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
         """Return every reason why Megatron-LM cannot run the plan; empty when it can."""

@@ -23,8 +23,10 @@ __all__ = ["ExhaustiveSearch"]
 
 # Plans whose schedule is simulated exactly.
 _NUM_SIMULATED = 100
-# Plans kept after the bound; far more than are simulated, so that an export target may refuse many.
+# Plans kept after the bound where none of them can be refused later; far more than are simulated.
 _NUM_KEPT = 20_000
+# Values that agree to this many digits are a tie: rounding noise must not rank plans.
+_TIE_DIGITS = 9
 
 
 class ExhaustiveSearch:
@@ -47,8 +49,8 @@ class ExhaustiveSearch:
             position += 1
             plan = plan_of_row(request.job, survivors, row)
             if request.limits.target and EXPORTERS[request.limits.target].unsupported(request.job, plan):
-                name = f"target_{request.limits.target}"
-                rejections[name] = rejections.get(name, 0) + 1
+                rejections["target"] += 1
+                num_feasible -= 1
                 continue
             costs = iteration_costs(request.context, plan)
             simulated.append((iteration_time(costs, plan.schedule), row, plan))
@@ -79,7 +81,10 @@ def _bounded(
         num_feasible += len(feasible)
         if len(feasible):
             bound = iteration_time_bound(request.context, feasible)
-            best = np.argsort(objective_values(request.objective, feasible, bound), kind="stable")[:_NUM_KEPT]
+            best = np.argsort(objective_values(request.objective, feasible, bound), kind="stable")
+            if request.limits.target is None:
+                # An export target may refuse any plan, so with one all of them stay.
+                best = best[:_NUM_KEPT]
             kept.append(feasible.take(best))
             bounds.append(bound[best])
         progress("scoring plans", num_candidates, 0)
@@ -93,7 +98,14 @@ def _bounded(
 
 def _order(request: SearchRequest, survivors: PlanColumns, bounds: FloatColumn) -> np.ndarray:
     values = objective_values(request.objective, survivors, bounds)
-    return np.lexsort((peak_memory(request.context, survivors), values))[:_NUM_KEPT]
+    return np.lexsort((peak_memory(request.context, survivors), _without_noise(values)))
+
+
+def _without_noise(values: FloatColumn) -> FloatColumn:
+    """Round to the digits that carry meaning, so that equal plans tie and memory decides."""
+    unit = 10.0 ** (np.floor(np.log10(values.min())) - _TIE_DIGITS)
+    rounded: FloatColumn = np.round(values / unit) * unit
+    return rounded
 
 
 def _ranked(
@@ -109,7 +121,7 @@ def _ranked(
     times = np.array([seconds for seconds, _, _ in simulated])
     chosen = survivors.take(rows)
     values = objective_values(request.objective, chosen, times)
-    ranking = np.lexsort((rows, peak_memory(request.context, chosen), values))
+    ranking = np.lexsort((rows, peak_memory(request.context, chosen), _without_noise(values)))
 
     def entry(index: int) -> RankedPlan:
         _, row, plan = simulated[index]

@@ -185,6 +185,9 @@ class ModelSpec:
     def __post_init__(self) -> None:
         where = f"model {self.name}"
         _check_at_least(self, where, 1, _SIZES)
+        for field in _SIZES:
+            if getattr(self, field) > _MAX_SIZE:
+                raise SpecError(f"{where}: {field} must be at most {_MAX_SIZE}, not {getattr(self, field)}")
         _check_at_least(self, where, 0, ("norms_per_layer", "num_reserved_positions", "num_mtp_layers"))
         for field, known in (("normalization", NORMALIZATIONS), ("position_embedding", POSITION_EMBEDDINGS)):
             value = getattr(self, field)
@@ -276,6 +279,8 @@ class ModelSpec:
         return model_parameters.head_parameters(self)
 
 
+# Beyond any model; larger ones are slips of a finger, and their products would leave 64 bits.
+_MAX_SIZE = 100_000_000
 _SIZES = (
     "num_layers",
     "hidden_size",

@@ -189,6 +189,11 @@ def partition_layers(num_layers: int, num_virtual_stages: int) -> tuple[int, ...
     if num_layers % num_virtual_stages == 0:
         return (num_layers // num_virtual_stages,) * num_virtual_stages
     base, extra = divmod(num_layers + 2, num_virtual_stages)
+    if base < 2:
+        # Too few layers to spare one at the ends: one each, the rest to the middle.
+        base, extra = divmod(num_layers, num_virtual_stages)
+        first = (num_virtual_stages - extra) // 2
+        return tuple(base + (first <= index < first + extra) for index in range(num_virtual_stages))
     counts = [base] * num_virtual_stages
     first = (num_virtual_stages - extra) // 2
     for index in range(first, first + extra):

@@ -7,9 +7,12 @@ from typing import Literal, get_args
 
 from meshwright.errors import SpecError, did_you_mean
 
-__all__ = ["PRECISIONS", "Precision", "TrainingWorkload"]
+__all__ = ["MAX_GLOBAL_BATCH_SIZE", "MAX_SEQUENCE_LENGTH", "PRECISIONS", "Precision", "TrainingWorkload"]
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "fp8_block", "mxfp8", "nvfp4", "int8", "int4_wo"]
+# Beyond any published run (16 M tokens per step); larger ones are slips of a finger, and would search for hours.
+MAX_GLOBAL_BATCH_SIZE = 1_000_000
+MAX_SEQUENCE_LENGTH = 100_000_000
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
@@ -32,9 +35,15 @@ class TrainingWorkload:
     precision: Precision = "bf16"
 
     def __post_init__(self) -> None:
-        for field in ("global_batch_size", "sequence_length"):
-            if getattr(self, field) < 1:
-                raise SpecError(f"workload.{field} must be at least 1, not {getattr(self, field)}")
+        for field, largest in (
+            ("global_batch_size", MAX_GLOBAL_BATCH_SIZE),
+            ("sequence_length", MAX_SEQUENCE_LENGTH),
+        ):
+            value = getattr(self, field)
+            if value < 1:
+                raise SpecError(f"workload.{field} must be at least 1, not {value}")
+            if value > largest:
+                raise SpecError(f"workload.{field} must be at most {largest}, not {value}")
         if self.precision not in PRECISIONS:
             raise SpecError(
                 f"workload.precision: unknown precision '{self.precision}'"

@@ -448,7 +448,7 @@ def test_a_link_where_a_plan_should_be_is_never_followed(meshwright, job, folder
 INFEASIBLE = {
     "too large a model": (
         {"--model": "llama-3-70b"},
-        ("rejected by memory (the fullest rank fits)", "nearest: fits from", "GPUs up"),
+        ("rejected by memory (the fullest rank fits)", "nearest: fits on", "GPUs"),
     ),
     "far too large a model": ({"--model": "gpt-1t"}, ("rejected by memory", "nearest:")),
     # 136 = 8 x 17 GPUs: 17 divides neither the batch of 16 nor the 32 heads, and exceeds the 16 layers.

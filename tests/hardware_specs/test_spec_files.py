@@ -198,7 +198,7 @@ def test_spellings_name_one_file_each() -> None:
     for kind in FOLDERS:
         seen: dict[str, str] = {identity: identity for identity in list_specs(kind)}
         for identity in list_specs(kind):
-            aliases = _raw(kind, identity)["aliases"]
+            aliases = _raw(kind, identity).get("aliases", [])
             assert isinstance(aliases, list)
             for alias in aliases:
                 spelling = str(alias).lower().replace("_", "-").replace(" ", "-")

@@ -54,7 +54,7 @@ def test_every_sharding_scores_on_every_vendor(make_run: MakeRun, gpu: str, shar
     assert row.status == "scored"
 
 
-@pytest.mark.parametrize("text", ["", "x", "0", "-1", "2.5", "y", "none", "1;2", "é"])
+@pytest.mark.parametrize("text", ["", "x", "0", "-1", "2.5", "y", "none", "1;2", "\u00e9"])
 def test_no_cell_makes_scoring_fail(make_run: MakeRun, text: str) -> None:
     for column in COLUMNS:
         if not column.startswith("measured"):
