@@ -18,8 +18,18 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GPT3 = ("--model", "gpt3-175b", "--cluster", "dgx-a100:128", "--global-batch-size", "1536", "--sequence-length", "2048",
-        "--software", "megatron-2023")
+GPT3 = (
+    "--model",
+    "gpt3-175b",
+    "--cluster",
+    "dgx-a100:128",
+    "--global-batch-size",
+    "1536",
+    "--sequence-length",
+    "2048",
+    "--software",
+    "megatron-2023",
+)
 # Calculon's own no-offload space for this question (its execution generator, counted with --dont-run).
 CALCULON_PLANS = 1_693_208
 # Times Calculon's evaluator on random members of that space, and reports evaluations per second.
@@ -57,11 +67,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--calculon", type=Path)
     options = parser.parse_args()
-    print(f"closed-form plans scored      {closed_form_rate():14,.0f} per second on one core (bound and memory)")
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "task_graph.py")], check=True, env=environment())
+    print(
+        f"closed-form plans scored      {closed_form_rate():14,.0f} per second on one core (bound and memory)"
+    )
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "task_graph.py")], check=True, env=environment()
+    )
     with tempfile.TemporaryDirectory() as scratch:
         cold = environment() | {"NUMBA_CACHE_DIR": str(Path(scratch) / "numba")}
-        example = ("plan", str(ROOT / "examples" / "llama-3-70b-64xh100.yaml"), "--out", str(Path(scratch) / "plans"))
+        example = (
+            "plan",
+            str(ROOT / "examples" / "llama-3-70b-64xh100.yaml"),
+            "--out",
+            str(Path(scratch) / "plans"),
+        )
         report("plan of the README example, first", example, cold)
         for _ in range(2):
             report("plan of the README example, after", example, cold)
@@ -70,15 +89,25 @@ def main() -> None:
         seconds = report("GPT-3 175B on 1,024 A100", ("plan", *GPT3, "--out", str(out)), cold)
         found = json.loads((out / "report.json").read_text())
     candidates = found["num_candidates"]
-    print(f"  {candidates:,} plans, {found['num_feasible']:,} feasible, {found['num_simulated']} simulated exactly, "
-          f"optimum certified: {found['is_certified']}")
+    print(
+        f"  {candidates:,} plans, {found['num_feasible']:,} feasible, {found['num_simulated']} simulated exactly, "
+        f"optimum certified: {found['is_certified']}"
+    )
     if options.calculon:
-        rate = float(subprocess.run([sys.executable, "-c", _CALCULON, str(options.calculon)], check=True,
-                                    capture_output=True, text=True).stdout)
+        rate = float(
+            subprocess.run(
+                [sys.executable, "-c", _CALCULON, str(options.calculon)],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
         ours = candidates / seconds
-        print(f"Calculon beside us            {rate:14,.1f} plans per second on one core; Meshwright {ours:,.0f} from "
-              f"start to report: {ours / rate:,.0f} times. Its no-offload space of {CALCULON_PLANS:,} would take "
-              f"{CALCULON_PLANS / rate / 3600:.1f} h.")
+        print(
+            f"Calculon beside us            {rate:14,.1f} plans per second on one core; Meshwright {ours:,.0f} from "
+            f"start to report: {ours / rate:,.0f} times. Its no-offload space of {CALCULON_PLANS:,} would take "
+            f"{CALCULON_PLANS / rate / 3600:.1f} h."
+        )
 
 
 def environment() -> dict[str, str]:
@@ -89,11 +118,18 @@ def environment() -> dict[str, str]:
 
 def report(name: str, arguments: tuple[str, ...], env: dict[str, str]) -> float:
     """Run one command and print its wall seconds and peak memory; return the seconds."""
-    program = ("import resource, subprocess, sys, time; t = time.perf_counter(); "
-               "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
-               "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    child = subprocess.run([sys.executable, "-c", program, sys.executable, "-m", "meshwright", *arguments],
-                           check=True, capture_output=True, text=True, env=env)
+    program = (
+        "import resource, subprocess, sys, time; t = time.perf_counter(); "
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
+        "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", program, sys.executable, "-m", "meshwright", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     seconds, kibibytes = (float(value) for value in child.stdout.split())
     print(f"{name:<36} {seconds:8.2f} s   peak {kibibytes / 1024:6.0f} MiB")
     return seconds
@@ -102,8 +138,8 @@ def report(name: str, arguments: tuple[str, ...], env: dict[str, str]) -> float:
 def closed_form_rate() -> float:
     """Return how many plans of the GPT-3 space are scored per CPU second: time bound and peak memory of all."""
     sys.path.insert(0, str(ROOT / "src"))
+    from meshwright.costmodels.bound import iteration_time_bound
     from meshwright.costmodels.context import cost_context
-    from meshwright.costmodels.iteration import iteration_time_bound
     from meshwright.costmodels.memory import peak_memory
     from meshwright.hardware_specs.catalog import resolve_cluster
     from meshwright.planner.space import enumerate_space
@@ -112,7 +148,9 @@ def closed_form_rate() -> float:
     from meshwright.simcore.domain.workload import TrainingWorkload
 
     job = TrainingJob(
-        model=load_model("gpt3-175b"), cluster=resolve_cluster("dgx-a100:128"), software="megatron-2023",
+        model=load_model("gpt3-175b"),
+        cluster=resolve_cluster("dgx-a100:128"),
+        software="megatron-2023",
         workload=TrainingWorkload(global_batch_size=1536, sequence_length=2048),
     )
     context = cost_context(job)

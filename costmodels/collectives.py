@@ -56,9 +56,12 @@ class GroupPlacement:
 def place_group(size: FloatColumn, stride: FloatColumn, gpus_per_node: int) -> GroupPlacement:
     """Return where a group of ``size`` ranks, ``stride`` apart in the global order, sits.
 
-    Global ranks fill nodes in order, so a group keeps ``gpus_per_node / stride`` ranks on a node, at least 1.
+    Global ranks fill nodes in order and groups tile them, so a group spans ``size * stride`` ranks from a
+    multiple of that. Where blocks and nodes are not multiples of each other some group straddles a node
+    boundary, and the slowest group counts: its smallest part on a node is the greatest common divisor.
     """
-    per_node = np.maximum(1.0, np.floor(gpus_per_node / stride))
+    extent = np.gcd((size * stride).astype(np.int64), gpus_per_node)
+    per_node = np.maximum(1.0, np.floor(extent / stride))
     return GroupPlacement(size=size, ranks_per_node=np.minimum(size, per_node))
 
 

@@ -34,6 +34,8 @@ KNOWN_FEATURES = frozenset(
     }
 )
 
+_INFERENCE_PRECISIONS = ("int8", "int4_wo")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostContext:
@@ -59,6 +61,11 @@ class CostContext:
     def gpu(self) -> GpuSpec:
         """The accelerator."""
         return self.cluster.gpu
+
+    @property
+    def element_bytes(self) -> float:
+        """Width of activations and messages [B]: 16 bits in every mixed precision."""
+        return 4.0 if self.workload.precision in ("fp32", "tf32") else 2.0
 
     @property
     def compute_precision(self) -> str:
@@ -98,6 +105,10 @@ def cost_context(
     """
     require_costed_model(job.model)
     job.cluster.gpu.peak(job.workload.precision)
+    if job.workload.precision in _INFERENCE_PRECISIONS:
+        raise SpecError(
+            f"precision {job.workload.precision} does not train; use bf16, fp16, fp8 or another of the floats"
+        )
     software = load_software(job.software)
     gpu = job.cluster.gpu
     calibration = (
@@ -111,9 +122,14 @@ def cost_context(
         workload=job.workload,
         software=software,
         calibration=calibration if calibration_paths else on_node(calibration, job.cluster.node),
-        attention_kernel=attention_kernel or software.attention_kernel,
+        attention_kernel=attention_kernel or _default_kernel(job, software),
         features=features,
     )
+
+
+def _default_kernel(job: TrainingJob, software: SoftwareGeneration) -> AttentionKernel:
+    """Return the software's kernel; fused attention exists for 16-bit inputs only."""
+    return "unfused" if job.workload.precision in ("fp32", "tf32") else software.attention_kernel
 
 
 def require_costed_model(model: ModelSpec) -> None:

@@ -72,10 +72,17 @@ def hardware_flops(
     sequence_length: int,
     recompute: str,
     convention: FlopsConvention = "causal",
+    *,
+    recomputes_operators: bool = False,
 ) -> float:
-    """Return :func:`model_flops` plus what recompute runs again: the numerator of HFU."""
+    """Return :func:`model_flops` plus what recompute runs again: the numerator of HFU.
+
+    ``selective`` repeats the attention core, or half of the linear products where the software's policy is by
+    operator (``recomputes_operators``).
+    """
     attention = _attention_flops_per_token(model, sequence_length, convention)
-    again = {"none": 0.0, "selective": attention, "full": attention + _linear_flops_per_token(model)}[
+    selective = 0.5 * _linear_flops_per_token(model) if recomputes_operators else attention
+    again = {"none": 0.0, "selective": selective, "full": attention + _linear_flops_per_token(model)}[
         recompute
     ]
     return model_flops(model, num_tokens, sequence_length, convention) + again * num_tokens

@@ -18,8 +18,6 @@ from meshwright.costmodels.roofline import gemm_time, stream_time
 
 __all__ = ["BoundaryTimes", "LayerCases", "LayerTimes", "boundary_times", "layer_times"]
 
-# Elements of activations and weights take two bytes in every precision that trains (fp8 keeps them in bf16).
-_BYTES = 2.0
 # Unfused attention moves, per score: softmax 4 B and dropout 5 B forward, 11 B backward (Korthikanti et al.
 # 2022, section 4.1 counts the same tensors).
 _UNFUSED_FORWARD_BYTES, _UNFUSED_BACKWARD_BYTES = 9.0, 11.0
@@ -108,7 +106,11 @@ def layer_times(context: CostContext, cases: LayerCases) -> LayerTimes:
         backward, host * (kernels * _BACKWARD_KERNELS + 2 * len(_linear_shapes(context, cases)))
     )
     communication = tensor_parallel_time(
-        context, cases.tp, cases.num_tokens(context.workload.sequence_length), cases.sequence_parallel
+        context,
+        cases.tp,
+        cases.num_tokens(context.workload.sequence_length),
+        cases.sequence_parallel,
+        gemms.forward,
     )
     selective, selective_communication = attention_forward, np.zeros_like(forward)
     if context.software.selective_recompute == "operators":
@@ -154,13 +156,14 @@ def _linear_times(context: CostContext, cases: LayerCases) -> _LinearTimes:
     """Return the times of the four projections, their gradients, casts and gradient accumulation."""
     precision = context.workload.precision
     is_narrow = precision not in ("fp32", "tf32", "fp16", "bf16")
-    width = 1.0 if is_narrow else _BYTES
+    element = context.element_bytes
+    width = 1.0 if is_narrow else element
     curve = context.calibration.gemm_curve(precision)
     peak = context.gpu.peak(precision) * context.calibration.clock(precision)
     bandwidth = context.gpu.memory_bandwidth_bytes_per_second
     tokens = cases.num_tokens(context.workload.sequence_length)
     software = context.software
-    fused_bytes = software.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else _BYTES
+    fused_bytes = software.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
     forward = np.zeros_like(tokens)
     weight = np.zeros_like(tokens)
     cast_elements = np.zeros_like(tokens)
@@ -168,7 +171,13 @@ def _linear_times(context: CostContext, cases: LayerCases) -> _LinearTimes:
     for out_width, in_width in _linear_shapes(context, cases):
         inputs, outputs, weights = tokens * in_width, tokens * out_width, in_width * out_width
         forward += gemm_time(
-            tokens, out_width, in_width, width * (inputs + weights) + _BYTES * outputs, curve, peak, bandwidth
+            tokens,
+            out_width,
+            in_width,
+            width * (inputs + weights) + element * outputs,
+            curve,
+            peak,
+            bandwidth,
         )
         weight += gemm_time(
             in_width,
@@ -227,6 +236,7 @@ def _unfused_attention_times(
     context: CostContext, heads: FloatColumn, length: float
 ) -> tuple[FloatColumn, FloatColumn]:
     """Attention that materialises the score matrix: batched products over the whole square, no causal skip."""
+    element = context.element_bytes
     head_dim = float(context.model.head_dim)
     precision = context.compute_precision
     curve = context.calibration.gemm_curve(precision)
@@ -234,7 +244,7 @@ def _unfused_attention_times(
     bandwidth = context.gpu.memory_bandwidth_bytes_per_second
     ones = np.ones_like(heads)
     scores = heads * length * length
-    num_bytes = _BYTES * (2.0 * heads * length * head_dim + scores)
+    num_bytes = element * (2.0 * heads * length * head_dim + scores)
     product = gemm_time(heads * length, ones * length, ones * head_dim, num_bytes, curve, peak, bandwidth)
     stream = context.calibration.memory_stream_efficiency
     forward = 2.0 * product + stream_time(_UNFUSED_FORWARD_BYTES * scores, bandwidth, stream)
@@ -244,13 +254,14 @@ def _unfused_attention_times(
 
 def _elementwise_times(context: CostContext, cases: LayerCases) -> tuple[FloatColumn, FloatColumn]:
     """Return forward and backward seconds of norms, residuals, activation, rotary and bias kernels."""
+    element = context.element_bytes
     model = context.model
     tokens = cases.num_tokens(context.workload.sequence_length)
-    full = _BYTES * tokens * model.hidden_size
+    full = element * tokens * model.hidden_size
     hidden = np.where(cases.sequence_parallel, full / cases.tp, full)
     key_value = np.maximum(model.num_query_groups / cases.tp, 1.0)
-    heads = _BYTES * tokens * model.head_dim * (model.num_attention_heads / cases.tp + 2.0 * key_value)
-    ffn = _BYTES * tokens * model.ffn_hidden_size / cases.tp
+    heads = element * tokens * model.head_dim * (model.num_attention_heads / cases.tp + 2.0 * key_value)
+    ffn = element * tokens * model.ffn_hidden_size / cases.tp
     num_norms = float(model.norms_per_layer)
     num_residuals = 1.0 if model.has_parallel_block else 2.0
     # Learned positions mark the GPT-2/3 recipe, which trains with dropout: half a tensor of masks each.
@@ -286,6 +297,7 @@ def boundary_times(context: CostContext, cases: LayerCases) -> BoundaryTimes:
 
     The head runs in 16 bits whatever the linear layers use; its vocabulary is split over tensor parallel ranks.
     """
+    element = context.element_bytes
     model, software = context.model, context.software
     precision = context.compute_precision
     curve = context.calibration.gemm_curve(precision)
@@ -296,21 +308,24 @@ def boundary_times(context: CostContext, cases: LayerCases) -> BoundaryTimes:
     hidden = np.full_like(tokens, float(model.hidden_size))
     vocab = model.vocab_size / cases.tp
     activations, logits, weights = tokens * hidden, tokens * vocab, vocab * hidden
-    num_bytes = _BYTES * (activations + weights + logits)
+    num_bytes = element * (activations + weights + logits)
     product = gemm_time(tokens, vocab, hidden, num_bytes, curve, peak, bandwidth)
-    fused_bytes = software.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else _BYTES
+    fused_bytes = software.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
     weight_gradient = gemm_time(
-        vocab, hidden, tokens, num_bytes + (fused_bytes - _BYTES) * weights, curve, peak, bandwidth
+        vocab, hidden, tokens, num_bytes + (fused_bytes - element) * weights, curve, peak, bandwidth
     )
     if not software.is_gradient_accumulation_fused:
         weight_gradient = weight_gradient + stream_time(
             software.gradient_accumulation_bytes * weights, bandwidth, stream
         )
     loss = stream_time(software.cross_entropy_bytes_per_logit * logits, bandwidth, stream)
-    norm = stream_time(_BYTES * 2.0 * activations, bandwidth, stream)
-    lookup = stream_time(_BYTES * 2.0 * activations, bandwidth, stream)
+    norm = stream_time(element * 2.0 * activations, bandwidth, stream)
+    lookup = stream_time(element * 2.0 * activations, bandwidth, stream)
     # One collective over the hidden activations each: the embedding's sum forward, the head's backward.
-    exchange = 0.25 * tensor_parallel_time(context, cases.tp, tokens, cases.sequence_parallel, num_pairs=2.0)
+    nothing = np.zeros_like(tokens)
+    exchange = 0.5 * tensor_parallel_time(
+        context, cases.tp, tokens, cases.sequence_parallel, nothing, num_pairs=1.0
+    )
     return BoundaryTimes(
         embedding_forward=lookup,
         embedding_backward=2.0 * lookup,

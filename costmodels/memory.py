@@ -12,6 +12,7 @@ import numpy as np
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.parallelism.data import is_fsdp_per_micro_batch, shard_ranks
+from meshwright.costmodels.parameters import rank_boundary_parameters, rank_layer_parameters
 from meshwright.costmodels.plan_columns import (
     FloatColumn,
     IntColumn,
@@ -96,10 +97,14 @@ def layer_activation_bytes(context: CostContext, columns: PlanColumns) -> FloatC
         kept = 2.0 * query + key_value + model.ffn_hidden_size
         selective = tokens * 2.0 * (2.0 * model.hidden_size / shared_divisor + kept / tp)
     full = tokens * 2.0 * model.hidden_size / shared_divisor
-    return np.where(
-        columns.recompute == Recomputes.FULL,
-        full,
-        np.where(columns.recompute == Recomputes.SELECTIVE, selective, none),
+    return (
+        context.element_bytes
+        / 2.0
+        * np.where(
+            columns.recompute == Recomputes.FULL,
+            full,
+            np.where(columns.recompute == Recomputes.SELECTIVE, selective, none),
+        )
     )
 
 
@@ -160,7 +165,7 @@ def stage_memory(
         spread = (model.num_embedding_parameters + head_parameters) / columns.pp
         boundary = np.where(is_vocab_parallel, spread, boundary)
         logits = np.where(is_vocab_parallel, 1.0 / columns.pp, has_head)
-    parameters = (layers * model.num_layer_parameters + boundary) / tp
+    parameters = layers * rank_layer_parameters(model, columns.tp) + boundary / tp
     states = _state_bytes(context, columns, parameters)
     tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
     message = 2.0 * tokens * model.hidden_size / np.where(columns.sequence_parallel, tp, 1.0)
@@ -180,8 +185,10 @@ def stage_memory(
 def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
     """Return the bytes of the fullest rank of each plan, shape ``(num_plans,)``.
 
-    The first stage holds the embedding and the most micro-batches, a middle stage the most layers, the last
-    one head and logits; the fullest is one of the three.
+    The first stage holds the embedding and the most micro-batches, the second the most of those without it,
+    the earliest of the fullest inner stages the most layers, the last one head and logits. Inner stages
+    differ by at most one layer and hold fewer micro-batches the later they come, so one of the four is the
+    fullest.
     """
     activations = layer_activations(context, columns)
     zero, one = np.zeros(len(columns)), np.ones(len(columns))
@@ -197,7 +204,11 @@ def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
     peak = np.maximum(
         total(zero, columns.layers_first, one, is_alone), total(last, columns.layers_last, is_alone, one)
     )
-    middle = total(np.minimum(1.0, last), columns.layers_middle, zero, zero)
+    middle = total(columns.middle_earliest.astype(np.float64), columns.layers_middle, zero, zero)
+    is_uneven = (columns.layers_second != columns.layers_middle) & (columns.pp > 2)
+    if is_uneven.any():
+        second = total(np.minimum(1.0, last), columns.layers_second, zero, zero)
+        middle = np.where(is_uneven, np.maximum(middle, second), middle)
     peak = np.where(columns.pp > 2, np.maximum(peak, middle), peak)
     return peak * (1.0 + context.software.fragmentation)
 
@@ -268,16 +279,22 @@ def _in_flight_micro_batches(columns: PlanColumns, stage: FloatColumn) -> FloatC
 
 
 def _unsharded_bytes(context: CostContext, columns: PlanColumns, parameters: FloatColumn) -> FloatColumn:
-    """Return the weights and gradients FSDP holds gathered on top of its shard [B]."""
-    is_zero3 = columns.sharding >= Shardings.ZERO3
-    if not is_zero3.any():
+    """Return the weights and gradients that sharded data parallelism holds on top of its shard [B].
+
+    While it syncs on every micro-batch: the gathered layer, its successor and the root unit (ZeRO-3), and the
+    unreduced gradients of a layer and of the LM head. Where it keeps them between the micro-batches of a
+    pipeline: those of the whole stage.
+    """
+    shards_gradients = (columns.sharding >= Shardings.ZERO2) & (shard_ranks(columns) > 1)
+    if not shards_gradients.any():
         return np.zeros(len(columns))
     model = context.model
-    tp = columns.tp.astype(np.float64)
-    layer = model.num_layer_parameters / tp
-    root = (model.num_embedding_parameters + model.num_head_parameters) / tp
-    # The gathered layer and its successor, the root unit, and one layer's unreduced gradient.
-    gathered = 2.0 * (2.0 * layer + root) + context.software.gradient_bytes * layer
-    whole_stage = (2.0 + context.software.gradient_bytes) * parameters
-    unsharded = np.where(is_fsdp_per_micro_batch(context, columns), gathered, whole_stage)
-    return np.where(is_zero3 & (shard_ranks(columns) > 1), unsharded, 0.0)
+    layer = rank_layer_parameters(model, columns.tp)
+    root = rank_boundary_parameters(model, columns.tp)
+    head = (model.num_head_parameters or model.num_embedding_parameters) / columns.tp
+    shards_weights = columns.sharding >= Shardings.ZERO3
+    weights = np.where(shards_weights, 2.0 * (2.0 * layer + root), 0.0)
+    per_micro_batch = weights + context.software.gradient_bytes * (layer + head)
+    kept = np.where(shards_weights, 2.0, 0.0) * parameters + context.software.gradient_bytes * parameters
+    held = np.where(is_fsdp_per_micro_batch(context, columns), per_micro_batch, kept)
+    return np.where(shards_gradients, held, 0.0)

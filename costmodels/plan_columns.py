@@ -22,6 +22,7 @@ from meshwright.simcore.domain.plan import (
 )
 
 __all__ = [
+    "LAYER_FIELDS",
     "FloatColumn",
     "IntColumn",
     "PlanColumns",
@@ -29,8 +30,21 @@ __all__ = [
     "Schedules",
     "Shardings",
     "VocabParallels",
+    "layer_counts",
 ]
 
+# Columns that describe how layers are spread over stages.
+LAYER_FIELDS = (
+    "layers_first",
+    "layers_second",
+    "layers_middle",
+    "layers_last",
+    "middle_earliest",
+    "middle_latest",
+    "chunk_first",
+    "chunk_before",
+    "chunk_between",
+)
 # Mixed-radix keys stay below this to be exact in 64 bits.
 _LARGEST_KEY = 2**62
 
@@ -71,9 +85,8 @@ class VocabParallels:
 class PlanColumns:
     """One plan per row; every array has shape ``(num_plans,)``.
 
-    ``layers_first``, ``layers_middle`` and ``layers_last`` are the layers of the first, the fullest middle
-    and the last physical stage, all chunks together. Codes index the tuples of
-    :mod:`meshwright.simcore.domain.plan`.
+    Codes index the tuples of :mod:`meshwright.simcore.domain.plan`; the layer fields say how layers are spread
+    and are those of :func:`layer_counts`.
     """
 
     dp: IntColumn
@@ -90,8 +103,14 @@ class PlanColumns:
     sharding_group: IntColumn
     vocab_parallel: IntColumn
     layers_first: IntColumn
+    layers_second: IntColumn
     layers_middle: IntColumn
     layers_last: IntColumn
+    middle_earliest: IntColumn
+    middle_latest: IntColumn
+    chunk_first: IntColumn
+    chunk_before: IntColumn
+    chunk_between: IntColumn
 
     def __len__(self) -> int:
         """Return the number of plans."""
@@ -136,7 +155,7 @@ class PlanColumns:
         def column(values: list[int]) -> IntColumn:
             return np.array(values, dtype=np.int64)
 
-        stages = [_physical_stage_layers(plan) for plan in plans]
+        layers = np.array([layer_counts(plan.layers_per_stage, plan.pp) for plan in plans], dtype=np.int64)
         return cls(
             dp=column([p.dp for p in plans]),
             tp=column([p.tp for p in plans]),
@@ -151,11 +170,30 @@ class PlanColumns:
             sharding=column([SHARDINGS.index(p.sharding) for p in plans]),
             sharding_group=column([p.sharding_group or p.dp for p in plans]),
             vocab_parallel=column([VOCAB_PARALLELS.index(p.vocab_parallel) for p in plans]),
-            layers_first=column([s[0] for s in stages]),
-            layers_middle=column([max(s[1:-1], default=s[0]) for s in stages]),
-            layers_last=column([s[-1] for s in stages]),
+            **{name: layers[:, index] for index, name in enumerate(LAYER_FIELDS)},
         )
 
 
-def _physical_stage_layers(plan: ParallelPlan) -> list[int]:
-    return [sum(plan.layers_per_stage[stage :: plan.pp]) for stage in range(plan.pp)]
+def layer_counts(layers_per_stage: Sequence[int], pp: int) -> tuple[int, ...]:
+    """Return what formulas need of a layer layout, in the order of :data:`LAYER_FIELDS`.
+
+    Layers of the first, the second, the fullest inner and the last physical stage (all chunks); the earliest
+    and the latest inner stage as full as that; layers of the first virtual stage, of those after it up to the
+    latest fullest, and up to the last physical stage (first chunks only).
+    """
+    stages = [sum(layers_per_stage[stage::pp]) for stage in range(pp)]
+    inner = stages[1:-1]
+    fullest = max(inner, default=stages[0])
+    earliest = 1 + inner.index(fullest) if inner else 0
+    latest = len(inner) - inner[::-1].index(fullest) if inner else 0
+    return (
+        stages[0],
+        stages[min(1, pp - 1)],
+        fullest,
+        stages[-1],
+        earliest,
+        latest,
+        layers_per_stage[0],
+        sum(layers_per_stage[1:latest]),
+        sum(layers_per_stage[1 : pp - 1]),
+    )

@@ -105,7 +105,14 @@ def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "
         usable_memory_bytes=context.gpu.memory_bytes,
         tokens_per_second_per_gpu=tokens_per_second / plan.num_gpus,
         mfu=model_flops(model, workload.num_tokens, workload.sequence_length, flops) / peak,
-        hfu=hardware_flops(model, workload.num_tokens, workload.sequence_length, plan.recompute, flops)
+        hfu=hardware_flops(
+            model,
+            workload.num_tokens,
+            workload.sequence_length,
+            plan.recompute,
+            flops,
+            recomputes_operators=context.software.selective_recompute == "operators",
+        )
         / peak,
         dollars_per_trillion_tokens=dollars,
         joules_per_token=node.power_watts * num_nodes / tokens_per_second,

@@ -61,6 +61,8 @@ class SoftwareGeneration:
         Share of the NIC bandwidth collectives and sends reach.
     is_send_blocking : bool
         Pipeline sends hold the compute stream.
+    overlaps_interleaved_sends : bool
+        Interleaved schedules send beside compute (Megatron's default since overlap_p2p_communication).
     has_scatter_gather : bool
         Pipeline sends are split over tensor parallel ranks (Narayanan et al. 2021, section 4.1).
     fp8_cast_bytes : float
@@ -102,6 +104,7 @@ class SoftwareGeneration:
     broadcast_step_latency: float = 0.0
     inter_node_efficiency: float = 0.8
     is_send_blocking: bool = True
+    overlaps_interleaved_sends: bool = False
     has_scatter_gather: bool = True
     fp8_cast_bytes: float = 2.3
     fixed_time: float = 0.0
@@ -115,7 +118,13 @@ class SoftwareGeneration:
 
 # Keys of the YAML files by how they are read; everything else is a plain number.
 _SECONDS = ("fsdp_step_latency", "broadcast_step_latency", "fixed_time", "host_launch_latency")
-_FLAGS = ("is_gradient_accumulation_fused", "is_send_blocking", "has_scatter_gather", "fsdp_keeps_parameters")
+_FLAGS = (
+    "is_gradient_accumulation_fused",
+    "is_send_blocking",
+    "has_scatter_gather",
+    "fsdp_keeps_parameters",
+    "overlaps_interleaved_sends",
+)
 
 
 def list_software() -> tuple[str, ...]:

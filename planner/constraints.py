@@ -81,7 +81,8 @@ def _sequence_parallel(context: CostContext, columns: PlanColumns, limits: Searc
 
 
 def _pipeline(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
-    result: Mask = columns.pp * columns.vpp <= context.model.num_layers
+    layers, stages = context.model.num_layers, columns.pp * columns.vpp
+    result: Mask = (stages <= layers) | (stages == layers + 2)
     return result
 
 
@@ -92,7 +93,10 @@ def _batch(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> 
 
 def _interleaving(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
     is_interleaved = columns.schedule == Schedules.INTERLEAVED
-    divides = context.model.num_layers % (columns.pp * columns.vpp) == 0
+    stages = columns.pp * columns.vpp
+    layers = context.model.num_layers
+    # Even chunks, or even but for embedding and loss at the ends.
+    divides = (layers % stages == 0) | ((layers + 2) % stages == 0)
     groups = columns.num_micro_batches % columns.pp == 0
     result: Mask = ~is_interleaved | (divides & groups)
     return result
@@ -119,11 +123,11 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         holds=_tensor_parallel,
     ),
     Constraint(name="sequence_parallel", sentence="tp divides the sequence", holds=_sequence_parallel),
-    Constraint(name="pipeline", sentence="every virtual stage holds a layer", holds=_pipeline),
+    Constraint(name="pipeline", sentence="every virtual stage but the ends holds a layer", holds=_pipeline),
     Constraint(name="batch", sentence="dp x micro-batch divides the global batch", holds=_batch),
     Constraint(
         name="interleaving",
-        sentence="chunks divide the layers and stages divide the micro-batches",
+        sentence="chunks divide the layers (embedding and loss counted or not), stages the micro-batches",
         holds=_interleaving,
     ),
     Constraint(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from meshwright.costmodels.plan_columns import PlanColumns
+from meshwright.costmodels.plan_columns import LAYER_FIELDS, PlanColumns, layer_counts
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import (
@@ -15,13 +15,12 @@ from meshwright.simcore.domain.plan import (
     SCHEDULES_KNOWN,
     SHARDINGS,
     ParallelPlan,
+    can_partition,
     partition_layers,
 )
 
 __all__ = ["LIMIT_KEYS", "SearchLimits", "divisors", "enumerate_space", "plan_of_row"]
 
-# Schedules this space holds; "none" stands for a pipeline of one stage.
-_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 _SHARDINGS = ("none", "zero1", "zero2", "zero3", "hsdp")
 # Rows evaluated at once: bounds the working memory to some tens of MiB whatever the space.
 _BLOCK_ROWS = 65_536
@@ -119,7 +118,9 @@ def _block(job: TrainingJob, tp: int, pp: int, dp: int) -> dict[str, np.ndarray]
     # A schedule and its number of chunks are one choice.
     pipelines = [("none", 1)]
     if pp > 1:
-        chunks = [d for d in divisors(job.model.num_layers) if d > 1]
+        # Chunks that leave layers even, or even but for embedding and loss at the ends.
+        layers = job.model.num_layers
+        chunks = sorted({d for d in (*divisors(layers), *divisors(layers + 2)) if d > 1})
         pipelines = [("gpipe", 1), ("1f1b", 1), *(("interleaved_1f1b", v) for v in chunks)]
     shardings = _sharding_choices(job, tp, dp)
     choices = np.meshgrid(
@@ -164,35 +165,25 @@ def _columns(job: TrainingJob, blocks: list[dict[str, np.ndarray]]) -> PlanColum
     per_step = merged["dp"] * merged["micro_batch_size"]
     # Where the batch does not divide the constraint rejects the row; 1 keeps the arithmetic defined.
     num_micro_batches = np.maximum(job.workload.global_batch_size // per_step, 1)
-    first, middle, last = _stage_layers(job.model.num_layers, merged["pp"], merged["vpp"])
     num_rows = len(per_step)
     return PlanColumns(
         **merged,
         cp=np.ones(num_rows, dtype=np.int64),
         num_micro_batches=num_micro_batches,
         vocab_parallel=np.zeros(num_rows, dtype=np.int64),
-        layers_first=first,
-        layers_middle=middle,
-        layers_last=last,
+        **_layer_columns(job.model.num_layers, merged["pp"], merged["vpp"]),
     )
 
 
-def _stage_layers(
-    num_layers: int, pp: np.ndarray, vpp: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the layers of first, fullest middle and last physical stage, as ``partition_layers`` splits them."""
-    first, middle, last = (np.zeros(len(pp), dtype=np.int64) for _ in range(3))
-    key = pp * (num_layers + 1) + vpp
-    for value in np.unique(key):
-        stages, chunks = divmod(int(value), num_layers + 1)
-        chosen = key == value
-        if stages * chunks > num_layers:
-            continue
-        layers = partition_layers(num_layers, stages * chunks)
-        physical = [sum(layers[stage::stages]) for stage in range(stages)]
-        first[chosen], last[chosen] = physical[0], physical[-1]
-        middle[chosen] = max(physical[1:-1], default=physical[0])
-    return first, middle, last
+def _layer_columns(num_layers: int, pp: np.ndarray, vpp: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the layer fields of the columns, as ``partition_layers`` spreads the layers; 0 where it cannot."""
+    pairs, inverse = np.unique(pp * (num_layers + 3) + vpp, return_inverse=True)
+    table = np.zeros((len(pairs), len(LAYER_FIELDS)), dtype=np.int64)
+    for row, pair in enumerate(pairs):
+        stages, chunks = divmod(int(pair), num_layers + 3)
+        if can_partition(num_layers, stages * chunks):
+            table[row] = layer_counts(partition_layers(num_layers, stages * chunks), stages)
+    return {name: table[inverse, index] for index, name in enumerate(LAYER_FIELDS)}
 
 
 def plan_of_row(job: TrainingJob, columns: PlanColumns, row: int) -> ParallelPlan:

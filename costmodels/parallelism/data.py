@@ -7,6 +7,7 @@ overhang, a contention share of the hidden part and the ring latency stay expose
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from meshwright.costmodels.collectives import Collective, GroupPlacement, collective_time, place_group
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Shardings
+from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, Shardings
+from meshwright.simcore.domain.model import ModelSpec
 
 __all__ = ["FsdpTimes", "SyncTimes", "fsdp_times", "is_fsdp_per_micro_batch", "shard_ranks", "sync_times"]
 
@@ -101,6 +103,9 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
     reduce = np.where(
         is_unsharded | (is_grouped & (columns.sharding == Shardings.ZERO1)), all_reduce, scatter
     )
+    # HSDP sums a shard inside its group, then the shards' copies across groups.
+    is_replicated = is_grouped & (columns.sharding >= Shardings.ZERO3)
+    reduce = np.where(is_replicated, timed("reduce_scatter", gradients, shards) + replica_reduce, reduce)
     reduce = np.where(per_micro_batch, np.where(is_grouped, replica_reduce, 0.0), reduce)
     # ZeRO-2 reduces on every micro-batch but gathers its updated weights once.
     gathers_once = (
@@ -114,7 +119,7 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
 def fsdp_times(
     context: CostContext,
     columns: PlanColumns,
-    num_parameters: float,
+    unit_parameters: Callable[[ModelSpec, IntColumn], FloatColumn],
     forward_window: FloatColumn,
     backward_window: FloatColumn,
 ) -> FsdpTimes:
@@ -126,8 +131,8 @@ def fsdp_times(
         Job and software.
     columns : PlanColumns
         Plans; those that do not gather per micro-batch get 0.
-    num_parameters : float
-        Parameters of the unit (a layer, or embedding and head), before the tensor parallel split.
+    unit_parameters : Callable[[ModelSpec, IntColumn], FloatColumn]
+        Parameters of the unit (a layer, or embedding and head) on one rank, by tensor parallel degree.
     forward_window, backward_window : FloatColumn
         Compute time the communication may hide behind [s]; 0 for the root unit, whose gather nothing precedes.
 
@@ -142,7 +147,7 @@ def fsdp_times(
         return FsdpTimes(forward=np.zeros(len(columns)), backward=np.zeros(len(columns)))
     rows, inverse = columns.distinct("tp", "cp", "dp", "sharding_group")
     group = _shard_group(context, rows)
-    parameters = num_parameters / rows.tp
+    parameters = unit_parameters(context.model, rows.tp)
 
     def timed(collective: Collective, num_bytes: FloatColumn) -> FloatColumn:
         return collective_time(

@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 from meshwright.costmodels.collectives import collective_time, place_group, send_time
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns
+from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns
 
-__all__ = ["edge_crosses_nodes", "stage_send_time"]
+__all__ = ["blocks_on_send", "edge_crosses_nodes", "stage_send_time"]
 
 
 def stage_send_time(context: CostContext, columns: PlanColumns, crosses_nodes: FloatColumn) -> FloatColumn:
@@ -21,7 +21,7 @@ def stage_send_time(context: CostContext, columns: PlanColumns, crosses_nodes: F
     """
     tp = columns.tp.astype(np.float64)
     tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
-    full = 2.0 * tokens * context.model.hidden_size
+    full = context.element_bytes * tokens * context.model.hidden_size
     is_split = columns.sequence_parallel | (context.software.has_scatter_gather & (columns.tp > 1))
     sent = send_time(
         np.where(is_split, full / tp, full),
@@ -42,14 +42,21 @@ def stage_send_time(context: CostContext, columns: PlanColumns, crosses_nodes: F
     return np.where(columns.pp > 1, sent + np.where(needs_gather, gather, 0.0), 0.0)
 
 
-def edge_crosses_nodes(num_edges: int, pp: int, stage_stride: int, gpus_per_node: int) -> NDArray[np.float64]:
-    """Return, per virtual-stage edge ``i -> i + 1``, 1.0 where sender and receiver sit on different nodes.
+def blocks_on_send(context: CostContext, vpp: IntColumn) -> NDArray[np.bool_]:
+    """Return whether sends hold the compute stream; interleaved schedules of newer software overlap theirs."""
+    blocks = np.full(vpp.shape, context.software.is_send_blocking)
+    return blocks & ~((vpp > 1) & context.software.overlaps_interleaved_sends)
 
-    Stages follow each other every ``stage_stride`` global ranks; edges of interleaved chunks wrap from the
-    last stage to the first.
+
+def edge_crosses_nodes(num_edges: int, pp: int, stage_stride: int, gpus_per_node: int) -> NDArray[np.float64]:
+    """Return, per virtual-stage edge ``i -> i + 1``, 1.0 where some sender and receiver sit on different nodes.
+
+    Stages are blocks of ``stage_stride`` global ranks, one after the other; edges of interleaved chunks wrap
+    from the last stage to the first. A pipeline is as slow as its slowest replica, so one crossing pair counts.
     """
     sender = np.arange(num_edges) % pp
     receiver = (sender + 1) % pp
-    nodes = np.stack([sender * stage_stride // gpus_per_node, receiver * stage_stride // gpus_per_node])
-    crosses: NDArray[np.float64] = (nodes[0] != nodes[1]).astype(np.float64)
+    first = np.minimum(sender, receiver) * stage_stride
+    last = (np.maximum(sender, receiver) + 1) * stage_stride - 1
+    crosses: NDArray[np.float64] = (first // gpus_per_node != last // gpus_per_node).astype(np.float64)
     return crosses

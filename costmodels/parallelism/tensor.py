@@ -17,6 +17,7 @@ def tensor_parallel_time(
     tp: FloatColumn,
     num_tokens: FloatColumn,
     sequence_parallel: NDArray[np.bool_],
+    cover: FloatColumn,
     num_pairs: float | None = None,
 ) -> FloatColumn:
     """Return the exposed seconds of one layer's collectives in one direction (forward or backward).
@@ -35,6 +36,8 @@ def tensor_parallel_time(
         Tokens of the micro-batch on one rank (before the sequence split).
     sequence_parallel : NDArray[np.bool_]
         Whether activations outside the products are split.
+    cover : FloatColumn
+        Matrix products of the layer the collectives may be pipelined with [s].
     num_pairs : float | None
         Collective pairs; None asks the model (2, or 1 with a parallel block).
 
@@ -45,7 +48,7 @@ def tensor_parallel_time(
     """
     software = context.software
     pairs = num_pairs if num_pairs is not None else (1.0 if context.model.has_parallel_block else 2.0)
-    num_bytes = 2.0 * num_tokens * context.model.hidden_size
+    num_bytes = context.element_bytes * num_tokens * context.model.hidden_size
     group = place_group(tp, np.ones_like(tp), context.cluster.node.num_gpus)
     efficiency = software.inter_node_efficiency
     reduce = collective_time("all_reduce", num_bytes, group, context.cluster, context.calibration, efficiency)
@@ -58,6 +61,7 @@ def tensor_parallel_time(
         overlap = max(overlap, software.async_tp_overlap)
     if "no_overlap" in context.features:
         overlap = 0.0
-    # Only the split form can be pipelined with its product; an all-reduce waits for the whole of it.
-    exposed = np.where(sequence_parallel, (gather + scatter) * (1.0 - overlap), reduce)
-    return pairs * exposed
+    # Only the split form can be pipelined with its products, over one scale-up domain, and never beyond them.
+    split = gather + scatter
+    hidden = np.where(tp <= context.cluster.node.num_gpus, np.minimum(overlap * split, cover / pairs), 0.0)
+    return pairs * np.where(sequence_parallel, split - hidden, reduce)

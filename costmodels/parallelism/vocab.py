@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from meshwright.costmodels.collectives import collective_time, place_group
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, VocabParallels
 
-if TYPE_CHECKING:
-    from meshwright.costmodels.iteration import MicroBatchTimes
-
 __all__ = ["vocab_parallel_time"]
 
 
 def vocab_parallel_time(
-    context: CostContext, columns: PlanColumns, times: MicroBatchTimes
+    context: CostContext, columns: PlanColumns, boundary_forward: FloatColumn, boundary_backward: FloatColumn
 ) -> tuple[FloatColumn, FloatColumn]:
     """Return what each virtual stage adds per micro-batch, forward and backward [s]; 0 without vocabulary parallelism.
 
-    A 1/pp slice of embedding and head, and an all-reduce of the hidden activations over the stages:
+    ``boundary_forward`` and ``boundary_backward`` are the seconds of embedding and head together, unsplit.
+    A 1/pp slice of them, and an all-reduce of the hidden activations over the stages:
     overlapped by half in vocab_1 and vocab_2 (its barriers are scheduled apart), whole in interlaced (Yeung et
     al. 2024, arXiv 2411.05288).
     """
@@ -42,6 +38,6 @@ def vocab_parallel_time(
     exchange = exchange * np.where(columns.vocab_parallel == VocabParallels.INTERLACED, 1.0, 0.5)
     # Each chunk of an interleaved stage carries its share of the stage's slice.
     chunks = pp * columns.vpp
-    forward = (times.embedding_forward + times.head_forward) / chunks
-    backward = (times.embedding_backward + times.head_backward) / chunks + exchange / columns.vpp
+    forward = boundary_forward / chunks
+    backward = boundary_backward / chunks + exchange / columns.vpp
     return np.where(applies, forward, 0.0), np.where(applies, backward, 0.0)

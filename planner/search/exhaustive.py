@@ -6,7 +6,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from meshwright.costmodels.iteration import iteration_costs, iteration_time_bound
+from meshwright.costmodels.bound import iteration_time_bound
+from meshwright.costmodels.iteration import iteration_costs
 from meshwright.costmodels.memory import peak_memory
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns
 from meshwright.costmodels.prediction import predict

@@ -17,6 +17,7 @@ __all__ = [
     "ScheduleName",
     "Sharding",
     "VocabParallel",
+    "can_partition",
     "partition_layers",
 ]
 
@@ -174,8 +175,13 @@ def partition_layers(num_layers: int, num_virtual_stages: int) -> tuple[int, ...
     """Split layers over virtual stages as frameworks do.
 
     Even when they divide. Otherwise embedding and loss count as a layer each, so that the first and the
-    last stage hold one fewer (interfaces.md; Megatron's account-for-embedding/loss); what still remains goes
-    to the middle stages.
+    last stage hold one fewer, none at all where every other holds one (interfaces.md; Megatron's
+    account-for-embedding/loss); what still remains goes to the middle stages.
+
+    Raises
+    ------
+    SpecError
+        If there are fewer layers than stages to fill.
 
     Examples
     --------
@@ -183,21 +189,26 @@ def partition_layers(num_layers: int, num_virtual_stages: int) -> tuple[int, ...
     (15, 16, 16, 16, 16, 16, 16, 15)
     >>> partition_layers(32, 4)
     (8, 8, 8, 8)
+    >>> partition_layers(6, 8)
+    (0, 1, 1, 1, 1, 1, 1, 0)
     """
-    if num_layers < num_virtual_stages:
+    if not can_partition(num_layers, num_virtual_stages):
         raise SpecError(f"{num_layers} layers cannot fill {num_virtual_stages} virtual stages")
     if num_layers % num_virtual_stages == 0:
         return (num_layers // num_virtual_stages,) * num_virtual_stages
     base, extra = divmod(num_layers + 2, num_virtual_stages)
-    if base < 2:
+    spares_ends = extra == 0 or base > 1
+    if not spares_ends:
         # Too few layers to spare one at the ends: one each, the rest to the middle.
         base, extra = divmod(num_layers, num_virtual_stages)
-        first = (num_virtual_stages - extra) // 2
-        return tuple(base + (first <= index < first + extra) for index in range(num_virtual_stages))
-    counts = [base] * num_virtual_stages
     first = (num_virtual_stages - extra) // 2
-    for index in range(first, first + extra):
-        counts[index] += 1
-    counts[0] -= 1
-    counts[-1] -= 1
+    counts = [base + (first <= index < first + extra) for index in range(num_virtual_stages)]
+    if spares_ends:
+        counts[0] -= 1
+        counts[-1] -= 1
     return tuple(counts)
+
+
+def can_partition(num_layers: int, num_virtual_stages: int) -> bool:
+    """Return whether every virtual stage gets a layer, or only embedding and loss stand alone."""
+    return num_virtual_stages <= num_layers or num_virtual_stages == num_layers + 2

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshwright.costmodels.bound import iteration_time_bound
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.iteration import iteration_costs, iteration_time_bound, micro_batch_times
+from meshwright.costmodels.iteration import iteration_costs
 from meshwright.costmodels.memory import peak_memory
+from meshwright.costmodels.micro_batch import micro_batch_times
 from meshwright.costmodels.plan_columns import PlanColumns
 from meshwright.costmodels.prediction import predict
 from meshwright.costmodels.software import list_software
