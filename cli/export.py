@@ -18,7 +18,7 @@ __all__ = ["command"]
 @click.option("--launcher", type=click.Choice(["torchrun", "slurm"]), default="torchrun", show_default=True)
 @common_options
 def command(*, plan: Path, target: str, out: Path, launcher: str, common: CommonOptions) -> None:
-    r"""Write arguments, environment and launch script of PLAN for a framework; refuse what it cannot express.
+    """Write arguments, environment and launch script of PLAN for a framework; refuse what it cannot express.
 
     \b
     meshwright export plans/1.yaml --to megatron --out launch/

@@ -57,7 +57,7 @@ def command(  # one parameter per flag is click's calling convention
     out: Path,
     common: CommonOptions,
 ) -> None:
-    r"""Search every way to run a training job and rank the best plans.
+    """Search every way to run a training job and rank the best plans.
 
     JOB is a job file (model, cluster, workload, objective); flags win over it, and can replace it.
 

@@ -45,7 +45,7 @@ def command(
     flops: str,
     common: CommonOptions,
 ) -> None:
-    r"""Simulate the exact schedule of PLAN (a file that 'meshwright plan' wrote), operation by operation.
+    """Simulate the exact schedule of PLAN (a file that 'meshwright plan' wrote), operation by operation.
 
     \b
     meshwright simulate plans/1.yaml --timeline step.json.gz

@@ -76,7 +76,8 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     rows, inverse = columns.distinct(
         "tp", "cp", "pp", "vpp", "dp", "sharding", "sharding_group", "layers_first", "chunk_first"
     )
-    window_in = np.where(pp > 1.0, ramp_in - send, alone_forward)
+    # A blocking send is part of the operation the gather may run beside.
+    window_in = np.where(pp > 1.0, ramp_in - send + counted, alone_forward)
     window_out = np.where(pp > 1.0, ramp_out - send, alone_backward)
     tail = _tail_time(context, rows, inverse, window_in, window_out)
     # Every path but a zero-bubble stage's own ends at the first stage, with its reduction and optimizer.

@@ -7,13 +7,13 @@ exist and what is overlapped; what a device does with them is its calibration.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Literal, cast
 
 from meshwright.errors import SpecError, did_you_mean
-from meshwright.hardware_specs.yaml_document import parse_yaml
+from meshwright.hardware_specs.yaml_document import Section, parse_yaml
 
 __all__ = ["AttentionKernel", "SelectiveRecompute", "SoftwareGeneration", "list_software", "load_software"]
 
@@ -82,6 +82,10 @@ class SoftwareGeneration:
         Further copies held with the optimizer states, sharded like them [B per parameter].
     fragmentation : float
         Allocator reserve over the bytes in use.
+    supports : Mapping[str, tuple[int | str | bool, ...]]
+        Values of plan fields the software has; fields not named are free.
+    precisions : tuple[str, ...]
+        Number formats it trains in; empty when not restricted.
     """
 
     id: str
@@ -114,6 +118,8 @@ class SoftwareGeneration:
     selective_recompute: SelectiveRecompute = "attention_core"
     extra_state_bytes: float = 0.0
     fragmentation: float = 0.0
+    supports: Mapping[str, tuple[int | str | bool, ...]] = field(default_factory=dict)
+    precisions: tuple[str, ...] = ()
 
 
 # Keys of the YAML files by how they are read; everything else is a plain number.
@@ -163,9 +169,26 @@ def load_software(name: str) -> SoftwareGeneration:
             values[key] = section.boolean(key)
         elif key in _SECONDS:
             values[key] = section.quantity(key, "seconds")
+        elif key == "supports":
+            values[key] = _supports(section.section(key))
+        elif key == "precisions":
+            values[key] = section.texts(key)
         elif key == "framework_bytes":
             values[key] = section.quantity(key, "bytes")
         elif key in SoftwareGeneration.__slots__:
             values[key] = section.number(key)
     section.close()
     return SoftwareGeneration(**cast("Mapping[str, object]", values))  # type: ignore[arg-type]  # keys checked above
+
+
+def _supports(section: Section) -> Mapping[str, tuple[int | str | bool, ...]]:
+    """Return allowed values by plan field: words, flags, or numbers."""
+    allowed: dict[str, tuple[int | str | bool, ...]] = {}
+    for key in section:
+        if key == "sequence_parallel":
+            allowed[key] = (section.boolean(key),)
+        elif key in ("sharding", "schedule", "recompute"):
+            allowed[key] = section.texts(key)
+        else:
+            allowed[key] = section.integers(key)
+    return allowed

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.memory import peak_memory
-from meshwright.costmodels.plan_columns import PlanColumns, Schedules, Shardings
+from meshwright.costmodels.plan_columns import PlanColumns, Recomputes, Schedules, Shardings
 from meshwright.planner.export import EXPORTERS
 from meshwright.planner.space import SearchLimits
 from meshwright.simcore.domain.plan import RECOMPUTES, SCHEDULES_KNOWN, SHARDINGS
@@ -49,6 +49,21 @@ def _user_limits(context: CostContext, columns: PlanColumns, limits: SearchLimit
     return _within(columns, limits.allowed)
 
 
+def _software(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    supports = dict(context.software.supports)
+    shardings = {"sharding": supports.pop("sharding")} if "sharding" in supports else {}
+    # A single replica shards nothing, whatever the software would.
+    keep = _within(columns, supports)
+    keep &= _within(columns, shardings) | (columns.dp == 1)
+    return keep
+
+
+def _recompute(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    saves = context.attention_kernel == "unfused" or context.software.selective_recompute == "operators"
+    result: Mask = (columns.recompute != Recomputes.SELECTIVE) | saves
+    return result
+
+
 def _target(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
     if limits.target is None:
         return np.ones(len(columns), dtype=np.bool_)
@@ -70,8 +85,10 @@ def _tensor_parallel(context: CostContext, columns: PlanColumns, limits: SearchL
     groups = model.num_query_groups
     # Fewer key/value heads than ranks are replicated, in whole copies.
     shares_groups = (groups % columns.tp == 0) | (columns.tp % groups == 0)
+    per_node = context.cluster.node.num_gpus
+    fills_nodes = (per_node % columns.tp == 0) | (columns.tp % per_node == 0)
     result: Mask = (model.num_attention_heads % columns.tp == 0) & (model.ffn_hidden_size % columns.tp == 0)
-    result &= shares_groups
+    result &= shares_groups & fills_nodes
     return result
 
 
@@ -116,10 +133,16 @@ def _memory(context: CostContext, columns: PlanColumns, limits: SearchLimits) ->
 
 CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(name="user_limits", sentence="the values allowed under 'constraints'", holds=_user_limits),
+    Constraint(name="software", sentence="the software generation has it", holds=_software),
+    Constraint(
+        name="recompute",
+        sentence="selective recompute saves something (fused attention stores no scores)",
+        holds=_recompute,
+    ),
     Constraint(name="target", sentence="the export target can express the plan", holds=_target),
     Constraint(
         name="tensor_parallel",
-        sentence="tp divides heads and MLP width, and shares key/value heads evenly",
+        sentence="tp divides heads, MLP width and nodes, and shares key/value heads evenly",
         holds=_tensor_parallel,
     ),
     Constraint(name="sequence_parallel", sentence="tp divides the sequence", holds=_sequence_parallel),

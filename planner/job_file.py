@@ -24,8 +24,11 @@ from meshwright.simcore.domain.workload import PRECISIONS, Precision, TrainingWo
 __all__ = ["JobFlags", "PlanRequest", "read_request"]
 
 _DEFAULT_SOFTWARE = "megatron-core"
+# Allocators fragment and predictions err: a plan that fills the last gibibyte dies in its first hour.
+_DEFAULT_HEADROOM = 0.05
+_SEARCHED_SCHEDULES = ("none", "gpipe", "1f1b", "interleaved_1f1b")
 _WORDS: Mapping[str, tuple[str, ...]] = {
-    "schedule": SCHEDULES_KNOWN,
+    "schedule": _SEARCHED_SCHEDULES,
     "recompute": RECOMPUTES,
     "sharding": SHARDINGS,
 }
@@ -87,6 +90,12 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
         workload=_workload(section, flags),
         software=_software(section, flags),
     )
+    known = load_software(job.software).precisions
+    if known and job.workload.precision not in known:
+        raise SpecError(
+            f"precision {job.workload.precision} does not exist in software {job.software}, which trains in "
+            f"{', '.join(known)}; choose one of these or another --software"
+        )
     of_file = section.optional_text("objective") if section else None
     objective = flags.objective or of_file or "throughput"
     if objective not in OBJECTIVES:
@@ -201,12 +210,12 @@ def _software(section: Section | None, flags: JobFlags) -> str:
 
 def _limits(section: Section | None, flags: JobFlags) -> SearchLimits:
     target = flags.target
-    headroom = 0.0
+    headroom: float | None = None
     allowed: dict[str, tuple[int | str | bool, ...]] = {}
     if section is not None:
         of_file = section.optional_text("target")
         target = target or of_file
-        headroom = section.optional_quantity("memory_headroom", "fraction") or 0.0
+        headroom = section.optional_quantity("memory_headroom", "fraction")
         for key in LIMIT_KEYS:
             if section.has(key):
                 allowed[key] = _allowed(section, key)
@@ -220,7 +229,11 @@ def _limits(section: Section | None, flags: JobFlags) -> SearchLimits:
             raise section.error("target", message)
         raise SpecError(f"target: {message}")
     try:
-        return SearchLimits(allowed=allowed, memory_headroom=headroom, target=target)
+        return SearchLimits(
+            allowed=allowed,
+            memory_headroom=_DEFAULT_HEADROOM if headroom is None else headroom,
+            target=target,
+        )
     except SpecError as error:
         raise error if section is None else section.error("memory_headroom", str(error)) from None
 
@@ -234,6 +247,11 @@ def _allowed(section: Section, key: str) -> tuple[int | str | bool, ...]:
         if not words:
             raise section.error(key, "list at least one value, or leave the key out")
         for word in words:
+            if key == "schedule" and word in SCHEDULES_KNOWN and word not in _SEARCHED_SCHEDULES:
+                raise section.error(
+                    key,
+                    f"'{word}' is not searched by this release; it searches {', '.join(_SEARCHED_SCHEDULES)}",
+                )
             if word not in _WORDS[key]:
                 raise section.error(
                     key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meshwright.planner.objectives import Objective
 from meshwright.planner.search.base import RankedPlan, SearchResult
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -19,36 +20,48 @@ def degrees_text(plan: ParallelPlan) -> str:
     return " x ".join(parts) or "one GPU"
 
 
-def winning_reason(result: SearchResult) -> str:
+def winning_reason(result: SearchResult, objective: Objective = "throughput") -> str:
     """Return one or two sentences: what the winner does better than the best plan with other degrees."""
     winner = result.ranked[0]
     rival = result.rival
     certificate = (
         "no other plan of the space can beat it: the bound of every plan not simulated is above its time"
         if result.is_certified
-        else "plans beyond the simulated hundred have lower bounds, so the optimum is not certified"
+        else f"plans beyond the {result.num_simulated} simulated have lower bounds, so the optimum is not certified"
     )
     if rival is None:
         return f"{degrees_text(winner.plan)} is the only combination of degrees among the plans simulated; {certificate}."
-    gain = rival.prediction.iteration_time / winner.prediction.iteration_time - 1.0
-    margin = f"is {gain:.1%} faster than" if gain >= 0.0005 else "ties with"
+    gain = _value(rival, objective) / _value(winner, objective) - 1.0
+    better = "faster" if objective == "throughput" else "cheaper in GPU time"
+    margin = f"is {gain:.1%} {better} than" if gain >= 0.0005 else "ties with"
     return (
         f"{degrees_text(winner.plan)} {margin} the best plan with other degrees "
-        f"({degrees_text(rival.plan)}): {_difference(winner, rival)}; {certificate}."
+        f"({degrees_text(rival.plan)}): {_difference(winner, rival, objective)}; {certificate}."
     )
 
 
-def _difference(winner: RankedPlan, rival: RankedPlan) -> str:
-    """Name the parts of the rival's iteration that grow most, in seconds, and what the winner pays for it."""
-    gaps = {name: _parts(rival)[name] - seconds for name, seconds in _parts(winner).items()}
-    worse = sorted((name for name in gaps if gaps[name] > 0), key=lambda name: -gaps[name])
-    better = sorted((name for name in gaps if gaps[name] < 0), key=lambda name: gaps[name])
-    total = winner.prediction.iteration_time
-    worse = [name for name in worse if gaps[name] > 0.002 * total][:2]
-    better = [name for name in better if -gaps[name] > 0.002 * total][:2]
-    said = " and ".join(f"{gaps[name]:.2g} s less {name}" for name in worse) or "every part is within 0.2 %"
-    if better:
-        said += ", for " + " and ".join(f"{-gaps[name]:.2g} s more {name}" for name in better)
+def _value(ranked: RankedPlan, objective: Objective) -> float:
+    """Return what the objective minimises: seconds, or GPU-seconds for cost and energy."""
+    return ranked.prediction.iteration_time * _weight(ranked, objective)
+
+
+def _weight(ranked: RankedPlan, objective: Objective) -> float:
+    return 1.0 if objective == "throughput" else float(ranked.plan.num_gpus)
+
+
+def _difference(winner: RankedPlan, rival: RankedPlan, objective: Objective) -> str:
+    """Name the parts of the rival's iteration that grow most and what the winner pays for it."""
+    unit = "s" if objective == "throughput" else "GPU-s"
+    mine, other = _weight(winner, objective), _weight(rival, objective)
+    gaps = {name: _parts(rival)[name] * other - part * mine for name, part in _parts(winner).items()}
+    threshold = 0.002 * _value(winner, objective)
+    less = sorted((name for name in gaps if gaps[name] > threshold), key=lambda name: -gaps[name])[:2]
+    more = sorted((name for name in gaps if -gaps[name] > threshold), key=lambda name: gaps[name])[:2]
+    said = (
+        " and ".join(f"{gaps[name]:.2g} {unit} less {name}" for name in less) or "every part is within 0.2 %"
+    )
+    if more:
+        said += ", for " + " and ".join(f"{-gaps[name]:.2g} {unit} more {name}" for name in more)
     return said
 
 

@@ -9,6 +9,7 @@ from meshwright.costmodels.context import CostContext
 from meshwright.errors import InfeasiblePlanError
 from meshwright.planner.constraints import CONSTRAINTS, apply_constraints
 from meshwright.planner.export import EXPORTERS
+from meshwright.planner.objectives import world_sizes
 from meshwright.planner.space import SearchLimits, enumerate_space, plan_of_row
 from meshwright.simcore.domain.job import TrainingJob
 
@@ -17,7 +18,6 @@ __all__ = ["infeasible", "nearest_relaxations"]
 # Clusters up to this many times the asked size are tried.
 _MAX_GROWTH = 64
 _SHORTEST_SEQUENCE = 512
-_NEAR_NODES = 8
 
 
 def infeasible(
@@ -57,12 +57,6 @@ def nearest_relaxations(job: TrainingJob, context: CostContext, limits: SearchLi
     if num_nodes:
         gpus = num_nodes * job.cluster.node.num_gpus
         found.append(f"fits on {gpus} GPUs ({num_nodes} x {job.cluster.node.id})")
-    else:
-        # More of an awkward number stays awkward: 17 nodes, 34, 68 ... all leave a factor of 17 to place.
-        found += [
-            f"fits on {nodes * job.cluster.node.num_gpus} GPUs ({nodes} x {job.cluster.node.id})"
-            for nodes in _near_sizes(job, context, limits)
-        ]
     length = job.workload.sequence_length // 2
     while length >= _SHORTEST_SEQUENCE:
         shorter = replace(job, workload=replace(job.workload, sequence_length=length))
@@ -89,22 +83,13 @@ def _nodes_needed(job: TrainingJob, context: CostContext, limits: SearchLimits) 
     return high
 
 
-def _near_sizes(job: TrainingJob, context: CostContext, limits: SearchLimits) -> list[int]:
-    """Return the nearest smaller and larger numbers of nodes that hold a plan, where there are such close by."""
-    asked = job.cluster.num_nodes
-    smaller = (nodes for nodes in range(asked - 1, max(0, asked - _NEAR_NODES - 1), -1))
-    larger = (nodes for nodes in range(asked + 1, asked + _NEAR_NODES + 1))
-    near = [next((n for n in side if _fits_on(job, context, limits, n)), None) for side in (smaller, larger)]
-    return [nodes for nodes in near if nodes is not None]
-
-
 def _fits_on(job: TrainingJob, context: CostContext, limits: SearchLimits, num_nodes: int) -> bool:
     cluster = replace(job.cluster, num_nodes=num_nodes)
     return _is_feasible(replace(job, cluster=cluster), replace(context, cluster=cluster), limits)
 
 
 def _is_feasible(job: TrainingJob, context: CostContext, limits: SearchLimits) -> bool:
-    for block in enumerate_space(job, (job.cluster.num_gpus,)):
+    for block in enumerate_space(job, world_sizes("throughput", context)):
         feasible = apply_constraints(context, block, limits, {})
         if limits.target is None:
             if len(feasible):

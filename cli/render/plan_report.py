@@ -18,6 +18,12 @@ from meshwright.simcore.domain.plan import ParallelPlan
 
 __all__ = ["print_report", "report_mapping", "write_plans"]
 
+# Software generations whose overheads are those of an export target, by prefix.
+_TARGET_SOFTWARE: dict[str, tuple[str, ...]] = {
+    "megatron": ("megatron-2", "megatron-core"),
+    "deepspeed": ("megatron-deepspeed",),
+}
+
 
 def report_mapping(
     request: PlanRequest, context: CostContext, result: SearchResult, seconds: float, flops: str
@@ -40,7 +46,7 @@ def report_mapping(
         "num_simulated": result.num_simulated,
         "is_certified": result.is_certified,
         "rejections": dict(result.rejections),
-        "reason": winning_reason(result),
+        "reason": winning_reason(result, request.objective),
         "plans": [
             {"plan": _degrees(entry.plan), "prediction": prediction_mapping(entry.prediction)}
             for entry in result.ranked
@@ -92,8 +98,8 @@ def print_report(
         f"{workload.global_batch_size} x {workload.sequence_length} tokens, {workload.precision}, "
         f"{job.software}, objective {request.objective}"
     )
-    console.print(ranked_table(title, result.ranked))
-    console.print(f"Why: {winning_reason(result)}", soft_wrap=True)
+    console.print(ranked_table(title, result.ranked, request.objective))
+    console.print(f"Why: {winning_reason(result, request.objective)}", soft_wrap=True)
     winner = result.ranked[0].prediction
     console.print(
         f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. "
@@ -103,7 +109,7 @@ def print_report(
     rejected = ", ".join(f"{name} {count:,}" for name, count in result.rejections.items() if count)
     console.print(
         f"Searched {result.num_candidates:,} plans in {seconds:.2f} s: {result.num_feasible:,} feasible, "
-        f"{result.num_simulated} simulated exactly. Rejected by {rejected or 'nothing'}.",
+        f"{result.num_simulated} simulated exactly, {request.limits.memory_headroom:.0%} of memory kept free. Rejected by {rejected or 'nothing'}.",
         soft_wrap=True,
     )
     if not quiet:
@@ -111,6 +117,15 @@ def print_report(
         for name, count in result.rejections.items():
             if count and name in sentences:
                 console.print(f"  {name}: {sentences[name]}", style="dim", soft_wrap=True)
+    generations = _TARGET_SOFTWARE.get(request.limits.target or "", (job.software,))
+    if not job.software.startswith(generations):
+        console.print(
+            f"Note: {request.limits.target} is predicted with the overheads of {job.software}; --software names others.",
+            soft_wrap=True,
+        )
+    idle = job.cluster.num_gpus - result.ranked[0].plan.num_gpus
+    if idle and request.objective == "throughput":
+        console.print(f"Note: the winner leaves {idle} of {job.cluster.num_gpus} GPUs idle.", soft_wrap=True)
     console.print(f"Calibration: {context.calibration.id} ({context.calibration.reason}).", soft_wrap=True)
     console.print(
         f"Wrote {out}/1.yaml to {out}/{len(result.ranked)}.yaml and {out}/report.json. Next: "

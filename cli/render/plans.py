@@ -8,6 +8,7 @@ from rich.table import Table
 
 from meshwright.cli.render.console import make_table
 from meshwright.costmodels.prediction import Prediction
+from meshwright.planner.objectives import Objective
 from meshwright.planner.search.base import RankedPlan
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.units import format_quantity
@@ -16,8 +17,10 @@ __all__ = ["FLOPS_WORDS", "memory_table", "plan_row", "ranked_table"]
 
 # How the printed MFU counts attention; every figure says so.
 FLOPS_WORDS = {"causal": "causal attention counted half", "full-attention": "attention counted in full"}
+_OBJECTIVE_COLUMNS: dict[Objective, str] = {"cost": "$/T tokens", "energy": "J/token"}
 _COLUMNS = (
     ("#", True),
+    ("GPUs", True),
     ("tp", True),
     ("pp", True),
     ("vpp", True),
@@ -37,14 +40,23 @@ _COLUMNS = (
 )
 
 
-def ranked_table(title: str, ranked: Sequence[RankedPlan]) -> Table:
-    """Return the table of the best plans, best first."""
-    table = make_table(title, _COLUMNS)
+def ranked_table(title: str, ranked: Sequence[RankedPlan], objective: Objective) -> Table:
+    """Return the table of the best plans, best first; with the objective's own figure when it is not time."""
+    figure = _OBJECTIVE_COLUMNS.get(objective)
+    table = make_table(title, _COLUMNS if figure is None else (*_COLUMNS, (figure, True)))
     for place, entry in enumerate(ranked, start=1):
-        table.add_row(
-            str(place), *plan_row(entry.plan, entry.prediction), style="bold green" if place == 1 else None
-        )
+        cells = plan_row(entry.plan, entry.prediction)
+        if figure is not None:
+            cells = (*cells, _objective_cell(entry.prediction, objective))
+        table.add_row(str(place), *cells, style="bold green" if place == 1 else None)
     return table
+
+
+def _objective_cell(prediction: Prediction, objective: Objective) -> str:
+    if objective == "energy":
+        return f"{prediction.joules_per_token:.3g}"
+    dollars = prediction.dollars_per_trillion_tokens
+    return "no price" if dollars is None else f"{dollars:,.0f}"
 
 
 def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
@@ -53,6 +65,7 @@ def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
     sharding = plan.sharding if plan.sharding_group is None else f"{plan.sharding}({plan.sharding_group})"
     exposed = result.exposed_communication_time / result.iteration_time
     return (
+        str(plan.num_gpus),
         str(plan.tp),
         str(plan.pp),
         str(plan.vpp),

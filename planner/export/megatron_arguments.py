@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 
+from meshwright.costmodels.software import load_software
 from meshwright.planner.export.megatron_rules import is_fully_sharded, num_sharding_groups, window_bites
 from meshwright.planner.export.scripts import ArgumentGroup
 from meshwright.simcore.domain.job import TrainingJob
@@ -39,7 +40,7 @@ def megatron_arguments(job: TrainingJob, plan: ParallelPlan) -> tuple[ArgumentGr
     """
     return (
         ArgumentGroup(name="MODEL_ARGS", comment="The model's shape.", options=_model(job, plan)),
-        ArgumentGroup(name="PARALLEL_ARGS", comment="The plan.", options=_parallel(plan, job.model.moe is not None)),
+        ArgumentGroup(name="PARALLEL_ARGS", comment="The plan.", options=_parallel(job, plan, job.model.moe is not None)),
         ArgumentGroup(name="TRAINING_ARGS", comment="Batch, precision, recompute, optimizer.",
                       options=_training(job, plan)),
         ArgumentGroup(
@@ -169,7 +170,7 @@ def _layer_pattern(moe: MoeSpec, num_layers: int) -> str:
     return "+".join(f"[{kind}]*{len(list(run))}" for kind, run in itertools.groupby(kinds))
 
 
-def _parallel(plan: ParallelPlan, has_experts: bool) -> tuple[tuple[str, ...], ...]:
+def _parallel(job: TrainingJob, plan: ParallelPlan, has_experts: bool) -> tuple[tuple[str, ...], ...]:
     options: Options = [
         ("--tensor-model-parallel-size", str(plan.tp)),
         ("--pipeline-model-parallel-size", str(plan.pp)),
@@ -177,6 +178,9 @@ def _parallel(plan: ParallelPlan, has_experts: bool) -> tuple[tuple[str, ...], .
     ]
     if plan.sequence_parallel:
         options.append(("--sequence-parallel",))
+        if plan.tp <= job.cluster.node.num_gpus and load_software(job.software).tp_overlap > 0:
+            # The prediction counts on it: products pipelined with their gathers inside one scale-up domain.
+            options.append(("--tp-comm-overlap",))
     if plan.cp > 1:
         options.append(("--cp-comm-type", "p2p"))
     if has_experts:

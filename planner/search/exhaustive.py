@@ -22,8 +22,9 @@ from meshwright.simcore.training.iteration import iteration_time
 
 __all__ = ["ExhaustiveSearch"]
 
-# Plans whose schedule is simulated exactly.
+# Plans whose schedule is simulated exactly at least, and at most while bounds leave the winner open.
 _NUM_SIMULATED = 100
+_MOST_SIMULATED = 1_000
 # Plans kept after the bound where none of them can be refused later; far more than are simulated.
 _NUM_KEPT = 20_000
 # Values that agree to this many digits are a tie: rounding noise must not rank plans.
@@ -31,7 +32,9 @@ _TIE_DIGITS = 9
 
 
 class ExhaustiveSearch:
-    """Score the whole space by its closed-form bound, simulate the best hundred exactly, rank those.
+    """Score the whole space by its closed-form bound and simulate the best exactly, at least a hundred.
+
+    Simulation goes on in the order of the bounds until none of the plans left can win.
 
     Deterministic: ties go to the plan with less memory, then to enumeration order.
     """
@@ -45,17 +48,24 @@ class ExhaustiveSearch:
         order = _order(request, survivors, bounds)
         simulated: list[tuple[float, int, ParallelPlan]] = []
         position = 0
-        while position < len(order) and len(simulated) < max(_NUM_SIMULATED, request.num_plans):
+        wanted = max(_NUM_SIMULATED, request.num_plans)
+        values = objective_values(request.objective, survivors, bounds)
+        best = np.inf
+        while position < len(order) and len(simulated) < _MOST_SIMULATED:
             row = int(order[position])
+            # Bounds ascend along the order: once they pass the best, no plan that is left can win.
+            if len(simulated) >= wanted and values[row] >= best:
+                break
             position += 1
             plan = plan_of_row(request.job, survivors, row)
             if request.limits.target and EXPORTERS[request.limits.target].unsupported(request.job, plan):
                 rejections["target"] += 1
                 num_feasible -= 1
                 continue
-            costs = iteration_costs(request.context, plan)
-            simulated.append((iteration_time(costs, plan.schedule), row, plan))
-            progress("simulating schedules", len(simulated), _NUM_SIMULATED)
+            seconds = iteration_time(iteration_costs(request.context, plan), plan.schedule)
+            simulated.append((seconds, row, plan))
+            best = min(best, values[row] / bounds[row] * seconds)
+            progress("simulating schedules", len(simulated), wanted)
         if not simulated:
             raise InfeasiblePlanError("no plan satisfies every constraint", rejections)
         return _ranked(

@@ -451,16 +451,6 @@ INFEASIBLE = {
         ("rejected by memory (the fullest rank fits)", "nearest: fits on", "GPUs"),
     ),
     "far too large a model": ({"--model": "gpt-1t"}, ("rejected by memory", "nearest:")),
-    # 136 = 8 x 17 GPUs: 17 divides neither the batch of 16 nor the 32 heads, and exceeds the 16 layers.
-    "degrees that divide nothing": (
-        {"--cluster": "l4-8:17"},
-        (
-            "rejected by tensor_parallel",
-            "rejected by pipeline",
-            "rejected by batch (dp x micro-batch divides the global batch)",
-            "nearest: fits on 128 GPUs (16 x l4-8); fits on 144 GPUs (18 x l4-8)",
-        ),
-    ),
 }
 
 

@@ -78,7 +78,7 @@ def test_what_is_not_named_has_a_default(tmp_path: Path) -> None:
     assert request.job.workload.precision == "bf16"
     assert request.job.software == "megatron-core"
     assert request.objective == "throughput"
-    assert (request.limits.allowed, request.limits.memory_headroom, request.limits.target) == ({}, 0.0, None)
+    assert (request.limits.allowed, request.limits.memory_headroom, request.limits.target) == ({}, 0.05, None)
     short = "\n".join(
         line for line in TEXT.splitlines() if line.split(":")[0] not in ("software", "objective")
     )

@@ -48,10 +48,10 @@ def test_every_micro_batch_that_divides_the_batch_is_a_candidate() -> None:
 
 
 def test_schedules_and_chunks_are_one_choice() -> None:
-    # Codes: 0 none, 1 gpipe, 2 1f1b, 3 interleaved; chunks are the divisors of the 8 layers.
+    # Codes: 0 none, 1 gpipe, 2 1f1b, 3 interleaved; chunks divide 8 layers, or 10 with embedding and loss.
     combinations = rows(make_job(), "pp", "schedule", "vpp")
     assert {(schedule, vpp) for pp, schedule, vpp in combinations if pp == 1} == {(0, 1)}
-    expected = {(1, 1), (2, 1), (3, 2), (3, 4), (3, 8)}
+    expected = {(1, 1), (2, 1), (3, 2), (3, 4), (3, 5), (3, 8), (3, 10)}
     assert {(schedule, vpp) for pp, schedule, vpp in combinations if pp == 4} == expected
 
 

@@ -32,6 +32,7 @@ PARALLEL_ARGS=(
   --pipeline-model-parallel-size 2
   --context-parallel-size 1
   --sequence-parallel
+  --tp-comm-overlap
   --use-distributed-optimizer
   --overlap-grad-reduce
   --overlap-param-gather

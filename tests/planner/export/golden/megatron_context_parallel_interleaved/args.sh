@@ -32,6 +32,7 @@ PARALLEL_ARGS=(
   --pipeline-model-parallel-size 4
   --context-parallel-size 2
   --sequence-parallel
+  --tp-comm-overlap
   --cp-comm-type p2p
   --num-layers-per-virtual-pipeline-stage 4
   --overlap-grad-reduce

@@ -38,6 +38,7 @@ PARALLEL_ARGS=(
   --pipeline-model-parallel-size 2
   --context-parallel-size 1
   --sequence-parallel
+  --tp-comm-overlap
   --expert-model-parallel-size 8
   --expert-tensor-parallel-size 1
   --use-distributed-optimizer

@@ -47,6 +47,7 @@ PARALLEL_ARGS=(
   --pipeline-model-parallel-size 8
   --context-parallel-size 1
   --sequence-parallel
+  --tp-comm-overlap
   --expert-model-parallel-size 32
   --expert-tensor-parallel-size 1
   --pipeline-model-parallel-layout 'Et*7|t*8|t*8|t*8|t*8|t*8|t*8|t*6L'

@@ -32,6 +32,7 @@ PARALLEL_ARGS=(
   --pipeline-model-parallel-size 16
   --context-parallel-size 1
   --sequence-parallel
+  --tp-comm-overlap
   --pipeline-model-parallel-layout 'Et*3|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*4|t*3L'
   --use-distributed-optimizer
   --overlap-grad-reduce

@@ -45,6 +45,7 @@ PARALLEL_ARGS=(
   --pipeline-model-parallel-size 1
   --context-parallel-size 1
   --sequence-parallel
+  --tp-comm-overlap
   --expert-model-parallel-size 1
   --expert-tensor-parallel-size 1
   --use-distributed-optimizer
