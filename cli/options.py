@@ -19,7 +19,6 @@ class CommonOptions:
 
     calibrations: tuple[Path, ...]
     as_json: bool
-    seed: int
     quiet: bool
     force: bool
 
@@ -58,9 +57,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         **arguments: Any,
     ) -> None:
         # --debug is read by main(), which owns tracebacks.
-        common = CommonOptions(
-            calibrations=calibrations, as_json=as_json, seed=seed, quiet=quiet, force=force
-        )
+        common = CommonOptions(calibrations=calibrations, as_json=as_json, quiet=quiet, force=force)
         command(common=common, **arguments)
 
     return wrapped

@@ -110,10 +110,17 @@ def layer_activation_bytes(context: CostContext, columns: PlanColumns) -> FloatC
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerActivations:
-    """One layer's activation bytes per micro-batch: what it stores, and what its recomputation holds."""
+    """One layer on one rank: activation bytes it stores per micro-batch, bytes its recomputation holds, parameters."""
 
     stored: FloatColumn
     recomputed: FloatColumn
+    parameters: FloatColumn
+
+    def take(self, index: IntColumn) -> LayerActivations:
+        """Return the selected rows."""
+        return LayerActivations(
+            stored=self.stored[index], recomputed=self.recomputed[index], parameters=self.parameters[index]
+        )
 
 
 def layer_activations(context: CostContext, columns: PlanColumns) -> LayerActivations:
@@ -122,7 +129,11 @@ def layer_activations(context: CostContext, columns: PlanColumns) -> LayerActiva
     stored = layer_activation_bytes(context, rows)
     whole = layer_activation_bytes(context, rows.with_recompute(Recomputes.NONE))
     recomputed = np.where(rows.recompute == Recomputes.FULL, whole, 0.0)
-    return LayerActivations(stored=stored[inverse], recomputed=recomputed[inverse])
+    return LayerActivations(
+        stored=stored[inverse],
+        recomputed=recomputed[inverse],
+        parameters=rank_layer_parameters(context.model, rows.tp)[inverse],
+    )
 
 
 def stage_memory(
@@ -165,7 +176,7 @@ def stage_memory(
         spread = (model.num_embedding_parameters + head_parameters) / columns.pp
         boundary = np.where(is_vocab_parallel, spread, boundary)
         logits = np.where(is_vocab_parallel, 1.0 / columns.pp, has_head)
-    parameters = layers * rank_layer_parameters(model, columns.tp) + boundary / tp
+    parameters = layers * activations.parameters + boundary / tp
     states = _state_bytes(context, columns, parameters)
     tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
     message = 2.0 * tokens * model.hidden_size / np.where(columns.sequence_parallel, tp, 1.0)
@@ -174,7 +185,8 @@ def stage_memory(
         gradients=states.gradients,
         optimizer_states=states.optimizer_states,
         activations=activations.stored * layers * _in_flight_micro_batches(columns, stage),
-        working_set=activations.recomputed + _unsharded_bytes(context, columns, parameters),
+        working_set=activations.recomputed
+        + _unsharded_bytes(context, columns, activations.parameters, parameters),
         logits=software.logit_memory_bytes * tokens * model.vocab_size / tp * logits,
         communication=np.where(columns.pp > 1, 2.0 * message, 0.0)
         + np.where(columns.sequence_parallel, message * tp, 0.0),
@@ -201,15 +213,22 @@ def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
         held = layers.astype(np.float64)
         return stage_memory(context, columns, activations, stage, held, embedding, head).total
 
+    def inner_total(chosen: IntColumn, stage: IntColumn, layers: IntColumn) -> FloatColumn:
+        none = np.zeros(len(chosen))
+        few = columns.take(chosen)
+        held, index = layers[chosen].astype(np.float64), stage[chosen].astype(np.float64)
+        return stage_memory(context, few, activations.take(chosen), index, held, none, none).total
+
     peak = np.maximum(
         total(zero, columns.layers_first, one, is_alone), total(last, columns.layers_last, is_alone, one)
     )
-    middle = total(columns.middle_earliest.astype(np.float64), columns.layers_middle, zero, zero)
-    is_uneven = (columns.layers_second != columns.layers_middle) & (columns.pp > 2)
-    if is_uneven.any():
-        second = total(np.minimum(1.0, last), columns.layers_second, zero, zero)
-        middle = np.where(is_uneven, np.maximum(middle, second), middle)
-    peak = np.where(columns.pp > 2, np.maximum(peak, middle), peak)
+    inner = np.flatnonzero(columns.pp > 2)
+    middle = inner_total(inner, columns.middle_earliest, columns.layers_middle)
+    peak[inner] = np.maximum(peak[inner], middle)
+    uneven = np.flatnonzero((columns.layers_second != columns.layers_middle) & (columns.pp > 2))
+    if len(uneven):
+        second = inner_total(uneven, np.minimum(columns.pp - 1, 1), columns.layers_second)
+        peak[uneven] = np.maximum(peak[uneven], second)
     return peak * (1.0 + context.software.fragmentation)
 
 
@@ -278,7 +297,9 @@ def _in_flight_micro_batches(columns: PlanColumns, stage: FloatColumn) -> FloatC
     return np.where(columns.pp > 1, np.minimum(in_flight, batches), 1.0)
 
 
-def _unsharded_bytes(context: CostContext, columns: PlanColumns, parameters: FloatColumn) -> FloatColumn:
+def _unsharded_bytes(
+    context: CostContext, columns: PlanColumns, layer: FloatColumn, parameters: FloatColumn
+) -> FloatColumn:
     """Return the weights and gradients that sharded data parallelism holds on top of its shard [B].
 
     While it syncs on every micro-batch: the gathered layer, its successor and the root unit (ZeRO-3), and the
@@ -289,7 +310,6 @@ def _unsharded_bytes(context: CostContext, columns: PlanColumns, parameters: Flo
     if not shards_gradients.any():
         return np.zeros(len(columns))
     model = context.model
-    layer = rank_layer_parameters(model, columns.tp)
     root = rank_boundary_parameters(model, columns.tp)
     head = (model.num_head_parameters or model.num_embedding_parameters) / columns.tp
     shards_weights = columns.sharding >= Shardings.ZERO3

@@ -13,6 +13,7 @@ from meshwright.costmodels.prediction import Prediction
 from meshwright.planner.plan_file import PlanDocument, prediction_mapping
 from meshwright.planner.reasons import degrees_text
 from meshwright.simcore.timeline import timeline_text
+from meshwright.simcore.training.iteration import steady_state_period
 
 __all__ = ["print_simulation", "simulation_mapping"]
 
@@ -51,6 +52,8 @@ def print_simulation(
     figures.add_row(f"MFU ({FLOPS_WORDS[flops]})", f"{prediction.mfu:.1%}")
     figures.add_row("HFU", f"{prediction.hfu:.1%}")
     figures.add_row("bubble of the worst stage", f"{result.bubble_fraction:.1%}")
+    period = steady_state_period(result.costs, result.schedule)
+    figures.add_row("period of consecutive iterations without a barrier", f"{period:.4g} s")
     figures.add_row("exposed communication of the worst stage", f"{result.exposed_communication_time:.4g} s")
     if prediction.dollars_per_trillion_tokens is not None:
         figures.add_row("rent per trillion tokens", f"{prediction.dollars_per_trillion_tokens:,.0f} $")
