@@ -68,6 +68,23 @@ class CostContext:
         return 4.0 if self.workload.precision in ("fp32", "tf32") else 2.0
 
     @property
+    def gradient_bytes(self) -> float:
+        """Width of the main gradient buffer [B per parameter]."""
+        return 4.0 if self._accumulates_in_fp32 else self.software.gradient_bytes
+
+    @property
+    def gradient_accumulation_bytes(self) -> float:
+        """Traffic of adding one micro-batch's gradient to the buffer [B per parameter]."""
+        software = self.software
+        # An fp32 buffer is read and written at its own width.
+        widening = 2.0 * (self.gradient_bytes - software.gradient_bytes)
+        return software.gradient_accumulation_bytes + widening
+
+    @property
+    def _accumulates_in_fp32(self) -> bool:
+        return self.software.accumulates_bf16_in_fp32 and self.workload.precision != "fp16"
+
+    @property
     def compute_precision(self) -> str:
         """Number format of attention and LM head: 16 bits even when the linear layers run in fp8."""
         precision = self.workload.precision

@@ -163,7 +163,7 @@ def _linear_times(context: CostContext, cases: LayerCases) -> _LinearTimes:
     bandwidth = context.gpu.memory_bandwidth_bytes_per_second
     tokens = cases.num_tokens(context.workload.sequence_length)
     software = context.software
-    fused_bytes = software.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
+    fused_bytes = context.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
     forward = np.zeros_like(tokens)
     weight = np.zeros_like(tokens)
     cast_elements = np.zeros_like(tokens)
@@ -194,7 +194,7 @@ def _linear_times(context: CostContext, cases: LayerCases) -> _LinearTimes:
     dgrad = forward.copy()
     stream = context.calibration.memory_stream_efficiency
     if not software.is_gradient_accumulation_fused:
-        weight += stream_time(software.gradient_accumulation_bytes * num_parameters, bandwidth, stream)
+        weight += stream_time(context.gradient_accumulation_bytes * num_parameters, bandwidth, stream)
     if is_narrow:
         # Every input, weight and output gradient is quantised once for each product it enters.
         cast = stream_time(software.fp8_cast_bytes * cast_elements, bandwidth, stream)
@@ -310,13 +310,13 @@ def boundary_times(context: CostContext, cases: LayerCases) -> BoundaryTimes:
     activations, logits, weights = tokens * hidden, tokens * vocab, vocab * hidden
     num_bytes = element * (activations + weights + logits)
     product = gemm_time(tokens, vocab, hidden, num_bytes, curve, peak, bandwidth)
-    fused_bytes = software.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
+    fused_bytes = context.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
     weight_gradient = gemm_time(
         vocab, hidden, tokens, num_bytes + (fused_bytes - element) * weights, curve, peak, bandwidth
     )
     if not software.is_gradient_accumulation_fused:
         weight_gradient = weight_gradient + stream_time(
-            software.gradient_accumulation_bytes * weights, bandwidth, stream
+            context.gradient_accumulation_bytes * weights, bandwidth, stream
         )
     loss = stream_time(software.cross_entropy_bytes_per_logit * logits, bandwidth, stream)
     norm = stream_time(element * 2.0 * activations, bandwidth, stream)

@@ -263,7 +263,7 @@ def _state_bytes(context: CostContext, columns: PlanColumns, parameters: FloatCo
     ranks = shard_ranks(columns)
     is_zero3 = columns.sharding >= Shardings.ZERO3
     weight = np.where(is_zero3 | is_wide, 4.0, 2.0)
-    gradient = 4.0 if is_wide else software.gradient_bytes
+    gradient = 4.0 if is_wide else context.gradient_bytes
     optimizer = np.where(is_zero3 | is_wide, 8.0, 12.0) + software.extra_state_bytes
     return _StateBytes(
         weights=weight * parameters / np.where(is_zero3, ranks, 1.0),
@@ -314,7 +314,7 @@ def _unsharded_bytes(
     head = (model.num_head_parameters or model.num_embedding_parameters) / columns.tp
     shards_weights = columns.sharding >= Shardings.ZERO3
     weights = np.where(shards_weights, 2.0 * (2.0 * layer + root), 0.0)
-    per_micro_batch = weights + context.software.gradient_bytes * (layer + head)
-    kept = np.where(shards_weights, 2.0, 0.0) * parameters + context.software.gradient_bytes * parameters
+    per_micro_batch = weights + context.gradient_bytes * (layer + head)
+    kept = np.where(shards_weights, 2.0, 0.0) * parameters + context.gradient_bytes * parameters
     held = np.where(is_fsdp_per_micro_batch(context, columns), per_micro_batch, kept)
     return np.where(shards_gradients, held, 0.0)

@@ -43,6 +43,8 @@ class SoftwareGeneration:
         Peak memory per logit of the loss [B].
     gradient_bytes : float
         Width of the main gradient buffer that is accumulated and reduced [B per parameter].
+    accumulates_bf16_in_fp32 : bool
+        Whatever is not fp16 accumulates and reduces gradients in fp32 (Megatron's ``--bf16`` forces it).
     gradient_accumulation_bytes : float
         Traffic of adding one micro-batch's gradient to the buffer [B per parameter].
     is_gradient_accumulation_fused : bool
@@ -97,6 +99,7 @@ class SoftwareGeneration:
     cross_entropy_bytes_per_logit: float = 40.0
     logit_memory_bytes: float = 6.0
     gradient_bytes: float = 4.0
+    accumulates_bf16_in_fp32: bool = False
     gradient_accumulation_bytes: float = 8.0
     is_gradient_accumulation_fused: bool = True
     tp_overlap: float = 0.0
@@ -130,6 +133,7 @@ _FLAGS = (
     "has_scatter_gather",
     "fsdp_keeps_parameters",
     "overlaps_interleaved_sends",
+    "accumulates_bf16_in_fp32",
 )
 
 

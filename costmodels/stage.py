@@ -53,7 +53,7 @@ def fixed_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
     fixed = np.full(len(columns), context.software.fixed_time)
     if not context.model.has_tied_embeddings:
         return fixed
-    num_bytes = context.software.gradient_bytes * context.model.num_embedding_parameters / columns.tp
+    num_bytes = context.gradient_bytes * context.model.num_embedding_parameters / columns.tp
     spans = columns.tp * columns.cp * columns.dp * columns.pp > context.cluster.node.num_gpus
     exchange = send_time(
         num_bytes, spans.astype(np.float64), context.cluster, context.software.inter_node_efficiency

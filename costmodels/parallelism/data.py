@@ -81,7 +81,7 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
     software = context.software
     ranks = _replica_group(context, columns)
     shards = _shard_group(context, columns)
-    gradients = software.gradient_bytes * num_parameters
+    gradients = context.gradient_bytes * num_parameters
     weights = _WEIGHT_BYTES * num_parameters
     is_grouped = columns.sharding_group < columns.dp
     per_micro_batch = is_fsdp_per_micro_batch(context, columns)
@@ -156,7 +156,7 @@ def fsdp_times(
 
     is_gathered = columns.sharding >= Shardings.ZERO3
     gather = np.where(is_gathered, timed("all_gather", _WEIGHT_BYTES * parameters), 0.0)
-    scatter = timed("reduce_scatter", software.gradient_bytes * parameters)
+    scatter = timed("reduce_scatter", context.gradient_bytes * parameters)
     forward = _exposed(gather, forward_window, software.fsdp_contention)
     backward = _exposed(gather + scatter, backward_window, software.fsdp_contention)
     step = (shard_ranks(columns) - 1.0) * software.fsdp_step_latency

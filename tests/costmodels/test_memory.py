@@ -160,7 +160,7 @@ def test_shards_of_all_ranks_add_up_to_the_model(
     is_zero3 = sharding in ("zero3", "hsdp")
     widths = {
         "weights": 4.0 if is_zero3 else 2.0,
-        "gradients": context.software.gradient_bytes,
+        "gradients": context.gradient_bytes,
         "optimizer_states": 8.0 if is_zero3 else 12.0,
     }
     # The final norm (4,096 of 8e9 parameters) belongs to no stage's count.

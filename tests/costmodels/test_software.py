@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.software import SoftwareGeneration, list_software, load_software
 from meshwright.errors import SpecError
+
+MakeContext = Callable[..., CostContext]
 
 DOCUMENTED = {
     "megatron-2021",
@@ -60,3 +65,13 @@ def test_unknown_software_is_refused_with_a_suggestion() -> None:
 def test_a_generation_is_loaded_once() -> None:
     first: SoftwareGeneration = load_software("megatron-core")
     assert load_software("megatron-core") is first
+
+
+def test_megatron_accumulates_bf16_gradients_in_fp32_and_fp16_ones_as_they_are(
+    make_context: MakeContext,
+) -> None:
+    # Megatron's --bf16 forces --accumulate-allreduce-grads-in-fp32; its fp16 runs of 2021 kept fp16 buffers.
+    wide = make_context(software="megatron-2021", precision="bf16")
+    narrow = make_context(software="megatron-2021", precision="fp16")
+    assert (wide.gradient_bytes, narrow.gradient_bytes) == (4.0, 2.0)
+    assert (wide.gradient_accumulation_bytes, narrow.gradient_accumulation_bytes) == (8.0, 4.0)
