@@ -74,19 +74,19 @@ class PipelineSchedule(Protocol):
     @property
     def name(self) -> str:
         """The word that plan files use."""
-        raise NotImplementedError
+        ...
 
     def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
         """Raise SpecError where the schedule does not exist for these numbers."""
-        raise NotImplementedError
+        ...
 
     def operations(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> StageOperations:
         """Return the ordered operations of every stage; checks its arguments."""
-        raise NotImplementedError
+        ...
 
     def peak_in_flight(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> NDArray[np.int64]:
         """Return the declared peak of live activations, in micro-batches on one chunk, ``(num_stages,)``."""
-        raise NotImplementedError
+        ...
 
 
 def require_sizes(num_stages: int, num_chunks: int, num_micro_batches: int) -> None:

@@ -277,6 +277,7 @@ def test_close_accepts_a_section_that_was_read_whole() -> None:
     section.section("node").text("gpu")
     section.section("node").close()
     section.close()
+    assert section.keys() == ("name", "node")
 
 
 def test_an_error_of_the_caller_names_the_place() -> None:
