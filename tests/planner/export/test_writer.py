@@ -73,7 +73,7 @@ def test_edited_files_need_force(tmp_path):
 def test_a_foreign_file_with_the_same_text_is_no_conflict(tmp_path):
     (tmp_path / "a.sh").write_text("one\n")
     write_bundle(ONE, tmp_path, force=False)
-    assert contents(tmp_path) == {"a.sh": "one\n"}
+    assert contents(tmp_path) == {"a.sh": "one\n", "b.json": "{}\n"}
 
 
 def test_files_of_an_earlier_export_stay_ours(tmp_path):
