@@ -156,7 +156,9 @@ def load_software(name: str) -> SoftwareGeneration:
     """
     known = list_software()
     if name not in known:
-        raise SpecError(f"unknown software '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        raise SpecError(
+            f"unknown software '{name}'{did_you_mean(name, known) or '.'} Known: {', '.join(known)}."
+        )
     entry = files("meshwright.costmodels") / "software_generations" / f"{name}.yaml"
     section = parse_yaml(entry.read_text(encoding="utf-8"), entry.name)
     section.integer("schema_version")

@@ -116,7 +116,7 @@ class GpuSpec:
         if precision not in self.peak_flops_per_second:
             known = ", ".join(self.peak_flops_per_second)
             raise SpecError(
-                f"{self.id} has no {precision} units{did_you_mean(precision, self.peak_flops_per_second)}"
+                f"{self.id} has no {precision} units{did_you_mean(precision, self.peak_flops_per_second) or '.'}"
                 f" It offers {known}."
             )
         return self.peak_flops_per_second[precision]

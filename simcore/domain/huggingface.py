@@ -106,7 +106,7 @@ def _convert(config: ModelConfig, name: str) -> ModelSpec:
         raise SpecError(f"{config.where}: required key 'model_type' is missing. Known: {known}.")
     if family not in FAMILIES:
         raise SpecError(
-            f"{config.where}: unknown model_type {family[:60]!r}{did_you_mean(family[:60], FAMILIES)} "
+            f"{config.where}: unknown model_type {family[:60]!r}{did_you_mean(family[:60], FAMILIES) or '.'} "
             f"Known: {known}. "
             "A model of another family can be described in a YAML preset."
         )

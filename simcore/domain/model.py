@@ -193,7 +193,7 @@ class ModelSpec:
             value = getattr(self, field)
             if value not in known:
                 raise SpecError(
-                    f"{where}: {field}: unknown value '{value}'{did_you_mean(value, known)} "
+                    f"{where}: {field}: unknown value '{value}'{did_you_mean(value, known) or '.'} "
                     f"Known: {', '.join(known)}."
                 )
         for field in ("sliding_window", "full_attention_interval"):

@@ -111,7 +111,7 @@ class ParallelPlan:
             value = getattr(self, name)
             if value not in known:
                 raise SpecError(
-                    f"plan.{name}: unknown value '{value}'{did_you_mean(value, known)} "
+                    f"plan.{name}: unknown value '{value}'{did_you_mean(value, known) or '.'} "
                     f"Known: {', '.join(known)}."
                 )
         if len(self.layers_per_stage) != self.pp * self.vpp:

@@ -47,7 +47,7 @@ class TrainingWorkload:
         if self.precision not in PRECISIONS:
             raise SpecError(
                 f"workload.precision: unknown precision '{self.precision}'"
-                f"{did_you_mean(self.precision, PRECISIONS)} Known: {', '.join(PRECISIONS)}."
+                f"{did_you_mean(self.precision, PRECISIONS) or '.'} Known: {', '.join(PRECISIONS)}."
             )
 
     @property

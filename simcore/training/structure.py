@@ -151,7 +151,7 @@ def iteration_structure(
     """
     if schedule not in SCHEDULES:
         raise SpecError(
-            f"schedule '{schedule}' cannot be simulated{did_you_mean(schedule, SCHEDULES)} "
+            f"schedule '{schedule}' cannot be simulated{did_you_mean(schedule, SCHEDULES) or '.'} "
             f"Known: {', '.join(SCHEDULES)}."
         )
     size = 2 * num_stages * num_chunks * num_micro_batches

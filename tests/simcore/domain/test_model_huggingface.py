@@ -172,7 +172,7 @@ def test_multimodal_config_gives_its_language_model() -> None:
     ("changes", "message"),
     [
         ({"model_type": "lama"}, "m: unknown model_type 'lama'; did you mean 'llama'\\? Known: bloom, "),
-        ({"model_type": "t5"}, "m: unknown model_type 't5' Known: bloom, .* YAML preset"),
+        ({"model_type": "t5"}, "m: unknown model_type 't5'. Known: bloom, .* YAML preset"),
         ({"model_type": None}, "m: required key 'model_type' is missing. Known: bloom"),
         ({"model_type": 3}, "m: model_type must be text, not 3"),
         ({"hidden_size": None}, "m: required key 'hidden_size' is missing"),
