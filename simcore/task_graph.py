@@ -71,11 +71,17 @@ class TaskGraph:
     order: NDArray[np.int32]
     num_classes: int
     _structure: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]] = field(init=False, repr=False)
+    _last_tasks: NDArray[np.intp] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Converted once: without a compiler, turning arrays into lists costs as much as the loop.
         arrays = (self.first_predecessor, self.second_predecessor, self.task_class)
         object.__setattr__(self, "_structure", tuple(for_kernel(array) for array in arrays))
+        has_successor = np.zeros(self.num_tasks + 1, dtype=np.bool_)
+        has_successor[self.first_predecessor] = True
+        has_successor[self.second_predecessor] = True
+        # No task ends after the last of these, so a makespan need not look at the others.
+        object.__setattr__(self, "_last_tasks", np.flatnonzero(~has_successor[:-1]))
 
     @property
     def num_tasks(self) -> int:
@@ -138,7 +144,9 @@ class TaskGraph:
         if lags is not None:
             self._check("lags", lags)
         end = self._finish(durations, lags)
-        return float(end.max() if has_compiler() else max(end))
+        if has_compiler():
+            return float(end[self._last_tasks].max(initial=0.0))
+        return max((float(end[task]) for task in self._last_tasks.tolist()), default=0.0)
 
     def slack(
         self, times: TaskTimes, durations: NDArray[np.float64], lags: NDArray[np.float64] | None = None
@@ -182,6 +190,8 @@ class TaskGraph:
         # Kernels check no bounds: a short table would be read past its end.
         if values.shape != (self.num_classes,):
             raise SpecError(f"{name} has shape {values.shape}, expected ({self.num_classes},)")
+        if values.size and values.min() < 0.0:
+            raise SpecError(f"{name} must not be negative")
 
 
 def build_task_graph(

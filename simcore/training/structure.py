@@ -88,7 +88,9 @@ class IterationStructure:
             if not 0.0 <= getattr(costs, name) <= 1.0:
                 raise SpecError(f"{name} must lie in 0..1, not {getattr(costs, name)}")
         forward = costs.forward_time.copy()
-        input_gradient = costs.backward_time - costs.weight_gradient_time
+        whole = costs.backward_time - costs.weight_gradient_time
+        # Schedules that do not split their backward leave this class unused.
+        input_gradient = whole if self.has_split_backward else np.maximum(whole, 0.0)
         if self.has_split_backward and input_gradient.min() < 0:
             raise SpecError("weight_gradient_time exceeds backward_time, of which it is a part")
         backward = costs.backward_time.copy()
