@@ -13,7 +13,7 @@ from meshwright.costmodels.micro_batch import micro_batch_times
 from meshwright.costmodels.parallelism.data import sync_times
 from meshwright.costmodels.parallelism.pipeline import blocks_on_send, stage_send_time
 from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
-from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, Schedules
+from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, Schedules, VocabParallels
 from meshwright.costmodels.stage import first_stage_parameters, fixed_time, optimizer_time, overlaps
 
 __all__ = ["iteration_time_bound"]
@@ -35,7 +35,7 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     extra_forward, extra_backward = vocab_parallel_time(
         context, columns, times.boundary_forward, times.boundary_backward
     )
-    vocab = columns.vocab_parallel >= 2
+    vocab = columns.vocab_parallel >= VocabParallels.VOCAB_1
 
     def stage(layers: FloatColumn, is_first: bool, is_last: bool) -> tuple[FloatColumn, FloatColumn]:
         forward = layers * times.layer_forward + extra_forward * vpp

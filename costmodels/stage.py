@@ -18,6 +18,9 @@ __all__ = ["first_stage_parameters", "fixed_time", "optimizer_time", "overlaps",
 _OPTIMIZER_BYTES = 30.0
 # Gradient norm and clipping read the gradients once more.
 _NORM_BYTES = 4.0
+# Share of a bucketed reduction or gather that runs beside compute once a run switches the overlap on: all but
+# the first or last of about ten buckets (Megatron-Core's default share as well).
+_SWITCHED_ON = 0.9
 
 
 def first_stage_parameters(context: CostContext, columns: PlanColumns, layers: IntColumn) -> FloatColumn:
@@ -67,6 +70,8 @@ def overlaps(context: CostContext) -> tuple[float, float]:
     if "no_overlap" in features:
         return 0.0, 0.0
     # A run that names the switch has it on, whatever its generation's default.
-    reduce = max(software.gradient_reduce_overlap, 0.9 if "overlap_grad_reduce" in features else 0.0)
-    gather = max(software.parameter_gather_overlap, 0.9 if "overlap_param_gather" in features else 0.0)
+    reduce = max(software.gradient_reduce_overlap, _SWITCHED_ON if "overlap_grad_reduce" in features else 0.0)
+    gather = max(
+        software.parameter_gather_overlap, _SWITCHED_ON if "overlap_param_gather" in features else 0.0
+    )
     return reduce, gather

@@ -52,7 +52,8 @@ class SearchResult:
     rival : RankedPlan | None
         The best simulated plan with other degrees than the winner's; None when there is none.
     num_candidates, num_feasible, num_simulated : int
-        Plans of the space, those that satisfy every constraint, those whose schedule was simulated.
+        Plans of the space, those that satisfy every constraint, those whose schedule was simulated. With an
+        export target its finer rules are asked of the plans that come up for simulation only.
     rejections : Mapping[str, int]
         Plans each constraint rejected.
     is_certified : bool
