@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from meshwright.costmodels.calibration import (
-    DeviceCalibration,
+from meshwright.costmodels.calibration import DeviceCalibration
+from meshwright.costmodels.calibration_choice import (
     load_device_calibration,
-    on_node,
     read_device_calibrations,
 )
-from meshwright.costmodels.software import AttentionKernel, SoftwareGeneration, load_software
+from meshwright.costmodels.software import AttentionKernel, SoftwareGeneration, load_software, with_constants
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.specs import ClusterSpec, GpuSpec
 from meshwright.simcore.domain.job import TrainingJob
@@ -126,19 +125,19 @@ def cost_context(
         raise SpecError(
             f"precision {job.workload.precision} does not train; use bf16, fp16, fp8 or another of the floats"
         )
-    software = load_software(job.software)
-    gpu = job.cluster.gpu
+    gpu, node = job.cluster.gpu, job.cluster.node
     calibration = (
-        read_device_calibrations(calibration_paths, gpu)
+        read_device_calibrations(calibration_paths, gpu, node)
         if calibration_paths
-        else load_device_calibration(gpu)
+        else load_device_calibration(gpu, node)
     )
+    software = with_constants(load_software(job.software), calibration.software)
     return CostContext(
         model=job.model,
         cluster=job.cluster,
         workload=job.workload,
         software=software,
-        calibration=calibration if calibration_paths else on_node(calibration, job.cluster.node),
+        calibration=calibration,
         attention_kernel=attention_kernel or _default_kernel(job, software),
         features=features,
     )

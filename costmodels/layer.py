@@ -158,40 +158,30 @@ def _linear_times(context: CostContext, cases: LayerCases) -> _LinearTimes:
     is_narrow = precision not in ("fp32", "tf32", "fp16", "bf16")
     element = context.element_bytes
     width = 1.0 if is_narrow else element
-    curve = context.calibration.gemm_curve(precision)
-    peak = context.gpu.peak(precision) * context.calibration.clock(precision)
+    calibration = context.calibration
+    clock = calibration.clock(precision)
+    forward_model, dgrad_model, wgrad_model = (
+        calibration.gemm(precision, layout) for layout in ("gemm", "gemm_dgrad", "gemm_wgrad")
+    )
     bandwidth = context.gpu.memory_bandwidth_bytes_per_second
     tokens = cases.num_tokens(context.workload.sequence_length)
     software = context.software
     fused_bytes = context.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
     forward = np.zeros_like(tokens)
+    dgrad = np.zeros_like(tokens)
     weight = np.zeros_like(tokens)
     cast_elements = np.zeros_like(tokens)
     num_parameters = np.zeros_like(tokens)
     for out_width, in_width in _linear_shapes(context, cases):
         inputs, outputs, weights = tokens * in_width, tokens * out_width, in_width * out_width
-        forward += gemm_time(
-            tokens,
-            out_width,
-            in_width,
-            width * (inputs + weights) + element * outputs,
-            curve,
-            peak,
-            bandwidth,
-        )
-        weight += gemm_time(
-            in_width,
-            out_width,
-            tokens,
-            width * (inputs + outputs) + fused_bytes * weights,
-            curve,
-            peak,
-            bandwidth,
-        )
+        num_bytes = width * (inputs + weights) + element * outputs
+        forward += gemm_time(tokens, out_width, in_width, num_bytes, forward_model, clock)
+        # The input gradient has the forward product's shapes permuted: same FLOPs, same bytes.
+        dgrad += gemm_time(tokens, in_width, out_width, num_bytes, dgrad_model, clock)
+        num_bytes = width * (inputs + outputs) + fused_bytes * weights
+        weight += gemm_time(in_width, out_width, tokens, num_bytes, wgrad_model, clock)
         cast_elements += inputs + outputs + 2.0 * weights
         num_parameters += weights
-    # The input gradient has the forward product's shapes permuted: same FLOPs, same bytes.
-    dgrad = forward.copy()
     stream = context.calibration.memory_stream_efficiency
     if not software.is_gradient_accumulation_fused:
         weight += stream_time(context.gradient_accumulation_bytes * num_parameters, bandwidth, stream)
@@ -239,13 +229,12 @@ def _unfused_attention_times(
     element = context.element_bytes
     head_dim = float(context.model.head_dim)
     precision = context.compute_precision
-    curve = context.calibration.gemm_curve(precision)
-    peak = context.gpu.peak(precision) * context.calibration.clock(precision)
+    model, clock = context.calibration.gemm(precision), context.calibration.clock(precision)
     bandwidth = context.gpu.memory_bandwidth_bytes_per_second
     ones = np.ones_like(heads)
     scores = heads * length * length
     num_bytes = element * (2.0 * heads * length * head_dim + scores)
-    product = gemm_time(heads * length, ones * length, ones * head_dim, num_bytes, curve, peak, bandwidth)
+    product = gemm_time(heads * length, ones * length, ones * head_dim, num_bytes, model, clock)
     stream = context.calibration.memory_stream_efficiency
     forward = 2.0 * product + stream_time(_UNFUSED_FORWARD_BYTES * scores, bandwidth, stream)
     backward = 4.0 * product + stream_time(_UNFUSED_BACKWARD_BYTES * scores, bandwidth, stream)
@@ -300,19 +289,28 @@ def boundary_times(context: CostContext, cases: LayerCases) -> BoundaryTimes:
     element = context.element_bytes
     model, software = context.model, context.software
     precision = context.compute_precision
-    curve = context.calibration.gemm_curve(precision)
-    peak = context.gpu.peak(precision) * context.calibration.clock(precision)
+    calibration = context.calibration
+    clock = calibration.clock(precision)
     bandwidth = context.gpu.memory_bandwidth_bytes_per_second
-    stream = context.calibration.memory_stream_efficiency
+    stream = calibration.memory_stream_efficiency
     tokens = cases.num_tokens(context.workload.sequence_length)
     hidden = np.full_like(tokens, float(model.hidden_size))
     vocab = model.vocab_size / cases.tp
     activations, logits, weights = tokens * hidden, tokens * vocab, vocab * hidden
     num_bytes = element * (activations + weights + logits)
-    product = gemm_time(tokens, vocab, hidden, num_bytes, curve, peak, bandwidth)
+    head = calibration.gemm(precision)
+    product = gemm_time(tokens, vocab, hidden, num_bytes, head, clock)
+    input_gradient = gemm_time(
+        tokens, hidden, vocab, num_bytes, calibration.gemm(precision, "gemm_dgrad"), clock
+    )
     fused_bytes = context.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
     weight_gradient = gemm_time(
-        vocab, hidden, tokens, num_bytes + (fused_bytes - element) * weights, curve, peak, bandwidth
+        hidden,
+        vocab,
+        tokens,
+        num_bytes + (fused_bytes - element) * weights,
+        calibration.gemm(precision, "gemm_wgrad"),
+        clock,
     )
     if not software.is_gradient_accumulation_fused:
         weight_gradient = weight_gradient + stream_time(
@@ -330,7 +328,7 @@ def boundary_times(context: CostContext, cases: LayerCases) -> BoundaryTimes:
         embedding_forward=lookup,
         embedding_backward=2.0 * lookup,
         head_forward=product + 0.5 * loss + norm,
-        head_backward=product + weight_gradient + 0.5 * loss + 2.0 * norm,
+        head_backward=input_gradient + weight_gradient + 0.5 * loss + 2.0 * norm,
         head_weight_gradient=weight_gradient,
         embedding_communication=2.0 * exchange,
         head_communication=2.0 * exchange,

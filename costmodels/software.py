@@ -7,7 +7,7 @@ exist and what is overlapped; what a device does with them is its calibration.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Literal, cast
@@ -15,7 +15,15 @@ from typing import Literal, cast
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.yaml_document import Section, parse_yaml
 
-__all__ = ["AttentionKernel", "SelectiveRecompute", "SoftwareGeneration", "list_software", "load_software"]
+__all__ = [
+    "NUMBER_FIELDS",
+    "AttentionKernel",
+    "SelectiveRecompute",
+    "SoftwareGeneration",
+    "list_software",
+    "load_software",
+    "with_constants",
+]
 
 AttentionKernel = Literal["unfused", "flash_2", "flash_3"]
 SelectiveRecompute = Literal["attention_core", "operators"]
@@ -125,6 +133,9 @@ class SoftwareGeneration:
     precisions: tuple[str, ...] = ()
 
 
+NUMBER_FIELDS = tuple(each.name for each in fields(SoftwareGeneration) if each.type == "float")
+"""Fields that are plain numbers, which a calibration may replace."""
+
 # Keys of the YAML files by how they are read; everything else is a plain number.
 _SECONDS = ("fsdp_step_latency", "broadcast_step_latency", "fixed_time", "host_launch_latency")
 _FLAGS = (
@@ -185,6 +196,32 @@ def load_software(name: str) -> SoftwareGeneration:
             values[key] = section.number(key)
     section.close()
     return SoftwareGeneration(**cast("Mapping[str, object]", values))  # type: ignore[arg-type]  # keys checked above
+
+
+def with_constants(
+    software: SoftwareGeneration, constants: Mapping[str, Mapping[str, float]]
+) -> SoftwareGeneration:
+    """Return the generation with measured constants in place of its own.
+
+    Parameters
+    ----------
+    software : SoftwareGeneration
+        The generation.
+    constants : Mapping[str, Mapping[str, float]]
+        Values by field, under ``all`` and under the generation's id, which wins.
+
+    Raises
+    ------
+    SpecError
+        If a field is unknown or no plain number.
+    """
+    values = {**constants.get("all", {}), **constants.get(software.id, {})}
+    for name in values:
+        if name not in NUMBER_FIELDS:
+            raise SpecError(
+                f"calibration: software.{software.id}.{name}: unknown constant{did_you_mean(name, NUMBER_FIELDS)}"
+            )
+    return replace(software, **values) if values else software  # type: ignore[arg-type]  # number fields only
 
 
 def _supports(section: Section) -> Mapping[str, tuple[int | str | bool, ...]]:

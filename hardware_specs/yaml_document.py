@@ -23,6 +23,7 @@ from meshwright.hardware_specs.yaml_nodes import (
     MAX_BYTES,
     MappingNode,
     Node,
+    NumbersNode,
     ScalarNode,
     SequenceNode,
     compose,
@@ -111,7 +112,7 @@ class Section:
     def is_list(self, key: str) -> bool:
         """Whether the value of the key is a list."""
         self._asked[key] = None
-        return isinstance(self._node.entries.get(key), SequenceNode)
+        return isinstance(self._node.entries.get(key), SequenceNode | NumbersNode)
 
     def keys(self) -> tuple[str, ...]:
         """Return every key of the mapping, in the order of the file."""
@@ -180,6 +181,9 @@ class Section:
 
     def numbers(self, key: str, default: tuple[float, ...] | _Required = ()) -> tuple[float, ...]:
         """Return a list of finite numbers."""
+        node = self._value(key)
+        if isinstance(node, NumbersNode):
+            return tuple(map(float, node.values))
         return self._list(key, default, as_number)
 
     def section(self, key: str) -> Section:
@@ -225,7 +229,9 @@ class Section:
                 raise self.error(key, f"unknown key{guess}")
 
     def _error_at(self, line: int, where: str, message: str) -> SpecError:
-        return SpecError(f"{self.file}:{line}: {where + ': ' if where else ''}{' '.join(message.split())}")
+        # JSON nodes know no line.
+        at = f"{self.file}:{line}" if line else self.file
+        return SpecError(f"{at}: {where + ': ' if where else ''}{' '.join(message.split())}")
 
     def _missing(self, key: str) -> SpecError:
         if key in self._node.entries:
@@ -277,6 +283,10 @@ class Section:
         node = self._value(key)
         if node is None:
             return []
+        if isinstance(node, NumbersNode):
+            node = SequenceNode(
+                node.line, [ScalarNode(0, repr(value), is_plain=True) for value in node.values]
+            )
         if not isinstance(node, SequenceNode):
             raise self.error(key, f"expected a list such as [a, b], got {described(node)}")
         where = f"{self.path}.{key}" if self.path else key

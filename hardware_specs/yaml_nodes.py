@@ -22,6 +22,7 @@ __all__ = [
     "MAX_NODES",
     "MappingNode",
     "Node",
+    "NumbersNode",
     "ScalarNode",
     "SequenceNode",
     "compose",
@@ -92,7 +93,15 @@ class MappingNode:
     key_lines: dict[str, int] = field(default_factory=dict)
 
 
-Node = ScalarNode | SequenceNode | MappingNode
+@dataclass(slots=True)
+class NumbersNode:
+    """A list of numbers of a JSON file, kept as they are."""
+
+    line: int
+    values: tuple[float, ...]
+
+
+Node = ScalarNode | SequenceNode | NumbersNode | MappingNode
 
 
 def shown(text: str) -> str:

@@ -8,7 +8,14 @@ from __future__ import annotations
 import math
 
 from meshwright.errors import SpecError
-from meshwright.hardware_specs.yaml_nodes import MappingNode, Node, ScalarNode, SequenceNode, shown
+from meshwright.hardware_specs.yaml_nodes import (
+    MappingNode,
+    Node,
+    NumbersNode,
+    ScalarNode,
+    SequenceNode,
+    shown,
+)
 from meshwright.units import Kind, parse_quantity
 
 __all__ = ["as_boolean", "as_integer", "as_number", "as_quantity", "as_text", "as_word", "described", "shown"]
@@ -18,7 +25,7 @@ def described(node: Node) -> str:
     """Return what a node is, for a message."""
     if isinstance(node, MappingNode):
         return "keys and values"
-    if isinstance(node, SequenceNode):
+    if isinstance(node, SequenceNode | NumbersNode):
         return "a list"
     value = node.value()
     if value is None:

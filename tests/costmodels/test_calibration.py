@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.costmodels.calibration import load_device_calibration, read_device_calibrations
+from meshwright.costmodels.calibration_choice import load_device_calibration, read_device_calibrations
 from meshwright.costmodels.context import CostContext, cost_context
 from meshwright.costmodels.prediction import predict
 from meshwright.errors import CalibrationError, SpecError
@@ -25,14 +25,15 @@ H100_TEXT = (BUILT_IN / "h100-sxm-80.yaml").read_text(encoding="utf-8")
 def test_every_built_in_gpu_has_or_borrows_a_calibration_and_says_which(name: str) -> None:
     gpu = load_gpu(name)
     calibration = load_device_calibration(gpu)
+    lender = calibration.id.split("+")[-1]
     if name in OWN:
-        assert calibration.id == name
+        assert lender == name
         assert name in calibration.reason or calibration.reason.startswith("estimate")
         return
     assert name in calibration.reason
-    assert calibration.id in calibration.reason
+    assert lender in calibration.reason
     if calibration.is_estimate:
-        assert f"borrows that of {calibration.id} ({gpu.architecture})" in calibration.reason
+        assert f"borrows that of {lender} ({gpu.architecture})" in calibration.reason
 
 
 @pytest.mark.parametrize("name", list_specs("gpu"))
@@ -42,7 +43,8 @@ def test_every_calibration_can_price_every_format_and_collective(name: str) -> N
     for precision in gpu.peak_flops_per_second:
         curve = calibration.gemm_curve(precision)
         assert 0.0 < curve.compute_efficiency <= 1.0
-        assert 0.0 < curve.memory_efficiency <= 1.0
+        # Slightly above 1 where small products stay in a large cache.
+        assert 0.0 < curve.memory_efficiency <= 1.05
         assert 0.0 < calibration.clock(precision) < 1.3
     for kernel in ("flash_2", "flash_3"):
         assert (
@@ -84,8 +86,8 @@ def test_a_borrowed_clock_falls_with_the_power_limit() -> None:
 
 def test_formats_without_a_curve_borrow_a_wider_one() -> None:
     calibration = load_device_calibration(load_gpu("h100-sxm-80"))
-    assert calibration.gemm_curve("mxfp8") is calibration.gemm["fp8"]
-    assert calibration.gemm_curve("fp16") is calibration.gemm["bf16"]
+    assert calibration.gemm("mxfp8") is calibration.operators["gemm.fp8"]
+    assert calibration.gemm("fp16") is calibration.operators["gemm.bf16"]
     assert calibration.attention_curve("flash_4") is calibration.attention["flash_2"]
 
 
@@ -112,7 +114,7 @@ def test_a_copy_of_the_built_in_file_predicts_the_same(
     own = cost_context(job_of(context), calibration_paths=[copy])
     plan = make_plan(dp=8, sharding="zero1")
     assert predict(own, plan).iteration_time == predict(context, plan).iteration_time
-    assert own.calibration.reason == f"given as {copy}"
+    assert own.calibration.reason.startswith(f"given as {copy}; what it lacks: built-in")
     assert not own.calibration.is_estimate
 
 
@@ -148,9 +150,11 @@ def test_a_file_for_another_device_is_refused_by_name(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("  efficiency: 0.87\n", "", r"mine\.yaml:\d+: memory_stream\.efficiency: is required"),
-        ("latency: 5.33 us", "latency: 5.33", r"mine\.yaml:\d+: .*latency"),
+        ("launch_time: 3.04 us", "launch_time: 3.04", r"mine\.yaml:\d+: .*launch_time"),
         ("peak: 400 TFLOP/s", "peak: 400 GB/s", r"mine\.yaml:\d+: .*peak"),
-        ("ranks: 2", "ranks: two", r"mine\.yaml:\d+: .*ranks"),
+        ("gemm.fp8:", "gem.fp8:", r"mine\.yaml:\d+: .*unknown operator 'gem'; did you mean 'gemm'"),
+        ("schema_version: 2", "schema_version: 9", r"mine\.yaml:\d+: schema_version: this release reads version 2"),
+        ("kind: calibration", "kind: plan", r"mine\.yaml: is not a calibration"),
     ],
 )
 def test_a_malformed_file_is_refused_with_its_line(tmp_path: Path, old: str, new: str, message: str) -> None:

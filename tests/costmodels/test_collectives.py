@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.costmodels.calibration import CollectiveCurve, DeviceCalibration, load_device_calibration
+from meshwright.costmodels.calibration import CollectiveCurve, DeviceCalibration
+from meshwright.costmodels.calibration_choice import load_device_calibration
 from meshwright.costmodels.collectives import Collective, collective_time, place_group, send_time
 from meshwright.hardware_specs.catalog import resolve_cluster
 from meshwright.hardware_specs.specs import ClusterSpec
@@ -117,8 +118,9 @@ def test_more_nodes_are_never_faster(collective: Collective, num_bytes: float) -
 
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_more_ranks_of_a_node_are_not_faster_without_reduction_in_the_switch(collective: Collective) -> None:
-    # NVLink3 switches do not reduce (NVLink4's do: 8 ranks of an H100 beat 4). The fits wobble by 3 %.
-    for num_bytes in (1e4, 1e6, 1e8, 1e10):
+    # NVLink3 switches do not reduce (NVLink4's do: 8 ranks of an H100 beat 4). Measured times wobble by 3 %, and at
+    # 1 MB, where NCCL switches protocols, 8 ranks were measured faster than 4.
+    for num_bytes in (1e4, 1e8, 1e10):
         times = [seconds(collective, num_bytes, size, A100) for size in (2, 4, 8)]
         assert times[1] >= 0.97 * times[0]
         assert times[2] >= 0.97 * times[1]

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.costmodels.calibration import GemmCurve, load_device_calibration
+from meshwright.costmodels.calibration_choice import load_device_calibration
+from meshwright.costmodels.operators import OPERATORS, DeviceRates, OperatorModel, RooflineCurve
 from meshwright.costmodels.roofline import gemm_time, stream_time
 from meshwright.hardware_specs.catalog import load_gpu
 
@@ -20,10 +21,19 @@ def column(value: float) -> np.ndarray:
     return np.array([float(value)])
 
 
-def seconds(m: float, n: float, k: float, curve: GemmCurve = H100_CURVE) -> float:
+def roofline(curve: RooflineCurve, peak: float = PEAK, bandwidth: float = BANDWIDTH) -> OperatorModel:
+    """A model without a residual."""
+    rates = DeviceRates(peak_flops_per_second=peak, bandwidth_bytes_per_second=bandwidth, num_sms=132)
+    return OperatorModel(operator=OPERATORS["gemm"], precision="bf16", rates=rates, curve=curve)
+
+
+H100_MODEL = roofline(H100_CURVE)
+
+
+def seconds(m: float, n: float, k: float, model: OperatorModel = H100_MODEL) -> float:
     """Time of a bf16 product that reads both inputs and writes its output once."""
     num_bytes = 2.0 * (m * k + k * n + m * n)
-    return float(gemm_time(column(m), column(n), column(k), column(num_bytes), curve, PEAK, BANDWIDTH)[0])
+    return float(gemm_time(column(m), column(n), column(k), column(num_bytes), model, 1.0)[0])
 
 
 def test_a_large_product_reaches_the_calibrated_share_of_the_peak() -> None:
@@ -45,8 +55,8 @@ def test_a_thin_product_is_bound_by_reading_its_weights() -> None:
 @pytest.mark.parametrize(("exponent", "expected"), [(1.0, 5.0), (2.0, 13.0**0.5), (200.0, 3.0)])
 def test_compute_and_memory_blend_as_a_p_norm(exponent: float, expected: float) -> None:
     # 2 s of compute and 3 s of traffic: their sum for exponent 1, the longer one for a large exponent.
-    curve = GemmCurve(launch_time=1.0, compute_efficiency=0.5, memory_efficiency=0.25, exponent=exponent)
-    time = gemm_time(column(2), column(5), column(1), column(12), curve, 20.0, 16.0)
+    curve = RooflineCurve(launch_time=1.0, compute_efficiency=0.5, memory_efficiency=0.25, exponent=exponent)
+    time = gemm_time(column(2), column(5), column(1), column(12), roofline(curve, 20.0, 16.0), 1.0)
     assert time[0] == pytest.approx(1.0 + expected)
 
 
@@ -70,7 +80,7 @@ def test_no_product_beats_its_compute_or_its_traffic(m: int, n: int, k: int) -> 
 def test_columns_are_scored_like_single_cases() -> None:
     m, n, k = (np.array(values, dtype=float) for values in ([8, 512], [4096, 64], [128, 9000]))
     num_bytes = 2.0 * (m * k + k * n + m * n)
-    times = gemm_time(m, n, k, num_bytes, H100_CURVE, PEAK, BANDWIDTH)
+    times = gemm_time(m, n, k, num_bytes, H100_MODEL, 1.0)
     assert times.tolist() == [seconds(8, 4096, 128), seconds(512, 64, 9000)]
 
 
