@@ -30,6 +30,12 @@ class LazyGroup(click.Group):
             "Write the files that launch a plan on Megatron-LM or DeepSpeed.",
         ),
         "validate": ("meshwright.cli.validate", "Score predictions against a table of measured runs."),
+        "profile": ("meshwright.cli.profile", "Measure this machine: kernels, copies, collectives, clocks."),
+        "calibrate": (
+            "meshwright.cli.calibrate",
+            "Fit a calibration to measurements, tables or your own runs.",
+        ),
+        "calibrations": ("meshwright.cli.calibrations", "List and show calibrations with their errors."),
         "specs": ("meshwright.cli.specs", "List and show GPUs, nodes, fabrics, clusters and models."),
     }
 

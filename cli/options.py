@@ -21,6 +21,7 @@ class CommonOptions:
     as_json: bool
     quiet: bool
     force: bool
+    seed: int
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -40,7 +41,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         type=int,
         default=0,
         show_default=True,
-        help="For whatever draws random numbers; planning draws none.",
+        help="For whatever draws random numbers: profiles and fits; planning draws none.",
     )
     @click.option("--quiet", is_flag=True, help="No progress and notes on stderr.")
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -57,7 +58,9 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         **arguments: Any,
     ) -> None:
         # --debug is read by main(), which owns tracebacks.
-        common = CommonOptions(calibrations=calibrations, as_json=as_json, quiet=quiet, force=force)
+        common = CommonOptions(
+            calibrations=calibrations, as_json=as_json, quiet=quiet, force=force, seed=seed
+        )
         command(common=common, **arguments)
 
     return wrapped
