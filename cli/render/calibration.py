@@ -17,7 +17,13 @@ from meshwright.costmodels.calibration_choice import (
 )
 from meshwright.costmodels.calibration_document import CalibrationDocument
 from meshwright.costmodels.calibration_reading import check_header, read_calibration
-from meshwright.costmodels.operators import OperatorModel, RbfResidual, TreeResidual
+from meshwright.costmodels.operators import (
+    OperatorModel,
+    RbfResidual,
+    Residual,
+    StackedResidual,
+    TreeResidual,
+)
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.catalog import list_specs, load_gpu
 from meshwright.hardware_specs.json_document import read_document
@@ -204,8 +210,12 @@ def _print_constants(console: Console, document: CalibrationDocument) -> None:
 
 
 def _residual_name(model: OperatorModel) -> str:
-    if isinstance(model.residual, RbfResidual):
-        return f"{len(model.residual.weights)} radial basis functions"
-    if isinstance(model.residual, TreeResidual):
-        return f"{len(model.residual.roots)} trees"
-    return "none"
+    return "none" if model.residual is None else _described(model.residual)
+
+
+def _described(residual: Residual) -> str:
+    if isinstance(residual, StackedResidual):
+        return " and ".join(_described(part) for part in residual.parts)
+    if isinstance(residual, RbfResidual):
+        return f"{len(residual.weights)} radial basis functions"
+    return f"{len(residual.roots)} trees" if isinstance(residual, TreeResidual) else "unknown"

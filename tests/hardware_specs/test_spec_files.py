@@ -18,6 +18,9 @@ from meshwright.hardware_specs import (
 
 FOLDERS: dict[SpecKind, str] = {"gpu": "gpus", "node": "nodes", "fabric": "fabrics", "cluster": "clusters"}
 FILES = [(kind, identity) for kind in FOLDERS for identity in list_specs(kind)]
+# A host processor is a device to walk the tool's paths with; the ranges below are those of accelerators.
+GPUS = [identity for identity in list_specs("gpu") if load_gpu(identity).architecture != "cpu"]
+NODES = [identity for identity in list_specs("node") if load_node(identity).gpu.id in GPUS]
 ARCHITECTURES = {
     "volta",
     "ampere",
@@ -125,7 +128,7 @@ def test_every_number_of_a_gpu_keeps_its_source(identity: str) -> None:
     assert keys <= set(gpu.sources)
 
 
-@pytest.mark.parametrize("identity", list_specs("gpu"))
+@pytest.mark.parametrize("identity", GPUS)
 def test_gpu_is_plausible(identity: str) -> None:
     gpu = load_gpu(identity)
     assert gpu.architecture in ARCHITECTURES
@@ -165,7 +168,7 @@ def test_scale_up_bandwidth_is_links_times_one_link(identity: str) -> None:
     assert link.bandwidth_bytes_per_second == pytest.approx(count * each * 1e9)
 
 
-@pytest.mark.parametrize("identity", list_specs("node"))
+@pytest.mark.parametrize("identity", NODES)
 def test_node_is_plausible(identity: str) -> None:
     node = load_node(identity)
     assert node.num_gpus in (4, 8, 72)
@@ -177,6 +180,19 @@ def test_node_is_plausible(identity: str) -> None:
     fabric = load_fabric(node.default_fabric)
     assert fabric.kind == node.nic.kind
     assert fabric.latency == node.nic.latency
+
+
+def test_the_host_processor_is_the_only_device_that_is_no_accelerator() -> None:
+    assert set(list_specs("gpu")) - set(GPUS) == {"cpu-host"}
+    assert set(list_specs("node")) - set(NODES) == {"cpu-host-1"}
+    host = load_node("cpu-host-1")
+    assert (host.num_gpus, host.topology, host.gpu.scale_up) == (1, "pcie", None)
+    assert host.gpu.peak("fp32") == host.gpu.peak("fp16") < host.gpu.peak("bf16") <= 2e12
+    assert all(
+        source.startswith("estimate: ") for source in (*host.sources.values(), *host.gpu.sources.values())
+    )
+    fabric = load_fabric(host.default_fabric)
+    assert (fabric.kind, fabric.latency) == (host.nic.kind, host.nic.latency)
 
 
 @pytest.mark.parametrize("identity", list_specs("fabric"))
