@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.costmodels.calibration_document import device_rates
-from meshwright.costmodels.operators import OPERATORS, OperatorModel, roofline_time
+from meshwright.costmodels.operators import OPERATORS, OperatorModel, Shape, roofline_time
 from meshwright.hardware_specs.catalog import load_gpu
 from meshwright.profiler.fitting.collectives import BUS_FACTORS, fit_collectives
 from meshwright.profiler.fitting.operator import FitSettings, fit_operator
@@ -58,6 +58,7 @@ class Scores:
     bias: list[float] = field(default_factory=list)
 
     def add(self, model: OperatorModel, held: OperatorSamples) -> None:
+        """Score a model on shapes it did not see."""
         seconds = model.time(held.shape)
         errors = seconds / held.seconds - 1.0
         plain = roofline_time(model.work(held.shape), model.curve, model.rates) / held.seconds - 1.0
@@ -69,10 +70,25 @@ class Scores:
         self.covered.append(float(((held.seconds >= low) & (held.seconds <= high)).mean()))
 
     def line(self) -> str:
+        """Return the means over the seeds."""
         mean, p95, plain, bias, covered = (
-            100.0 * float(np.mean(part)) for part in (self.mean, self.p95, self.roofline, self.bias, self.covered)
+            100.0 * float(np.mean(part))
+            for part in (self.mean, self.p95, self.roofline, self.bias, self.covered)
         )
         return f"mean {mean:5.2f} %  P95 {p95:5.1f} %  bias {bias:+5.1f} %  roofline alone {plain:5.1f} %  covered {covered:3.0f} %"
+
+
+def num_flops(shape: Shape) -> NDArray[np.float64]:
+    return 2.0 * shape["m"] * shape["n"] * shape["k"]
+
+
+def is_deepseek(shape: Shape) -> NDArray[np.bool_]:
+    return (shape["hidden_size"] == 7168) & (shape["num_experts"] == 256) & (shape["top_k"] == 8)
+
+
+def is_seldom(shape: Shape) -> NDArray[np.bool_]:
+    """Return where one of the widths is every third of the table, which training leaves out."""
+    return np.isin(shape["n"], np.unique(shape["n"])[::3]) | np.isin(shape["k"], np.unique(shape["k"])[::3])
 
 
 @cache
@@ -134,12 +150,17 @@ def own_shapes(root: Path | None) -> tuple[Scores, float, float]:
     n, k = samples.shape["n"], samples.shape["k"]
     pairs = np.unique(np.column_stack([n, k]), axis=0)
     # Real widths lie between those of the table: the table's nearest stand for them.
-    chosen = [pairs[np.argmin(np.abs(np.log(pairs / np.array(want, dtype=float))).sum(axis=1))] for want in MODEL_SHAPES]
+    chosen = [
+        pairs[np.argmin(np.abs(np.log(pairs / np.array(want, dtype=float))).sum(axis=1))]
+        for want in MODEL_SHAPES
+    ]
     chosen = np.unique(np.array(chosen), axis=0)
     for seed in SEEDS:
         _, pool = split(samples, seed)
         generic = pick(pool, 300, seed, rates)
-        mine = np.flatnonzero((n[:, None] == chosen[:, 0]).astype(int).__mul__(k[:, None] == chosen[:, 1]).any(axis=1))
+        mine = np.flatnonzero(
+            (n[:, None] == chosen[:, 0]).astype(int).__mul__(k[:, None] == chosen[:, 1]).any(axis=1)
+        )
         sizes = samples.shape["m"][mine]
         swept = np.isin(sizes, MODEL_SIZES)
         both = samples.take(np.unique(np.concatenate([mine[swept], _rows_of(samples, generic)])))
@@ -174,7 +195,8 @@ def collectives(system: str, engine: str, root: Path | None) -> float:
     curves = fit_collectives(measured.collectives, (gpu.scale_up or gpu.host_link).bandwidth_bytes_per_second)
     for curve in curves.values():
         for table in curve.tables:
-            assert table is not None and (np.diff(table.seconds) >= 0.0).all()
+            assert table is not None
+            assert (np.diff(table.seconds) >= 0.0).all()
     return float(np.mean([curves[name].error for name in BUS_FACTORS if name in curves]))
 
 
@@ -204,8 +226,12 @@ def nearest_error(samples: OperatorSamples, rates, count: int) -> float:
         few = pick(pool, count, seed, rates)
 
         def ideal(part: OperatorSamples) -> NDArray[np.float64]:
-            work = operator.work(part.shape, part.precision, rates, {each.name: each.initial for each in operator.parameters})
-            return np.maximum(work.flops / rates.peak_flops_per_second, work.num_bytes / rates.bandwidth_bytes_per_second)
+            work = operator.work(
+                part.shape, part.precision, rates, {each.name: each.initial for each in operator.parameters}
+            )
+            return np.maximum(
+                work.flops / rates.peak_flops_per_second, work.num_bytes / rates.bandwidth_bytes_per_second
+            )
 
         def place(part: OperatorSamples) -> NDArray[np.float64]:
             return np.log2(np.column_stack([part.shape[name] for name in operator.fields]))
@@ -258,30 +284,41 @@ def main() -> None:
     for label, system, engine, name, counts in lines:
         for count in counts:
             show(f"{label}, {count} points", random_hold_out(system, engine, name, count, root))
-    deepseek = lambda shape: (shape["hidden_size"] == 7168) & (shape["num_experts"] == 256) & (shape["top_k"] == 8)  # noqa: E731
-    scores = random_hold_out("h200_sxm", "vllm", "moe.fp8_block", 160, root, deepseek)
+    scores = random_hold_out("h200_sxm", "vllm", "moe.fp8_block", 160, root, is_deepseek)
     show("H200 fp8 MoE, one model, 160 points", scores)
-    flops = lambda shape: 2.0 * shape["m"] * shape["n"] * shape["k"]  # noqa: E731
-    wide = lambda shape: np.isin(shape["n"], np.unique(shape["n"])[::3]) | np.isin(shape["k"], np.unique(shape["k"])[::3])  # noqa: E731
-    show("H200 GEMM, widths never seen, 300 points", structured_hold_out(lambda s: ~wide(s), wide, 300, root))
+    show(
+        "H200 GEMM, widths never seen, 300 points",
+        structured_hold_out(lambda s: ~is_seldom(s), is_seldom, 300, root),
+    )
     for label, part in (("m <= 64", lambda s: s["m"] <= 64), ("m >= 1024", lambda s: s["m"] >= 1024)):
         show(f"H200 GEMM, {label}, 300 points", structured_hold_out(lambda s: s["m"] > 0, part, 300, root))
     show(
         "H200 GEMM, ten times the sampled FLOPs",
-        structured_hold_out(lambda s: flops(s) < 5e10, lambda s: flops(s) > 5e11, 300, root),
+        structured_hold_out(lambda s: num_flops(s) < 5e10, lambda s: num_flops(s) > 5e11, 300, root),
     )
     scores, sum_error, sum_bias = own_shapes(root)
     show("H200 GEMM, a model's own shapes, 7 sizes", scores)
-    print(f"{'sums of four products of a layer':48s} mean {100 * sum_error:5.2f} %  bias {100 * sum_bias:+.1f} %")
+    print(
+        f"{'sums of four products of a layer':48s} mean {100 * sum_error:5.2f} %  bias {100 * sum_bias:+.1f} %"
+    )
     covered = np.concatenate([each.covered for each in every])
-    print(f"80 % intervals: pooled {100 * covered.mean():.0f} %, worst {100 * covered.min():.0f} %, most {100 * covered.max():.0f} %")
-    for system, engine in (("a100_sxm", "sglang"), ("h100_sxm", "vllm"), ("h200_sxm", "vllm"), ("b200_sxm", "vllm")):
+    print(
+        f"80 % intervals: pooled {100 * covered.mean():.0f} %, worst {100 * covered.min():.0f} %, most {100 * covered.max():.0f} %"
+    )
+    for system, engine in (
+        ("a100_sxm", "sglang"),
+        ("h100_sxm", "vllm"),
+        ("h200_sxm", "vllm"),
+        ("b200_sxm", "vllm"),
+    ):
         print(f"collectives {system}: mean {100 * collectives(system, engine, root):.1f} %, monotone")
     for name in ("gemm.bf16", "attention_decode.bf16"):
         samples = samples_of("h200_sxm", "vllm", name, root)
         rates = rates_of("h200_sxm", "vllm", samples, root)
         forest, nearest = (100 * scheme(samples, rates, 300) for scheme in (forest_error, nearest_error))
-        print(f"peers' schemes, H200 {name}, 300 points: random forest on raw sizes {forest:.1f} %, inverse distance {nearest:.1f} %")
+        print(
+            f"peers' schemes, H200 {name}, 300 points: random forest on raw sizes {forest:.1f} %, inverse distance {nearest:.1f} %"
+        )
     gemm, decode = speed(root)
     print(f"predictions per second: GEMM {gemm:,.0f}, decode attention {decode:,.0f}")
 

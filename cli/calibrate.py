@@ -160,9 +160,8 @@ def _from_runs(
     out: Path,
     common: CommonOptions,
 ) -> None:
-    from meshwright.cli.render.software_fit import print_software_fit, software_fit_mapping
-
     from meshwright.cli.render.console import print_json
+    from meshwright.cli.render.software_fit import print_software_fit, software_fit_mapping
     from meshwright.costmodels.calibration_writing import calibration_text
     from meshwright.errors import SpecError
     from meshwright.planner.output_file import check_replaceable, is_our_json, replace_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal, cast
 
@@ -49,14 +50,14 @@ def command(
     \b
     meshwright profile --out h200.jsonl
     meshwright profile --quick --device cpu --out host.jsonl
+    torchrun --nnodes 2 --nproc-per-node 8 -m meshwright profile --out across.jsonl
     """
     from dataclasses import replace
 
-    from meshwright.cli.render.profile import ProfileProgress, print_profile, profile_mapping
-    from meshwright.profiler.profile import run_profile
-
     from meshwright.cli.render.console import print_json
+    from meshwright.cli.render.profile import ProfileProgress, print_profile, profile_mapping
     from meshwright.profiler.device import discover_device
+    from meshwright.profiler.profile import run_profile
     from meshwright.profiler.settings import ProfileSettings, quick_settings
     from meshwright.simcore.domain.model_catalog import load_model
 
@@ -66,6 +67,14 @@ def command(
     if max_seconds is not None:
         settings = replace(settings, max_seconds=max_seconds)
     found = discover_device(cast('Literal["auto", "cuda", "cpu"]', device))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Under torchrun every process takes part in collectives across nodes; only the first one writes.
+        from meshwright.profiler.suites.collectives import follow_collectives
+
+        if os.environ.get("RANK", "0") != "0":
+            follow_collectives(found, settings)
+            return
+        settings = replace(settings, suites=("collectives",), with_collectives=True)
     with ProfileProgress(common.quiet or common.as_json) as progress:
         summary = run_profile(out, found, settings, progress=progress)
     if common.as_json:

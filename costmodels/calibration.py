@@ -117,6 +117,11 @@ class DeviceCalibration:
     collectives: Mapping[str, CollectiveCurve]
     software: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What plans and reports note: which documents, their hash, and why these."""
+        return {"id": self.id, "sha256": self.digest, "reason": self.reason}
+
     def gemm(self, precision: str, layout: str = "gemm") -> OperatorModel:
         """Return the model of matrix products; layouts and formats without one borrow, in this order.
 

@@ -37,7 +37,7 @@ __all__ = [
 # differ by 0.77 at 500 W against 700 W, which is (5/7) ** 0.78; 0.7 is used for parts never measured.
 CLOCK_POWER_EXPONENT = 0.7
 # Devices whose collectives were measured over PCIe; the first without the L40S boxes' detour over the host.
-_PCIE_DEVICES = ("rtx-pro-6000-server", "l40s")
+_PCIE_DEVICES = ("rtx-pro-6000-server", "l40s", "cpu-host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,9 +230,7 @@ def _choose(gpu: GpuSpec) -> tuple[str, bool, str]:
             return lender, False, reason
     for lender, built_in in built_ins.items():
         if built_in.architecture == gpu.architecture and built_in.represents_architecture:
-            reason = (
-                f"no calibration of {gpu.id}; borrows that of {lender} ({gpu.architecture}), expect +-20 %"
-            )
+            reason = f"uncalibrated: no calibration of {gpu.id}; borrows that of {lender} ({gpu.architecture}), expect +-20 %"
             return lender, True, reason
     raise CalibrationError(
         f"no calibration for {gpu.id} ({gpu.architecture}), and none represents its architecture; "

@@ -18,6 +18,8 @@ from meshwright.costmodels.calibration_document import (
 )
 from meshwright.costmodels.operators import (
     OPERATORS,
+    DeviceRates,
+    Operator,
     OperatorError,
     OperatorModel,
     RbfResidual,
@@ -31,8 +33,15 @@ from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.json_document import parse_document
 from meshwright.hardware_specs.specs import GpuSpec
 from meshwright.hardware_specs.yaml_document import Section
+from meshwright.units import Kind
 
 __all__ = ["check_header", "parse_calibration", "read_calibration"]
+
+_CLOCKS = ("bf16", "fp8")
+_FLASH = ("flash_2", "flash_3")
+_COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+# No size reaches 2 ** 64, four octaves of coordinate each (see attention's width); a grid beyond would not fit.
+_MAX_COORDINATE = 256.0
 
 
 def parse_calibration(text: str, name: str, gpu: GpuSpec) -> CalibrationDocument:
@@ -79,10 +88,12 @@ def read_calibration(section: Section, gpu: GpuSpec, digest: str = "") -> Calibr
         estimate=section.optional_text("estimate"),
         provenance=_read_provenance(section.optional_section("provenance")),
         operators=operators,
-        sustained_clock={key: _positive(clock, key) for key in clock if key != "source"} if clock else {},
+        sustained_clock={key: _positive(clock, key) for key in _CLOCKS if clock.has(key)} if clock else {},
         memory_stream_efficiency=_positive(stream, "efficiency") if stream else None,
         attention=_read_attention(attention) if attention else {},
-        attention_backward_efficiency=attention.optional_number("backward_efficiency") if attention else None,
+        attention_backward_efficiency=_optional_positive(attention, "backward_efficiency")
+        if attention
+        else None,
         collectives=_read_collectives(collectives) if collectives else {},
         software={
             key: {field_name: part.number(field_name) for field_name in part if field_name != "source"}
@@ -92,7 +103,8 @@ def read_calibration(section: Section, gpu: GpuSpec, digest: str = "") -> Calibr
     )
     for part in _named_sections(section, "software").values():
         part.optional_text("source")
-    section.close()
+    for read in (clock, stream, attention, collectives, section):
+        _close(read)
     return document
 
 
@@ -129,10 +141,27 @@ def _positive(section: Section, key: str) -> float:
     return value
 
 
+def _positive_quantity(section: Section, key: str, kind: Kind) -> float:
+    value = section.quantity(key, kind)
+    if value <= 0.0:
+        raise section.error(key, "must be above zero")
+    return value
+
+
+def _optional_positive(section: Section, key: str) -> float | None:
+    return _positive(section, key) if section.has(key) else None
+
+
+def _close(section: Section | None) -> None:
+    """Reject keys of a part that nobody read."""
+    if section is not None:
+        section.close()
+
+
 def _read_provenance(section: Section | None) -> Provenance:
     if section is None:
         return Provenance()
-    return Provenance(
+    provenance = Provenance(
         created_by=section.text("created_by", default=""),
         kernels=section.text("kernels", default=""),
         attribution=section.text("attribution", default=""),
@@ -142,6 +171,9 @@ def _read_provenance(section: Section | None) -> Provenance:
             for item in section.sections("inputs")
         ),
     )
+    for part in (*section.sections("inputs"), section):
+        part.close()
+    return provenance
 
 
 def _read_operator(section: Section, key: str, gpu: GpuSpec) -> OperatorModel:
@@ -151,35 +183,40 @@ def _read_operator(section: Section, key: str, gpu: GpuSpec) -> OperatorModel:
             "", f"unknown operator '{name}'{did_you_mean(name, OPERATORS)}; write OPERATOR.PRECISION"
         )
     operator = OPERATORS[name]
-    known = {parameter.name for parameter in operator.parameters}
-    parameters_section = section.optional_section("parameters")
-    parameters = {each: parameters_section.number(each) for each in known} if parameters_section else {}
-    missing = known - set(parameters)
-    if missing:
-        raise section.error("parameters", f"lacks {', '.join(sorted(missing))}")
+    known = [parameter.name for parameter in operator.parameters]
+    given = section.optional_section("parameters")
+    if known and given is None:
+        raise section.error("parameters", f"lacks {', '.join(known)}")
+    rates = device_rates(gpu, name, precision)
     box = section.numbers("box")
     residual = section.optional_section("residual")
-    width = operator.num_smooth_dims + 1
+    width = operator.num_dims + 1
     if (residual is None) != (not box) or (box and len(box) != 2 * width):
         raise section.error("box", f"a residual needs the 2 x {width} bounds of what was sampled")
+    if any(low > high for low, high in zip(box[:width], box[width:], strict=True)):
+        raise section.error("box", "lower bounds come first, then as many upper ones")
     interval = section.optional_section("interval")
-    return OperatorModel(
+    error = section.optional_section("error")
+    model = OperatorModel(
         operator=operator,
         precision=precision,
-        rates=device_rates(gpu, name, precision),
+        rates=rates,
         curve=RooflineCurve(
             launch_time=section.quantity("launch_time", "seconds"),
             compute_efficiency=_positive(section, "compute_efficiency"),
             memory_efficiency=_positive(section, "memory_efficiency"),
             exponent=_positive(section, "exponent"),
         ),
-        parameters=parameters,
-        residual=None if residual is None else _read_residual(residual, operator.num_smooth_dims),
+        parameters={} if given is None else {each: given.number(each) for each in known},
+        residual=None if residual is None else _read_residual(residual, operator, rates),
         box=np.array(box).reshape(2, width) if box else None,
         intervals={} if interval is None else {regime: _band(interval, regime) for regime in REGIMES},
-        error=_read_error(section.optional_section("error")),
+        error=_read_error(error),
         source=section.text("source"),
     )
+    for part in (given, interval, error, section):
+        _close(part)
+    return model
 
 
 def _band(section: Section, regime: str) -> tuple[float, float]:
@@ -198,30 +235,48 @@ def _read_error(section: Section | None) -> OperatorError | None:
     return OperatorError(num_points=section.integer("num_points"), **numbers)
 
 
-def _read_residual(section: Section, num_dims: int) -> Residual:
-    kind = section.choice("kind", ("rbf", "trees", "stacked"))
+def _read_residual(
+    section: Section, operator: Operator, rates: DeviceRates, *, is_part: bool = False
+) -> Residual:
+    kind = section.choice("kind", ("rbf", "trees") if is_part else ("rbf", "trees", "stacked"))
+    residual: Residual
     if kind == "stacked":
-        parts = section.sections("parts")
-        return StackedResidual(
-            parts=tuple(_read_residual(part, num_dims) for part in parts),
-            weights=section.numbers("weights", default=()),
+        parts, weights = section.sections("parts"), section.numbers("weights")
+        if len(parts) != len(weights):
+            raise section.error("weights", f"must be one for each of the {len(parts)} parts")
+        residual = StackedResidual(
+            parts=tuple(_read_residual(part, operator, rates, is_part=True) for part in parts),
+            weights=weights,
         )
-    if kind == "trees":
-        return _read_trees(section)
+    elif kind == "trees":
+        residual = _read_trees(section, operator, rates)
+    else:
+        residual = _read_rbf(section, operator)
+    section.close()
+    return residual
+
+
+def _read_rbf(section: Section, operator: Operator) -> RbfResidual:
+    num_dims = operator.num_dims
     centres, weights = np.array(section.numbers("centres")), np.array(section.numbers("weights"))
-    if len(centres) != num_dims * len(weights):
+    if len(weights) == 0 or len(centres) != num_dims * len(weights):
         raise section.error("centres", f"must hold {num_dims} numbers for each of the {len(weights)} weights")
+    if np.abs(centres).max() > _MAX_COORDINATE:
+        raise section.error("centres", "are log2 of sizes; the file was changed, calibrate again")
     return RbfResidual(
         centres=centres.reshape(-1, num_dims),
         weights=weights,
         offset=section.number("offset"),
-        is_baked=num_dims <= 3,
+        is_baked=operator.is_bakeable,
     )
 
 
-def _read_trees(section: Section) -> TreeResidual:
+def _read_trees(section: Section, operator: Operator, rates: DeviceRates) -> TreeResidual:
     def indices(key: str) -> NDArray[np.int64]:
-        return np.array(section.numbers(key), dtype=np.int64)
+        values = np.array(section.numbers(key), dtype=np.float64)
+        if (np.abs(values) > 2**31).any() or (values != np.floor(values)).any():
+            raise section.error(key, "must be whole numbers; the file was changed, calibrate again")
+        return values.astype(np.int64)
 
     trees = TreeResidual(
         roots=indices("roots"),
@@ -235,13 +290,16 @@ def _read_trees(section: Section) -> TreeResidual:
     num_nodes = len(trees.feature)
     nodes = np.arange(num_nodes)
     is_inner = trees.left >= 0
-    # Children come after their parent, so that no file can make an endless loop.
+    ones = {name: np.ones(1) for name in operator.fields}
+    num_steps = 0 if operator.steps is None else operator.steps(ones, rates).shape[1]
+    # Children come after their parent, so that no file can make an endless loop; compiled loops check no bounds.
     if (
         {len(trees.threshold), len(trees.left), len(trees.right), len(trees.value)} != {num_nodes}
         or (is_inner & ((trees.left <= nodes) | (trees.right <= nodes))).any()
         or max(trees.left.max(initial=0), trees.right.max(initial=0), trees.roots.max(initial=0)) >= num_nodes
         or trees.roots.min(initial=0) < 0
         or trees.feature.min(initial=0) < 0
+        or trees.feature.max(initial=0) >= operator.num_dims + num_steps
     ):
         raise section.error(
             "", "the trees' arrays do not fit together; the file was changed, calibrate again"
@@ -250,19 +308,22 @@ def _read_trees(section: Section) -> TreeResidual:
 
 
 def _read_attention(section: Section) -> Mapping[str, AttentionCurve]:
-    return {
-        name: AttentionCurve(
-            peak_flops_per_second=section.section(name).quantity("peak", "flops_per_second"),
-            half_length=_positive(section.section(name), "half_length"),
-        )
-        for name in section
-        if name.startswith("flash")
-    }
+    curves = {}
+    for name in _FLASH:
+        part = section.optional_section(name)
+        if part is not None:
+            curves[name] = AttentionCurve(
+                peak_flops_per_second=_positive_quantity(part, "peak", "flops_per_second"),
+                half_length=_positive(part, "half_length"),
+            )
+            part.close()
+    return curves
 
 
 def _read_collectives(section: Section) -> Mapping[str, CollectiveCurve]:
-    link = section.optional_quantity("link", "bytes_per_second")
-    return {name: _read_collective(section, name, link) for name in section if name not in ("source", "link")}
+    link = _positive_quantity(section, "link", "bytes_per_second") if section.has("link") else None
+    there = [name for name in _COLLECTIVES if section.has(name)]
+    return {name: _read_collective(section, name, link) for name in section if name in there}
 
 
 def _read_collective(section: Section, name: str, link: float | None) -> CollectiveCurve:
@@ -274,15 +335,20 @@ def _read_collective(section: Section, name: str, link: float | None) -> Collect
         raise section.error(name, "list the measured group sizes in ascending order, each once")
     errors = [row.optional_number("error") for row in rows]
     known = [error for error in errors if error is not None]
-    return CollectiveCurve(
+    curve = CollectiveCurve(
         ranks=tuple(float(size) for size in ranks),
-        latency=tuple(row.quantity("latency", "seconds") for row in rows),
+        latency=tuple(_positive_quantity(row, "latency", "seconds") for row in rows),
         link_efficiency=tuple(_positive(row, "link_efficiency") for row in rows),
         exponent=tuple(_positive(row, "exponent") for row in rows),
         tables=tuple(_read_table(row) for row in rows),
         link_bandwidth=link,
         error=float(np.mean(known)) if known else None,
     )
+    if link is None and any(table is not None for table in curve.tables):
+        raise section.error("link", "tables of times need the bandwidth of the link they were measured on")
+    for row in rows:
+        row.close()
+    return curve
 
 
 def _read_table(row: Section) -> CollectiveTable | None:

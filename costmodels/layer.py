@@ -179,7 +179,7 @@ def _linear_times(context: CostContext, cases: LayerCases) -> _LinearTimes:
         # The input gradient has the forward product's shapes permuted: same FLOPs, same bytes.
         dgrad += gemm_time(tokens, in_width, out_width, num_bytes, dgrad_model, clock)
         num_bytes = width * (inputs + outputs) + fused_bytes * weights
-        weight += gemm_time(in_width, out_width, tokens, num_bytes, wgrad_model, clock)
+        weight += gemm_time(out_width, in_width, tokens, num_bytes, wgrad_model, clock)
         cast_elements += inputs + outputs + 2.0 * weights
         num_parameters += weights
     stream = context.calibration.memory_stream_efficiency
@@ -305,8 +305,8 @@ def boundary_times(context: CostContext, cases: LayerCases) -> BoundaryTimes:
     )
     fused_bytes = context.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
     weight_gradient = gemm_time(
-        hidden,
         vocab,
+        hidden,
         tokens,
         num_bytes + (fused_bytes - element) * weights,
         calibration.gemm(precision, "gemm_wgrad"),

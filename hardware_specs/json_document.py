@@ -77,9 +77,13 @@ def parse_json(text: str, name: str) -> Section:
     try:
         root = json.loads(text, object_pairs_hook=lambda pairs: _mapping(pairs, name), parse_constant=refuse)
     except json.JSONDecodeError as error:
-        is_cut = error.pos >= len(text.rstrip())
+        is_cut = error.pos >= len(text.rstrip()) or (text.lstrip()[:1] == "{" and text.rstrip()[-1:] != "}")
         hint = "the file ends too early; it is truncated" if is_cut else error.msg
         raise SpecError(f"{name}:{error.lineno}: not valid JSON: {hint}") from None
+    except SpecError:
+        raise
+    except (OverflowError, ValueError):  # an integer of thousands of digits
+        raise SpecError(f"{name}: holds a number that is not finite") from None
     except RecursionError:
         raise SpecError(f"{name}: nested deeper than {MAX_DEPTH} levels; flatten the file") from None
     if not isinstance(root, MappingNode):

@@ -57,7 +57,7 @@ def plan_document_text(document: PlanDocument, context: CostContext, prediction:
         "plan": _plan_mapping(plan),
         "prediction": prediction_mapping(prediction),
         "software": job.software,
-        "calibration": {"id": context.calibration.id, "reason": context.calibration.reason},
+        "calibration": dict(context.calibration.identity),
         "workload": dataclasses.asdict(job.workload),
         "origin": {
             **document.origin,

@@ -106,6 +106,9 @@ def test_a_package_exports_all_that_its_init_imports(module):
     variants |= {
         variant.__name__ for family in families for variant in family.values() if isinstance(variant, type)
     }
+    variants |= {
+        name for name, value in vars(loaded).items() for family in families if value in family.values()
+    }
     public = {name for name in vars(loaded) if not name.startswith("_")} - modules - {"annotations"}
     assert set(loaded.__all__) <= public | {"__version__"}
     assert public - variants <= set(loaded.__all__)

@@ -38,7 +38,7 @@ def report_mapping(
         "num_gpus": request.job.cluster.num_gpus,
         "software": request.job.software,
         "objective": request.objective,
-        "calibration": {"id": context.calibration.id, "reason": context.calibration.reason},
+        "calibration": dict(context.calibration.identity),
         "flops_convention": flops,
         "search_seconds": seconds,
         "num_candidates": result.num_candidates,

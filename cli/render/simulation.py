@@ -27,7 +27,7 @@ def simulation_mapping(
         "model": document.job.model.name,
         "cluster": document.job.cluster.id,
         "software": document.job.software,
-        "calibration": {"id": context.calibration.id, "reason": context.calibration.reason},
+        "calibration": dict(context.calibration.identity),
         "plan": asdict(document.plan),
         "prediction": prediction_mapping(prediction),
         "idle_seconds_all_stages": prediction.iteration.idle_time.totals(),

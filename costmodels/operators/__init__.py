@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from meshwright.costmodels.operators.attention import (
     ATTENTION_BACKWARD,
     ATTENTION_DECODE,
@@ -20,6 +18,7 @@ from meshwright.costmodels.operators.streaming import STREAMING
 
 __all__ = [
     "OPERATORS",
+    "STREAMING",
     "DeviceRates",
     "Operator",
     "OperatorError",
@@ -36,7 +35,7 @@ __all__ = [
     "roofline_time",
 ]
 
-OPERATORS: Mapping[str, Operator] = {
+OPERATORS: dict[str, Operator] = {
     "gemm": GEMM,
     "gemm_dgrad": GEMM_DGRAD,
     "gemm_wgrad": GEMM_WGRAD,

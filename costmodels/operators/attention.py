@@ -135,11 +135,23 @@ def _coordinates(length_name: str) -> Callable[[Shape, DeviceRates], NDArray[np.
         )
         # Kernels tile over batch x KV heads, treat multi-head attention apart and change with the head's width.
         smooth = [batch + kv_heads, length, 0.5 * batch, 0.5 * (heads - kv_heads), 4.0 * width]
-        smooth += [2.0 * (heads == kv_heads)]
-        steps = [heads, kv_heads, batch + heads, batch + kv_heads + length, batch + heads + length]
-        return np.column_stack([*smooth, *steps])
+        return np.column_stack([*smooth, 2.0 * (heads == kv_heads)])
 
     return coordinates
+
+
+def _steps(length_name: str) -> Callable[[Shape, DeviceRates], NDArray[np.float64]]:
+    def steps(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
+        del rates
+        batch, length, heads, kv_heads = (
+            np.log2(np.maximum(shape[name], 1.0))
+            for name in ("batch_size", length_name, "num_heads", "num_kv_heads")
+        )
+        return np.column_stack(
+            [heads, kv_heads, batch + heads, batch + kv_heads + length, batch + heads + length]
+        )
+
+    return steps
 
 
 def _mla_coordinates(length_name: str) -> Callable[[Shape, DeviceRates], NDArray[np.float64]]:
@@ -156,7 +168,8 @@ ATTENTION_PREFILL = Operator(
     fields=_PREFILL_FIELDS,
     work=_prefill,
     coordinates=_coordinates("sequence_length"),
-    num_smooth_dims=6,
+    num_dims=6,
+    steps=_steps("sequence_length"),
     parameters=_PREFILL_PARAMETERS,
     launch_time=1e-5,
 )
@@ -165,7 +178,8 @@ ATTENTION_BACKWARD = Operator(
     fields=_PREFILL_FIELDS,
     work=_backward,
     coordinates=_coordinates("sequence_length"),
-    num_smooth_dims=6,
+    num_dims=6,
+    steps=_steps("sequence_length"),
     parameters=_PREFILL_PARAMETERS,
     launch_time=2e-5,
 )
@@ -174,7 +188,8 @@ ATTENTION_DECODE = Operator(
     fields=_DECODE_FIELDS,
     work=_decode,
     coordinates=_coordinates("context_length"),
-    num_smooth_dims=6,
+    num_dims=6,
+    steps=_steps("context_length"),
     parameters=_DECODE_PARAMETERS,
     launch_time=1e-5,
 )
@@ -183,7 +198,7 @@ MLA_PREFILL = Operator(
     fields=("batch_size", "sequence_length", "num_heads"),
     work=_mla_prefill,
     coordinates=_mla_coordinates("sequence_length"),
-    num_smooth_dims=3,
+    num_dims=3,
     parameters=_PREFILL_PARAMETERS,
     launch_time=1e-5,
 )
@@ -192,7 +207,7 @@ MLA_DECODE = Operator(
     fields=("batch_size", "context_length", "num_heads"),
     work=_mla_decode,
     coordinates=_mla_coordinates("context_length"),
-    num_smooth_dims=3,
+    num_dims=3,
     parameters=_DECODE_PARAMETERS,
     launch_time=1e-5,
 )

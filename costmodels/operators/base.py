@@ -26,7 +26,12 @@ ELEMENT_BYTES: Mapping[str, float] = {
     "mxfp8": 1.03125,
     "nvfp4": 0.5625,
     "int8": 1.0,
+    "int8_wo": 1.0,
+    # Four-bit weights with one scale per group of 32 or so; activations count apart where they are wider.
     "int4_wo": 0.53,
+    "w4a16_mxfp4": 0.53,
+    "w4a8_mxfp4_mxfp8": 0.53,
+    "w4afp8": 0.53,
 }
 
 
@@ -91,10 +96,12 @@ class Operator:
     work : WorkFunction
         ``(shape, precision, rates, parameters) -> Work``.
     coordinates : CoordinateFunction
-        ``(shape, rates) -> (num_cases, num_dims)``: log2 coordinates of the residual, one unit about as far in
-        each. Smooth residuals see the first ``num_smooth_dims``, trees see all.
-    num_smooth_dims : int
-        Leading coordinates in which the residual is smooth; the rest are steps such as partial waves.
+        ``(shape, rates) -> (num_cases, num_dims)``: log2 coordinates in which the residual is smooth, one unit about
+        as far in each.
+    num_dims : int
+        How many coordinates there are.
+    steps : CoordinateFunction | None
+        Further coordinates for stepwise residuals, such as the fill of the last wave over the SMs.
     parameters : tuple[Parameter, ...]
         Constants of ``work`` that a fit finds.
     launch_time : float
@@ -105,14 +112,15 @@ class Operator:
     fields: tuple[str, ...]
     work: WorkFunction
     coordinates: CoordinateFunction
-    num_smooth_dims: int
+    num_dims: int
+    steps: CoordinateFunction | None = None
     parameters: tuple[Parameter, ...] = ()
     launch_time: float = 3e-6
 
     @property
     def is_bakeable(self) -> bool:
         """Whether a smooth residual has few enough dimensions for a regular grid."""
-        return self.num_smooth_dims <= 3
+        return self.num_dims <= 3
 
 
 def element_bytes(precision: str) -> float:

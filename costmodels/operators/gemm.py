@@ -33,7 +33,12 @@ def _work(shape: Shape, precision: str, rates: DeviceRates, parameters: Mapping[
 
 
 def _coordinates(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
-    columns = [rows(shape, _FIELDS)]
+    del rates
+    return rows(shape, _FIELDS)
+
+
+def _steps(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
+    columns = []
     for tile_m, tile_n in _TILES:
         waves = np.ceil(shape["m"] / tile_m) * np.ceil(shape["n"] / tile_n) / rates.num_sms
         columns += [np.log2(np.column_stack([np.ceil(waves) / waves, waves]))]
@@ -41,7 +46,7 @@ def _coordinates(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
 
 
 def _gemm(name: str) -> Operator:
-    return Operator(name=name, fields=_FIELDS, work=_work, coordinates=_coordinates, num_smooth_dims=3)
+    return Operator(name=name, fields=_FIELDS, work=_work, coordinates=_coordinates, num_dims=3, steps=_steps)
 
 
 GEMM, GEMM_DGRAD, GEMM_WGRAD = _gemm("gemm"), _gemm("gemm_dgrad"), _gemm("gemm_wgrad")

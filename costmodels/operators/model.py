@@ -76,7 +76,7 @@ class OperatorModel:
     residual : Residual | None
         Correction of the roofline; None where too few shapes were measured.
     box : NDArray[np.float64] | None
-        Sampled range, ``(2, num_smooth_dims + 1)``: smooth coordinates and log2 of the FLOPs; beyond it the
+        Sampled range, ``(2, num_dims + 1)``: coordinates and log2 of the FLOPs; beyond it the
         residual fades.
     intervals : Mapping[str, tuple[float, float]]
         P10 and P90 of ``log(measured / predicted)`` by regime, from cross-validation.
@@ -113,9 +113,10 @@ class OperatorModel:
             return np.zeros_like(work.flops)
         coordinates = self.operator.coordinates(shape, self.rates)
         faded: FloatColumn = np.exp(-self._excess(coordinates, work) / TAPER_OCTAVES)
-        smooth = self.operator.num_smooth_dims
-        inside = np.clip(coordinates[:, :smooth], self.box[0, :-1], self.box[1, :-1])
-        return self.residual.log_correction(np.column_stack([inside, coordinates[:, smooth:]])) * faded
+        inside = np.clip(coordinates, self.box[0, :-1], self.box[1, :-1])
+        if self.residual.has_steps and self.operator.steps is not None:
+            inside = np.column_stack([inside, self.operator.steps(shape, self.rates)])
+        return self.residual.log_correction(inside) * faded
 
     def interval(self, shape: Shape) -> tuple[FloatColumn, FloatColumn]:
         """Return the 80 % interval of the time of each case [s]; wider outside the sampled box."""
@@ -133,11 +134,11 @@ class OperatorModel:
         return seconds * np.exp(low), seconds * np.exp(high)
 
     def _excess(self, coordinates: NDArray[np.float64], work: Work) -> FloatColumn:
-        """Return the distance beyond the sampled box in octaves, along smooth coordinates and FLOPs."""
+        """Return the distance beyond the sampled box in octaves, along coordinates and FLOPs."""
         if self.box is None:
             return np.zeros(len(coordinates))
         flops = np.log2(np.maximum(work.flops, 1.0))
-        points = np.column_stack([coordinates[:, : self.operator.num_smooth_dims], flops])
+        points = np.column_stack([coordinates, flops])
         outside = np.maximum(0.0, np.maximum(self.box[0] - points, points - self.box[1]))
         excess: FloatColumn = np.sqrt((outside**2).sum(axis=1))
         return excess

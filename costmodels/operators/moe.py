@@ -76,9 +76,9 @@ def _work(shape: Shape, precision: str, rates: DeviceRates, parameters: Mapping[
 def _coordinates(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
     del rates
     routed = _routed(shape, 0.0, 1.0)
-    tokens, hidden, experts, top_k, ep, tp = (
+    tokens, hidden, experts, top_k, ep = (
         np.log2(np.maximum(shape[name], 1.0))
-        for name in ("num_tokens", "hidden_size", "num_experts", "top_k", "ep", "tp")
+        for name in ("num_tokens", "hidden_size", "num_experts", "top_k", "ep")
     )
     per_expert = np.log2(routed.rows / routed.active + 0.25)
     width, active = np.log2(np.maximum(routed.width, 1.0)), np.log2(routed.active)
@@ -86,8 +86,15 @@ def _coordinates(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
     is_unaligned = (routed.width % _ALIGNMENT > 0.0).astype(np.float64)
     smooth = [tokens, 0.5 * per_expert, 0.5 * active, hidden, width, experts, top_k, 0.5 * ep]
     smooth += [is_skewed, 2.0 * is_unaligned, (ep > 0.0).astype(np.float64), is_skewed * ep * 0.5]
-    steps = [np.log2(np.maximum(routed.rows, 0.25)), tp, ep, shape["skew"]]
-    return np.column_stack([*smooth, *steps])
+    return np.column_stack(smooth)
+
+
+def _steps(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
+    del rates
+    routed = _routed(shape, 0.0, 1.0)
+    return np.column_stack(
+        [np.log2(np.maximum(routed.rows, 0.25)), np.log2(shape["tp"]), np.log2(shape["ep"]), shape["skew"]]
+    )
 
 
 MOE = Operator(
@@ -95,7 +102,8 @@ MOE = Operator(
     fields=_FIELDS,
     work=_work,
     coordinates=_coordinates,
-    num_smooth_dims=12,
+    num_dims=12,
+    steps=_steps,
     parameters=_PARAMETERS,
     launch_time=3e-5,
 )

@@ -28,6 +28,11 @@ _DISTANCES_AT_ONCE = 4_000_000
 class Residual(Protocol):
     """A correction of the logarithm of a time."""
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether it sees the operator's stepwise coordinates after the smooth ones."""
+        ...
+
     def log_correction(self, coordinates: Matrix) -> FloatColumn:
         """Return ``log(time / roofline)`` at coordinates of shape ``(num_cases, num_dims)``."""
         ...
@@ -54,6 +59,11 @@ class RbfResidual:
     offset: float
     is_baked: bool = False
     _grid: list[_Grid] = field(default_factory=list, repr=False)
+
+    @property
+    def has_steps(self) -> bool:
+        """Smooth coordinates only."""
+        return False
 
     def log_correction(self, coordinates: Matrix) -> FloatColumn:
         """Return the interpolant; on the baked grid where there is one."""
@@ -99,6 +109,11 @@ class TreeResidual:
     value: FloatColumn
     offset: float
 
+    @property
+    def has_steps(self) -> bool:
+        """Trees see everything."""
+        return True
+
     def log_correction(self, coordinates: Matrix) -> FloatColumn:
         """Return the sum over the trees."""
         total = np.full(len(coordinates), self.offset)
@@ -122,6 +137,11 @@ class StackedResidual:
     parts: tuple[Residual, ...]
     weights: tuple[float, ...]
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether any part sees the stepwise coordinates."""
+        return any(part.has_steps for part in self.parts)
+
     def log_correction(self, coordinates: Matrix) -> FloatColumn:
         """Return the weighted sum of the parts."""
         total = np.zeros(len(coordinates))
@@ -138,24 +158,12 @@ class _Grid:
 
     def interpolate(self, coordinates: Matrix) -> FloatColumn:
         """Return the multilinear interpolant, clamped to the box."""
-        last = np.array(self.counts) - 1
-        position = np.clip((coordinates - self.low) / GRID_STEP, 0.0, last)
-        cell = np.minimum(position.astype(np.int64), np.maximum(last - 1, 0))
-        share = position - cell
-        strides = np.cumprod([1, *self.counts[:0:-1]])[::-1]
-        base = cell @ strides
-        num_dims = len(self.counts)
-        total = np.zeros(len(coordinates))
-        for corner in range(1 << num_dims):
-            weight = np.ones(len(coordinates))
-            offset = np.zeros(len(coordinates), dtype=np.int64)
-            for dim in range(num_dims):
-                if corner >> dim & 1:
-                    weight *= share[:, dim]
-                    offset += strides[dim] * (last[dim] > 0)
-                else:
-                    weight *= 1.0 - share[:, dim]
-            total += weight * self.values[base + offset]
+        padded = np.zeros((len(coordinates), 3))
+        position = (coordinates - self.low) / GRID_STEP
+        padded[:, 3 - position.shape[1] :] = np.clip(position, 0.0, np.array(self.counts) - 1.0)
+        total = np.empty(len(coordinates))
+        counts = np.array((1, 1, *self.counts)[-3:], dtype=np.int64)
+        _interpolate(padded, counts, self.values, total)
         return total
 
 
@@ -175,6 +183,31 @@ def _distances(points: Matrix, centres: Matrix) -> Matrix:
     squared = (points**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)[None, :] - 2.0 * points @ centres.T
     distances: Matrix = np.sqrt(np.maximum(squared, 0.0))
     return distances
+
+
+@compiled
+def _interpolate(
+    position: Matrix, counts: NDArray[np.int64], values: FloatColumn, total: FloatColumn
+) -> None:
+    """Write the trilinear interpolant at ``position``, in cells of the grid, into ``total``."""
+    step_x, step_y = counts[1] * counts[2], counts[2]
+    for case in range(len(total)):
+        x = min(int(position[case, 0]), max(counts[0] - 2, 0))
+        y = min(int(position[case, 1]), max(counts[1] - 2, 0))
+        z = min(int(position[case, 2]), max(counts[2] - 2, 0))
+        u, v, w = position[case, 0] - x, position[case, 1] - y, position[case, 2] - z
+        base = x * step_x + y * step_y + z
+        # A dimension of one node has no next one.
+        to_x = step_x if counts[0] > 1 else 0
+        to_y = step_y if counts[1] > 1 else 0
+        to_z = 1 if counts[2] > 1 else 0
+        near = (1.0 - v) * ((1.0 - w) * values[base] + w * values[base + to_z]) + v * (
+            (1.0 - w) * values[base + to_y] + w * values[base + to_y + to_z]
+        )
+        far = (1.0 - v) * ((1.0 - w) * values[base + to_x] + w * values[base + to_x + to_z]) + v * (
+            (1.0 - w) * values[base + to_x + to_y] + w * values[base + to_x + to_y + to_z]
+        )
+        total[case] = (1.0 - u) * near + u * far
 
 
 @compiled

@@ -26,7 +26,7 @@ def _coordinates(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
 
 
 def _streaming(name: str) -> Operator:
-    return Operator(name=name, fields=_FIELDS, work=_work, coordinates=_coordinates, num_smooth_dims=1)
+    return Operator(name=name, fields=_FIELDS, work=_work, coordinates=_coordinates, num_dims=1)
 
 
 # Bytes are what the kernel must read and write once: the suites and the cost models count them alike.

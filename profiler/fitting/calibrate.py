@@ -14,7 +14,7 @@ from meshwright.costmodels.operators import OPERATORS, OperatorModel
 from meshwright.errors import CalibrationError
 from meshwright.hardware_specs.specs import GpuSpec
 from meshwright.profiler.fitting.attention import fit_attention_curve
-from meshwright.profiler.fitting.collectives import fit_collectives
+from meshwright.profiler.fitting.collectives import BUS_FACTORS, fit_collectives
 from meshwright.profiler.fitting.operator import FitSettings, fit_operator, num_samples_needed
 from meshwright.profiler.measurements import MeasuredConstant, Measurements, OperatorSamples
 
@@ -60,10 +60,10 @@ def calibrate(
     """
     operators, notes = _fit_operators(measurements, gpu, settings or FitSettings())
     constants = measurements.constants
-    if not operators and not measurements.collectives and not constants:
-        raise CalibrationError("; ".join(notes) or _nothing(measurements))
     link = (gpu.scale_up or gpu.host_link).bandwidth_bytes_per_second
     collectives = fit_collectives(measurements.collectives, link)
+    if not operators and not collectives and not constants:
+        raise CalibrationError("; ".join(notes) or _nothing(measurements))
     attention = _attention_curves(measurements)
     sources = {key.split(".")[0]: constant.source for key, constant in constants.items()}
     for samples in measurements.operators:
@@ -146,6 +146,7 @@ def _under(constants: Mapping[str, MeasuredConstant], prefix: str) -> dict[str, 
 def _nothing(measurements: Measurements) -> str:
     needed = num_samples_needed(OPERATORS["gemm"])
     return (
-        f"nothing to calibrate {measurements.gpu} with: no operator, collective or constant was measured; "
+        f"nothing to calibrate {measurements.gpu} with: no operator, constant or collective of a known bus "
+        f"bandwidth ({', '.join(BUS_FACTORS)}) was measured; "
         f"profile at least {needed} shapes of one operator"
     )

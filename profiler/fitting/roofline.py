@@ -17,7 +17,7 @@ _LOW = np.array([1e-9, 1e-3, 1e-3, 0.4])
 _HIGH = np.array([1.0, 50.0, 50.0, 12.0])
 _START = (0.7, 0.8, 2.0)
 # Log errors beyond this count linearly: a few shapes fall to another kernel and must not bend the roofline.
-_ROBUST_SCALE = 0.1
+_ROBUST_SCALE = 0.5
 
 
 def fit_roofline(

@@ -244,14 +244,18 @@ PLAN_EDITS = [
 ]
 
 CALIBRATION_EDITS = [
-    Edit("schema_version: 1\n", "", "schema_version: is required but missing"),
-    Edit("gpu: l4", "gpu: [l4]", "mine.yaml:2: gpu: expected a single value"),
-    Edit("  all_gather:", "  all_gathr:", "collectives.all_gather: is required but missing"),
-    Edit("  flash_2:", "  flash_9:", "attention.flash_2: is required but missing"),
+    Edit("schema_version: 2\n", "", "schema_version: is required but missing"),
+    Edit("schema_version: 2", "schema_version: 1", "this release reads version 2, not 1; calibrate again"),
+    Edit("kind: calibration\n", "", "is not a calibration (kind: calibration is missing)"),
+    Edit("gpu: l4", "gpu: [l4]", "mine.yaml:3: gpu: expected a single value"),
+    Edit("operators:", "operatos:", "operatos: unknown key; did you mean 'operators'?"),
+    Edit("  all_gather:", "  all_gathr:", "collectives.all_gathr: unknown key; did you mean 'all_gather'?"),
+    Edit("latency: ", "latency: -", "must be a finite quantity, not negative"),
+    Edit("  flash_2:", "  flash_9:", "attention.flash_9: unknown key; did you mean 'flash_"),
     Edit(
         "sustained_clock:\n  bf16:",
         "sustained_clock:\n  bf17:",
-        "sustained_clock.bf16: is required but missing",
+        "sustained_clock.bf17: unknown key; did you mean",
     ),
     Edit("memory_efficiency: ", "memory_efficiency: -", "memory_efficiency: must be above zero"),
     Edit("launch_time: ", "launch_time: 1 parsec # ", "unknown unit 'parsec' for seconds"),
@@ -399,8 +403,8 @@ def test_a_mistake_in_a_plan_file(meshwright, plan_file, folder, command, edit):
 
 @pytest.mark.parametrize("edit", CALIBRATION_EDITS, ids=names(CALIBRATION_EDITS))
 def test_a_mistake_in_a_calibration(meshwright, plans, folder, edit):
-    built_in = files("meshwright.hardware_specs") / "calibrations" / "l40s.yaml"
-    (folder / "mine.yaml").write_text(edited(built_in.read_text().replace("gpu: l40s", "gpu: l4"), edit))
+    built_in = files("meshwright.hardware_specs") / "calibrations" / "mi300x.yaml"
+    (folder / "mine.yaml").write_text(edited(built_in.read_text().replace("gpu: mi300x", "gpu: l4"), edit))
     outcome = meshwright("simulate", plans / "1.yaml", "--calibration", "mine.yaml", "--out", "out")
     check(outcome, folder, {"mine.yaml"}, edit.says)
 

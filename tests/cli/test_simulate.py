@@ -138,4 +138,6 @@ def test_a_given_calibration_is_used_and_named(meshwright, plans, folder):
     text = (files("meshwright.hardware_specs") / "calibrations" / "l40s.yaml").read_text()
     (folder / "mine.yaml").write_text(text.replace("gpu: l40s", "gpu: l4"))
     outcome = meshwright("simulate", plans / "1.yaml", "--calibration", "mine.yaml", "--json")
-    assert json.loads(outcome.stdout)["calibration"]["reason"] == "given as mine.yaml"
+    reason = json.loads(outcome.stdout)["calibration"]["reason"]
+    assert reason.startswith("given as mine.yaml; what it lacks: ")
+    assert "borrows that of l40s" in reason

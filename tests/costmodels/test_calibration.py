@@ -153,7 +153,11 @@ def test_a_file_for_another_device_is_refused_by_name(tmp_path: Path) -> None:
         ("launch_time: 3.04 us", "launch_time: 3.04", r"mine\.yaml:\d+: .*launch_time"),
         ("peak: 400 TFLOP/s", "peak: 400 GB/s", r"mine\.yaml:\d+: .*peak"),
         ("gemm.fp8:", "gem.fp8:", r"mine\.yaml:\d+: .*unknown operator 'gem'; did you mean 'gemm'"),
-        ("schema_version: 2", "schema_version: 9", r"mine\.yaml:\d+: schema_version: this release reads version 2"),
+        (
+            "schema_version: 2",
+            "schema_version: 9",
+            r"mine\.yaml:\d+: schema_version: this release reads version 2",
+        ),
         ("kind: calibration", "kind: plan", r"mine\.yaml: is not a calibration"),
     ],
 )

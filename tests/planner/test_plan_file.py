@@ -106,7 +106,7 @@ def test_a_plan_file_says_what_it_is_and_what_it_predicts(path: Path) -> None:
     assert content["prediction"]["iteration_time_seconds"] == prediction.iteration_time
     assert content["prediction"]["peak_memory_bytes"] == prediction.peak_memory_bytes
     assert sum(content["prediction"]["memory_bytes"].values()) == pytest.approx(prediction.peak_memory_bytes)
-    assert content["calibration"]["id"] == "h100-sxm-80"
+    assert content["calibration"]["id"] == "h100-sxm-80.vllm+h100-sxm-80"
 
 
 def test_the_hashes_name_the_model_and_the_cluster() -> None:

@@ -127,7 +127,7 @@ def test_assumptions_are_among_the_reasons(make_run: MakeRun) -> None:
 
 def test_a_calibration_for_another_device_skips_the_row(make_run: MakeRun, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("gpu: a100-sxm-80\n", encoding="utf-8")
+    path.write_text("schema_version: 2\nkind: calibration\ngpu: a100-sxm-80\n", encoding="utf-8")
     row = score_run(make_run(), [path])
     assert row.status == "skipped"
     assert "no given calibration is for h100-sxm-80" in row.reason

@@ -1,0 +1,169 @@
+"""Operator models fitted to times of a known truth with known noise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from meshwright.costmodels.operators import (
+    OPERATORS,
+    DeviceRates,
+    OperatorModel,
+    RbfResidual,
+    RooflineCurve,
+    roofline_time,
+)
+from meshwright.errors import CalibrationError
+from meshwright.profiler.fitting import operator as fitting
+from meshwright.profiler.fitting import residual as residuals
+from meshwright.profiler.fitting.operator import FitSettings, fit_operator, num_samples_needed
+from meshwright.profiler.measurements import OperatorSamples
+
+RATES = DeviceRates(peak_flops_per_second=1e15, bandwidth_bytes_per_second=4e12, num_sms=132)
+CURVE = RooflineCurve(launch_time=4e-6, compute_efficiency=0.65, memory_efficiency=0.8, exponent=1.8)
+GEMM = OPERATORS["gemm"]
+SMOOTH_ONLY = FitSettings(with_trees=False)
+# Mean of |x| of a normal x, in standard deviations.
+MEAN_OF_NORMAL = np.sqrt(2.0 / np.pi)
+
+
+def made(
+    count: int, *, seed: int = 0, noise: float = 0.02, wave: float = 0.0, step: float = 0.0
+) -> OperatorSamples:
+    """Products: a roofline, a smooth deviation, a step where the last wave is mostly empty, and noise."""
+    rng = np.random.default_rng(seed)
+    shape = {name: np.round(2.0 ** rng.uniform(6.0, 14.0, count)) for name in "mnk"}
+    coordinates = GEMM.coordinates(shape, RATES)
+    assert GEMM.steps is not None
+    is_wasted = GEMM.steps(shape, RATES)[:, 0] > 0.5
+    log_errors = (
+        wave * np.sin(coordinates / 2.0).sum(axis=1) + step * is_wasted + noise * rng.normal(size=count)
+    )
+    seconds = roofline_time(GEMM.work(shape, "bf16", RATES, {}), CURVE, RATES) * np.exp(log_errors)
+    return OperatorSamples(operator="gemm", precision="bf16", shape=shape, seconds=seconds, source="made up")
+
+
+def mean_error(model: OperatorModel, samples: OperatorSamples) -> float:
+    return float(np.abs(model.time(samples.shape) / samples.seconds - 1.0).mean())
+
+
+@pytest.fixture(scope="module")
+def wavy() -> OperatorModel:
+    return fit_operator(made(400, wave=0.15), RATES, SMOOTH_ONLY)
+
+
+def test_the_residual_takes_the_error_down_to_the_noise(wavy: OperatorModel) -> None:
+    assert wavy.error is not None
+    assert wavy.error.roofline > 0.06
+    error = mean_error(wavy, made(2000, seed=1, wave=0.15))
+    assert error < 1.7 * 0.02 * MEAN_OF_NORMAL
+    assert error < 0.35 * wavy.error.roofline
+
+
+def test_cross_validated_error_is_that_on_shapes_never_seen(wavy: OperatorModel) -> None:
+    assert wavy.error is not None
+    # Folds fit to four fifths of the shapes, which is a little worse than all of them.
+    assert wavy.error.mean == pytest.approx(mean_error(wavy, made(2000, seed=1, wave=0.15)), rel=0.2)
+    assert wavy.error.num_points == 400
+    assert wavy.error.mean < wavy.error.p95 < wavy.error.roofline * 3
+    assert abs(wavy.error.bias) < 0.01
+
+
+@pytest.mark.parametrize(("noise", "wave"), [(0.1, 0.0), (0.05, 0.15)])
+def test_eighty_percent_intervals_cover_about_as_many_unseen_shapes(noise: float, wave: float) -> None:
+    model = fit_operator(made(400, noise=noise, wave=wave), RATES, SMOOTH_ONLY)
+    unseen = made(4000, seed=1, noise=noise, wave=wave)
+    low, high = model.interval(unseen.shape)
+    covered = ((unseen.seconds >= low) & (unseen.seconds <= high)).mean()
+    assert 0.72 <= covered <= 0.88
+
+
+def test_shapes_beyond_the_most_points_judge_the_fit() -> None:
+    model = fit_operator(made(1000, wave=0.15), RATES, replace(SMOOTH_ONLY, max_points=200))
+    assert model.error is not None
+    assert isinstance(model.residual, RbfResidual)
+    assert model.error.num_points == len(model.residual.weights) == 200
+    assert model.error.mean == pytest.approx(mean_error(model, made(2000, seed=1, wave=0.15)), rel=0.2)
+
+
+def test_steps_take_trees() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn grows the trees")
+    samples, unseen = made(300, step=0.4), made(1000, seed=1, step=0.4)
+    model = fit_operator(samples, RATES)
+    assert model.residual is not None
+    assert model.residual.has_steps
+    assert mean_error(model, unseen) < 0.6 * mean_error(fit_operator(samples, RATES, SMOOTH_ONLY), unseen)
+
+
+def test_without_scikit_learn_residuals_are_smooth(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = made(60, step=0.4)
+    expected = fit_operator(samples, RATES, SMOOTH_ONLY)
+    for module in (fitting, residuals):
+        monkeypatch.setattr(module, "has_trees", lambda: False)
+    model = fit_operator(samples, RATES)
+    assert isinstance(model.residual, RbfResidual)
+    np.testing.assert_array_equal(model.time(samples.shape), expected.time(samples.shape))
+    with pytest.raises(CalibrationError, match=r"pip install 'meshwright\[calibrate\]'"):
+        residuals.fit_trees(np.zeros((4, 3)), np.zeros(4))
+
+
+def test_the_box_is_what_was_sampled(wavy: OperatorModel) -> None:
+    samples = made(400, wave=0.15)
+    assert wavy.box is not None
+    flops = np.log2(2.0 * samples.shape["m"] * samples.shape["n"] * samples.shape["k"])
+    sizes = [np.log2(samples.shape[name]) for name in "mnk"]
+    np.testing.assert_allclose(wavy.box[0], [column.min() for column in (*sizes, flops)])
+    np.testing.assert_allclose(wavy.box[1], [column.max() for column in (*sizes, flops)])
+    np.testing.assert_array_less(0.0, np.diff(list(wavy.intervals.values()), axis=1))
+
+
+@pytest.mark.parametrize("name", ["gemm", "attention_decode", "moe", "copy"])
+def test_too_few_shapes_say_how_many_more(name: str) -> None:
+    operator = OPERATORS[name]
+    # Three shapes per constant of the roofline; a copy has two constants in one dimension.
+    needed = 4 if name == "copy" else 3 * (4 + len(operator.parameters))
+    assert num_samples_needed(operator) == needed
+    few = needed - 3
+    samples = OperatorSamples(
+        operator=name,
+        precision="bf16",
+        shape={field: np.arange(1.0, few + 1.0) for field in operator.fields},
+        seconds=np.full(few, 1e-5),
+        source="made up",
+    )
+    with pytest.raises(CalibrationError) as caught:
+        fit_operator(samples, RATES)
+    assert str(caught.value) == f"{name}.bf16: {few} measured shapes are too few; measure at least 3 more"
+
+
+def test_a_few_shapes_give_a_roofline_alone_with_its_error() -> None:
+    model = fit_operator(made(20), RATES)
+    assert model.residual is None
+    assert model.error is not None
+    assert model.error.num_points == 20
+    assert set(model.intervals) == {"launch", "memory", "compute"}
+    assert mean_error(model, made(1000, seed=1)) < 0.05
+
+
+def test_eight_sizes_of_a_copy_draw_its_curve() -> None:
+    num_bytes = 2.0 ** np.arange(10, 34, 3)
+    # Bandwidth halves beyond 64 MiB, which no latency and bandwidth follow.
+    seconds = 3e-6 + num_bytes / np.where(num_bytes < 2**26, 4e12, 2e12)
+    samples = OperatorSamples(
+        operator="copy", precision="bf16", shape={"num_bytes": num_bytes}, seconds=seconds, source="made up"
+    )
+    model = fit_operator(samples, RATES)
+    assert isinstance(model.residual, RbfResidual)
+    assert model.error is not None
+    assert mean_error(model, samples) < model.error.roofline
+
+
+def test_equal_seeds_give_equal_models_and_other_seeds_other_folds(wavy: OperatorModel) -> None:
+    samples = made(400, wave=0.15)
+    again = fit_operator(samples, RATES, SMOOTH_ONLY)
+    other = fit_operator(samples, RATES, replace(SMOOTH_ONLY, seed=1))
+    assert again.curve == wavy.curve == other.curve
+    assert again.error == wavy.error != other.error
+    assert again.intervals == wavy.intervals
