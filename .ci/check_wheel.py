@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("cli", "costmodels", "hardware_specs", "kernels", "planner", "profiler", "simcore")
-SUFFIXES = (".py", ".yaml", ".typed")
+SUFFIXES = (".cu", ".json", ".py", ".typed", ".yaml")
 
 
 def expected() -> set[str]:

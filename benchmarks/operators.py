@@ -29,21 +29,8 @@ from meshwright.profiler.measurements import Measurements, OperatorSamples
 
 SEEDS = (0, 1, 2)
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.3, 6000
-# (n, k) of the projections of Llama 3 8B and 70B on one rank or eight: a model's own shapes.
-MODEL_SHAPES = (
-    (6144, 4096),
-    (4096, 4096),
-    (28672, 4096),
-    (4096, 14336),
-    (10240, 8192),
-    (8192, 8192),
-    (57344, 8192),
-    (8192, 28672),
-    (1280, 8192),
-    (8192, 1024),
-    (7168, 8192),
-    (8192, 3584),
-)
+# Widths of language models' projections, from which a seed draws the (n, k) of twenty products.
+MODEL_WIDTHS, NUM_PRODUCTS = (1024, 57344), 20
 MODEL_SIZES = (1, 16, 64, 256, 1024, 4096, 32768)
 
 
@@ -132,9 +119,10 @@ def structured_hold_out(
     test: Callable[[dict[str, NDArray[np.float64]]], NDArray[np.bool_]],
     count: int,
     root: Path | None,
+    system: str = "h200_sxm",
 ) -> Scores:
-    samples = samples_of("h200_sxm", "vllm", "gemm.bf16", root)
-    rates, scores = rates_of("h200_sxm", "vllm", samples, root), Scores()
+    samples = samples_of(system, "vllm", "gemm.bf16", root)
+    rates, scores = rates_of(system, "vllm", samples, root), Scores()
     training, held = (samples.take(np.flatnonzero(part(dict(samples.shape)))) for part in (train, test))
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
@@ -149,14 +137,10 @@ def own_shapes(root: Path | None) -> tuple[Scores, float, float]:
     rates, scores, sums = rates_of("h200_sxm", "vllm", samples, root), Scores(), []
     n, k = samples.shape["n"], samples.shape["k"]
     pairs = np.unique(np.column_stack([n, k]), axis=0)
-    # Real widths lie between those of the table: the table's nearest stand for them.
-    chosen = [
-        pairs[np.argmin(np.abs(np.log(pairs / np.array(want, dtype=float))).sum(axis=1))]
-        for want in MODEL_SHAPES
-    ]
-    chosen = np.unique(np.array(chosen), axis=0)
+    pairs = pairs[((pairs >= MODEL_WIDTHS[0]) & (pairs <= MODEL_WIDTHS[1])).all(axis=1)]
     for seed in SEEDS:
         _, pool = split(samples, seed)
+        chosen = np.random.default_rng(seed).permutation(pairs)[:NUM_PRODUCTS]
         generic = pick(pool, 300, seed, rates)
         mine = np.flatnonzero(
             (n[:, None] == chosen[:, 0]).astype(int).__mul__(k[:, None] == chosen[:, 1]).any(axis=1)
@@ -274,7 +258,8 @@ def main() -> None:
         ("H100 bf16 GEMM", "h100_sxm", "vllm", "gemm.bf16", (100, 300)),
         ("H200 fp8 GEMM", "h200_sxm", "trtllm", "gemm.fp8", (300,)),
         ("B200 bf16 GEMM", "b200_sxm", "vllm", "gemm.bf16", (300,)),
-        ("A100 bf16 GEMM", "a100_sxm", "sglang", "gemm.bf16", (300,)),
+        ("A100 bf16 GEMM (vLLM's table)", "a100_sxm", "vllm", "gemm.bf16", (300,)),
+        ("A100 bf16 GEMM (SGLang's)", "a100_sxm", "sglang", "gemm.bf16", (300,)),
         ("H200 prefill attention", "h200_sxm", "vllm", "attention_prefill.bf16", (300, 1000)),
         ("H200 decode attention", "h200_sxm", "vllm", "attention_decode.bf16", (300, 1000)),
         ("B200 prefill attention", "b200_sxm", "vllm", "attention_prefill.bf16", (300, 1000)),
@@ -292,10 +277,10 @@ def main() -> None:
     )
     for label, part in (("m <= 64", lambda s: s["m"] <= 64), ("m >= 1024", lambda s: s["m"] >= 1024)):
         show(f"H200 GEMM, {label}, 300 points", structured_hold_out(lambda s: s["m"] > 0, part, 300, root))
-    show(
-        "H200 GEMM, ten times the sampled FLOPs",
-        structured_hold_out(lambda s: num_flops(s) < 5e10, lambda s: num_flops(s) > 5e11, 300, root),
-    )
+    for system in ("h100_sxm", "h200_sxm"):
+        label = f"{system[:4].upper()} GEMM, ten times the sampled FLOPs"
+        below, above = (lambda s: num_flops(s) < 5e10), (lambda s: num_flops(s) > 5e11)
+        show(label, structured_hold_out(below, above, 300, root, system))
     scores, sum_error, sum_bias = own_shapes(root)
     show("H200 GEMM, a model's own shapes, 7 sizes", scores)
     print(

@@ -16,7 +16,7 @@ __all__ = ["fit_rbf", "fit_trees", "has_trees"]
 Matrix = NDArray[np.float64]
 
 # Added to the diagonal, in octaves: the interpolant passes near, not through, samples of 1 % noise or so.
-SMOOTHING = 0.3
+SMOOTHING = 0.6
 NUM_TREES, NUM_LEAVES, LEARNING_RATE = 100, 12, 0.2
 # Below this many samples a leaf of one is noise.
 _SMALL = 200

@@ -23,15 +23,14 @@ from meshwright.costmodels.context import CostContext, cost_context
 from meshwright.costmodels.iteration import iteration_costs
 from meshwright.costmodels.software import SoftwareGeneration, load_software, with_constants
 from meshwright.errors import CalibrationError, MeshwrightError, SpecError, did_you_mean
+from meshwright.profiler.fitting.fittable_constants import FITTABLE_CONSTANTS, FittableConstant
 from meshwright.profiler.measured_runs import MeasuredRun
 from meshwright.profiler.measured_setup import IncompleteRowError, measured_setup
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.training.iteration import iteration_time
 
 __all__ = [
-    "FITTABLE_CONSTANTS",
     "FitError",
-    "FittableConstant",
     "FittedRun",
     "SoftwareFit",
     "fit_software",
@@ -39,8 +38,8 @@ __all__ = [
 ]
 
 Vector = NDArray[np.float64]
+Rows = NDArray[np.int64]
 Indices = tuple[int, ...]
-_Kind = Literal["factor", "rate", "amount"]
 
 _MIN_ROWS, _ROWS_PER_CONSTANT = 3, 2
 # Scatter of measured over predicted time where the constants are right: reruns differ by 1 to 2 % (internevo-44
@@ -60,58 +59,6 @@ _MAX_ROUNDS, _MODEL_RADIUS = 3, 0.2
 # Slopes are secants over this share of a width: long enough to see past the kinks of hidden communication.
 _SECANT = 0.5
 _CLOCK = "sustained_clock."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FittableConstant:
-    """A constant that measured iterations can fix.
-
-    Parameters
-    ----------
-    name : str
-        Number field of a software generation, or ``sustained_clock.FORMAT`` of the device.
-    width : float
-        Standard deviation of the prior: of the logarithm, or in the constant's unit for an amount.
-    low, high : float
-        Bounds.
-    kind : {"factor", "rate", "amount"}
-        Time goes with a factor and with the inverse of a rate; an amount may be zero and varies by sums.
-    """
-
-    name: str
-    width: float
-    low: float
-    high: float
-    kind: _Kind
-
-
-# Widths: about half of how far the built-in generations lie apart, halved once more for the fixed time, which would
-# otherwise soak up whatever is missing from short iterations.
-_TABLE: tuple[tuple[str, _Kind, float, float, float], ...] = (
-    ("sustained_clock.bf16", "rate", 0.06, 0.3, 1.3),
-    ("sustained_clock.fp8", "rate", 0.09, 0.3, 1.8),
-    ("attention_efficiency", "rate", 0.25, 0.1, 1.6),
-    ("inter_node_efficiency", "rate", 0.12, 0.1, 1.0),
-    ("elementwise_factor", "factor", 0.15, 0.5, 6.0),
-    ("eager_elementwise_factor", "factor", 0.2, 0.5, 12.0),
-    ("cross_entropy_bytes_per_logit", "factor", 0.2, 2.0, 200.0),
-    ("fp8_cast_bytes", "factor", 0.25, 0.2, 30.0),
-    ("host_launch_latency", "factor", 0.3, 5e-7, 1e-4),
-    ("gradient_accumulation_bytes", "amount", 2.5, 0.0, 40.0),
-    ("fsdp_contention", "amount", 0.15, 0.0, 2.0),
-    ("fsdp_step_latency", "amount", 0.6e-6, 0.0, 5e-5),
-    ("broadcast_step_latency", "amount", 1.2e-3, 0.0, 5e-2),
-    ("fixed_time", "amount", 0.06, 0.0, 60.0),
-    ("tp_overlap", "amount", 0.12, 0.0, 0.95),
-    ("async_tp_overlap", "amount", 0.12, 0.0, 0.95),
-    ("gradient_reduce_overlap", "amount", 0.2, 0.0, 1.0),
-    ("parameter_gather_overlap", "amount", 0.2, 0.0, 1.0),
-)
-FITTABLE_CONSTANTS = tuple(
-    FittableConstant(name=name, kind=kind, width=width, low=low, high=high)
-    for name, kind, width, low, high in _TABLE
-)
-"""Every constant a fit may move; what the fields stand for is in :class:`SoftwareGeneration`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +179,11 @@ def fit_software(
             f"fitting {software} takes {_MIN_ROWS} measured iterations or more: {len(rows)} usable, "
             f"{_MIN_ROWS - len(rows)} more needed{reasons}"
         )
+    if any(row.context.software != rows[0].context.software for row in rows):
+        raise CalibrationError(
+            f"the calibrations give {software} other constants on some devices of these rows; a fit shares them: "
+            "calibrate each device by itself, or leave those files out"
+        )
     problem = _Problem(rows, neutral)
     asked = _supported(problem, constants) if constants else None
     model, chosen = _settled(problem, asked)
@@ -334,23 +286,22 @@ class _Problem:
     def __init__(self, rows: Sequence[_Row], neutral: Mapping[str, float]) -> None:
         software = rows[0].context.software
         clocks = {row.context.gpu.id: row.context.calibration.sustained_clock for row in rows}
-        self.rows, self.levers = rows, list[tuple[FittableConstant, str | None]]()
-        starts = []
+        known: list[tuple[FittableConstant, str | None, float]] = []
         for constant in FITTABLE_CONSTANTS:
-            if not constant.name.startswith(_CLOCK):
-                self.levers.append((constant, None))
-                starts.append(neutral.get(constant.name, getattr(software, constant.name)))
-            for gpu, clock in clocks.items():
-                if constant.name.removeprefix(_CLOCK) in clock:
-                    self.levers.append((constant, gpu))
-                    starts.append(clock[constant.name.removeprefix(_CLOCK)])
+            precision = constant.name.removeprefix(_CLOCK)
+            if precision == constant.name:
+                known.append((constant, None, neutral.get(precision, getattr(software, precision))))
+            known += [(constant, gpu, held[precision]) for gpu, held in clocks.items() if precision in held]
+        # Nothing grows from zero by factors.
+        known = [each for each in known if each[0].kind == "amount" or each[2] > 0.0]
+        self.rows, self.levers = rows, [(constant, gpu) for constant, gpu, _ in known]
         constants = [constant for constant, _ in self.levers]
         self.names = [f"{gpu}.{constant.name}" if gpu else constant.name for constant, gpu in self.levers]
         self.is_amount = np.array([constant.kind == "amount" for constant in constants])
         self.is_rate = np.array([constant.kind == "rate" for constant in constants])
         doubt = _NEUTRAL_DOUBT if neutral else 1.0
         self.width = np.array([each.width * (1.0 if gpu else doubt) for each, gpu in self.levers])
-        self.start_values = np.array(starts)
+        self.start_values = np.array([start for *_, start in known])
         self.start = self._coordinates(self.start_values)
         # A start outside the bounds is somebody's measurement and widens them.
         low, high = (
@@ -367,11 +318,8 @@ class _Problem:
     def values(self, moves: Vector) -> Vector:
         """Return every constant after its move."""
         shift = self.width * moves
-        values: Vector = np.where(
-            self.is_amount,
-            self.start + shift,
-            self.start_values * np.exp(np.where(self.is_amount, 0.0, shift)),
-        )
+        grown = self.start_values * np.exp(np.where(self.is_amount, 0.0, shift))
+        values: Vector = np.where(self.is_amount, self.start + shift, grown)
         return values
 
     def value_slopes(self, values: Vector) -> Vector:
@@ -409,9 +357,7 @@ class _Problem:
             model.slopes * (inverse * self.value_slopes(values)) / seconds[:, None]
         )
 
-    def solve(
-        self, model: _LinearModel, chosen: Indices, rows: NDArray[np.int64], near: Vector | None = None
-    ) -> Vector:
+    def solve(self, model: _LinearModel, chosen: Indices, rows: Rows, near: Vector | None = None) -> Vector:
         """Return the moves of all levers, the chosen ones at their maximum a posteriori (that ``near`` some moves)."""
         start = np.zeros(len(self.levers))
         levers = np.array(chosen, dtype=np.int64)
@@ -424,12 +370,7 @@ class _Problem:
         return min(ends, key=lambda end: self.cost(model, end, rows))
 
     def _descend(
-        self,
-        model: _LinearModel,
-        levers: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        start: Vector,
-        power: float,
+        self, model: _LinearModel, levers: NDArray[np.int64], rows: Rows, start: Vector, power: float
     ) -> Vector:
         """Take reweighted Gauss-Newton steps; errors weigh ``(1 + (error / noise)**2) ** -power``."""
         moves, low, high = start.copy(), self.low[levers], self.high[levers]
@@ -447,14 +388,12 @@ class _Problem:
                 break
         return moves
 
-    def cost(self, model: _LinearModel, moves: Vector, rows: NDArray[np.int64]) -> float:
+    def cost(self, model: _LinearModel, moves: Vector, rows: Rows) -> float:
         """Return twice the negative logarithm of the posterior, up to a constant."""
         errors, _ = self.log_errors(model, moves)
         return float(np.log1p((errors[rows] / _NOISE) ** 2).sum() + (moves**2).sum())
 
-    def left_out_cost(
-        self, model: _LinearModel, chosen: Indices, rows: NDArray[np.int64], near: Vector
-    ) -> float:
+    def left_out_cost(self, model: _LinearModel, chosen: Indices, rows: Rows, near: Vector) -> float:
         """Return the mean cost of each row under a fit without it."""
         ends = [self.solve(model, chosen, rows[rows != row], near) for row in rows]
         errors = [self.log_errors(model, end)[0][row] for end, row in zip(ends, rows, strict=True)]
@@ -500,7 +439,7 @@ def _settled(problem: _Problem, asked: Indices | None) -> tuple[_LinearModel, In
     return model, asked or _selected(problem, model, rows)
 
 
-def _selected(problem: _Problem, model: _LinearModel, rows: NDArray[np.int64]) -> Indices:
+def _selected(problem: _Problem, model: _LinearModel, rows: Rows) -> Indices:
     """Return the levers worth fitting: dropped one by one, as many kept as predict left-out rows best."""
     kept = problem.sensitive(model)
     moves = problem.solve(model, kept, rows)
@@ -516,7 +455,7 @@ def _selected(problem: _Problem, model: _LinearModel, rows: NDArray[np.int64]) -
     chosen: Indices = ()
     least = np.inf
     for some, near in reversed(path):
-        if len(some) <= len(rows) // _ROWS_PER_CONSTANT:
+        if len(some) <= len(rows) // _ROWS_PER_CONSTANT and not _alike(problem, model, some, rows):
             cost = problem.left_out_cost(model, some, rows, near)
             if cost < (1.0 - _GAIN) * least:
                 chosen, least = some, cost
@@ -527,26 +466,37 @@ def _supported(problem: _Problem, constants: Sequence[str]) -> Indices:
     """Return the levers of the wanted constants; refuse what the rows cannot tell."""
     num_rows = len(problem.rows)
     asked = tuple(index for index, (constant, _) in enumerate(problem.levers) if constant.name in constants)
+    held = {problem.levers[index][0].name for index in asked}
+    idle = [name for name in dict.fromkeys(constants) if name not in held]
     missing = _ROWS_PER_CONSTANT * len(asked) - num_rows
     if missing > 0:
         raise CalibrationError(
             f"{len(asked)} constants take {num_rows + missing} measured iterations, two each: {missing} more needed"
         )
     model = problem.linear_model(np.zeros(len(problem.levers)), asked)
-    idle = [problem.names[index] for index in asked if index not in problem.sensitive(model)]
+    idle += [problem.names[index] for index in asked if index not in problem.sensitive(model)]
     if idle:
         raise CalibrationError(
             f"no measured iteration depends on {', '.join(idle)}: leave it out, or add 2 rows that do"
         )
-    effects = problem.log_errors(model, np.zeros(len(problem.levers)))[1][:, asked]
-    _, strengths, directions = np.linalg.svd(effects / np.linalg.norm(effects, axis=0))
-    if len(strengths) and strengths[-1] < _DISTINCT:
-        alike = [problem.names[asked[index]] for index in np.argsort(-np.abs(directions[-1]))[:2]]
+    alike = _alike(problem, model, asked, np.arange(num_rows))
+    if alike:
         raise CalibrationError(
             f"{' and '.join(alike)} change all {num_rows} measured iterations alike and cannot be told apart: fit "
             "one of them, or add 1 row that one changes far more (another batch, sequence length, number of GPUs)"
         )
     return asked
+
+
+def _alike(problem: _Problem, model: _LinearModel, some: Indices, rows: Rows) -> tuple[str, ...]:
+    """Return two of the levers that change the rows alike, or nothing when all can be told apart."""
+    effects = problem.log_errors(model, np.zeros(len(problem.levers)))[1][rows][:, some]
+    norms = np.linalg.norm(effects, axis=0)
+    if len(some) < 2 or not norms.all():
+        return ()
+    _, strengths, directions = np.linalg.svd(effects / norms)
+    alike = np.argsort(-np.abs(directions[-1]))[:2] if strengths[-1] < _DISTINCT else ()
+    return tuple(problem.names[some[index]] for index in alike)
 
 
 def _changed(context: CostContext, constants: Mapping[str, float], clock: Mapping[str, float]) -> CostContext:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from meshwright.costmodels.calibration_document import CalibrationDocument
 from meshwright.costmodels.calibration_reading import parse_calibration
 from meshwright.costmodels.calibration_writing import calibration_text
 from meshwright.costmodels.context import CostContext, cost_context
@@ -136,6 +137,48 @@ def test_constants_that_rows_cannot_tell_apart_are_refused() -> None:
 def test_a_constant_no_row_depends_on_is_refused() -> None:
     with pytest.raises(CalibrationError, match="no measured iteration depends on tp_overlap"):
         fit_software(truth(), "torchtitan", constants=("tp_overlap",))
+
+
+def test_a_clock_the_device_does_not_have_is_refused() -> None:
+    on_a100 = [replace(run, cells={**run.cells, "gpu": "A100-80GB-SXM"}) for run in truth()]
+    with pytest.raises(CalibrationError, match=r"no measured iteration depends on sustained_clock\.fp8"):
+        fit_software(on_a100, "torchtitan", constants=("sustained_clock.fp8", "fixed_time"))
+
+
+def test_constants_that_rows_cannot_tell_apart_are_not_chosen_together() -> None:
+    same = [replace(truth()[0], id=f"row-{index}") for index in range(6)]
+    slower = [replace(run, measured_seconds=1.3 * (run.measured_seconds or 0.0)) for run in same]
+    assert len(fit_software(slower, "torchtitan").prior) == 1
+
+
+def given(folder: Path, gpu: str, **constants: float) -> Path:
+    """Write a user's calibration of torchtitan's constants on one device."""
+    path = folder / f"{gpu}.json"
+    document = CalibrationDocument(name=gpu, gpu=gpu, software={"torchtitan": constants})
+    path.write_text(calibration_text(document))
+    return path
+
+
+def test_a_constant_at_zero_stays_there(tmp_path: Path) -> None:
+    fit = fit_software(
+        truth(clock=0.8),
+        "torchtitan",
+        calibration_paths=(given(tmp_path, "h100-sxm-80", fp8_cast_bytes=0.0),),
+    )
+    assert fit.sustained_clock["h100-sxm-80"]["bf16"] == pytest.approx(0.8, rel=0.03)
+    assert "fp8_cast_bytes" not in fit.constants
+
+
+def test_devices_given_other_software_constants_are_not_fitted_together(tmp_path: Path) -> None:
+    on_h200 = [
+        replace(run, id=f"{run.id}-h200", cells={**run.cells, "gpu": "H200-141GB-SXM"}) for run in truth()
+    ]
+    paths = (
+        given(tmp_path, "h100-sxm-80", fixed_time=0.5),
+        given(tmp_path, "h200-sxm-141", fixed_time=0.1),
+    )
+    with pytest.raises(CalibrationError, match="other constants on some devices"):
+        fit_software([*truth(), *on_h200], "torchtitan", calibration_paths=paths)
 
 
 def test_an_unknown_constant_suggests_the_nearest() -> None:
