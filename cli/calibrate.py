@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meshwright.cli.options import CommonOptions, common_options
+from meshwright.errors import SpecError
 
 if TYPE_CHECKING:
     from meshwright.profiler.measurements import Measurements
@@ -60,6 +61,8 @@ def command(
     meshwright calibrate --from nccl-tests all_reduce.log --gpu h100-sxm-80 --out nccl.calibration.json
     meshwright calibrate --from runs my_runs.csv --software megatron-core --out stack.calibration.json
     """
+    if out.suffix != ".json" and system != "all":
+        raise SpecError(f"{out}: calibrations are JSON; name a file that ends in .json")
     if source == "runs":
         _from_runs(inputs, software, constants, out, common)
         return
@@ -73,8 +76,6 @@ def _measurements(
     source: str, inputs: tuple[Path, ...], gpu: str | None, system: str | None, engine: str | None
 ) -> Measurements:
     """Read what the user named, by its kind."""
-    from meshwright.errors import SpecError
-
     if source == "aiconfigurator":
         from meshwright.profiler.importers.aiconfigurator import read_aiconfigurator
 
@@ -137,7 +138,6 @@ def _built_in(folder: Path, common: CommonOptions) -> None:
     """Fit every built-in calibration anew; ``folder`` is where they lie."""
     from meshwright.cli.render.console import ProgressLine
     from meshwright.costmodels.calibration_writing import calibration_text
-    from meshwright.errors import SpecError
     from meshwright.planner.output_file import is_our_json, replace_file
     from meshwright.profiler.built_in import BUILT_IN, fit_built_in
 
@@ -163,7 +163,6 @@ def _from_runs(
     from meshwright.cli.render.console import print_json
     from meshwright.cli.render.software_fit import print_software_fit, software_fit_mapping
     from meshwright.costmodels.calibration_writing import calibration_text
-    from meshwright.errors import SpecError
     from meshwright.planner.output_file import check_replaceable, is_our_json, replace_file
     from meshwright.profiler.fitting.software import fit_software, software_documents
     from meshwright.profiler.measured_runs import read_measured_runs

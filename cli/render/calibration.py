@@ -41,6 +41,10 @@ def find_documents(name: str) -> tuple[CalibrationDocument, ...]:
         If there is neither; names the nearest device.
     """
     path = Path(name)
+    if path.suffix == ".jsonl":
+        raise SpecError(
+            f"{name}: is a profile; 'meshwright calibrate {name} --out FILE.json' makes a calibration of it"
+        )
     if path.suffix in (".json", ".yaml") or path.is_file():
         section = read_document(path)
         check_header(section)

@@ -58,15 +58,26 @@ def fit_roofline(
         return errors
 
     span = 1e-9 * (high - low)
-    fitted = least_squares(
-        log_errors,
-        np.clip(start, low + span, high - span),
-        bounds=(low, high),
+    start = np.clip(start, low + span, high - span)
+    # Kernels without FLOPs know neither compute efficiency nor exponent.
+    is_free = np.ones(len(start), dtype=bool)
+    is_free[[1, 3]] = operator.num_dims > 1
+
+    def free_errors(free: NDArray[np.float64]) -> NDArray[np.float64]:
+        point = start.copy()
+        point[is_free] = free
+        return log_errors(point)
+
+    fitted = start.copy()
+    fitted[is_free] = least_squares(
+        free_errors,
+        start[is_free],
+        bounds=(low[is_free], high[is_free]),
         loss="soft_l1",
         f_scale=_ROBUST_SCALE,
-        x_scale=np.concatenate([np.ones(4), np.maximum(0.1 * (high - low)[4:], 1e-6)]),
-    )
-    return _curve(fitted.x), dict(zip(names, fitted.x[4:].tolist(), strict=True))
+        x_scale=np.concatenate([np.ones(4), np.maximum(0.1 * (high - low)[4:], 1e-6)])[is_free],
+    ).x
+    return _curve(fitted), dict(zip(names, fitted[4:].tolist(), strict=True))
 
 
 def _curve(point: NDArray[np.float64]) -> RooflineCurve:

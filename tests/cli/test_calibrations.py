@@ -129,3 +129,9 @@ def test_a_file_that_is_no_calibration_is_refused(meshwright, folder, content, s
     outcome = meshwright("calibrations", "show", "mine.json")
     assert (outcome.code, outcome.stdout) == (2, "")
     assert says in outcome.stderr
+
+
+def test_a_profile_is_no_calibration_yet(meshwright, tmp_path):
+    outcome = meshwright("calibrations", "show", tmp_path / "mine.jsonl")
+    assert outcome.code == 2
+    assert "is a profile; 'meshwright calibrate" in outcome.stderr
