@@ -146,7 +146,7 @@ def test_children_of_fitted_trees_follow_their_parents() -> None:
     pytest.importorskip("sklearn", reason="scikit-learn grows the trees")
     points = np.random.default_rng(4).uniform(0.0, 14.0, (60, 11))
     trees = fit_trees(points, wavy(points))
-    assert len(trees.roots) == NUM_TREES
+    assert len(trees.roots) == NUM_TREES // 2  # few samples, half the trees
     inner = np.flatnonzero(trees.left >= 0)
     assert (trees.left[inner] > inner).all()
     assert (trees.right[inner] > inner).all()
