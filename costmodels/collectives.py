@@ -151,26 +151,20 @@ def _measured_correction(
     curve = network.calibration.collectives[collective]
     if curve.link_bandwidth is None:
         return np.ones_like(num_bytes)
-    corrections = []
-    for index, table in enumerate(curve.tables):
-        if table is None:
-            corrections.append(np.zeros_like(num_bytes))
+    known = np.log2(curve.ranks)
+    log_ranks = np.clip(np.log2(np.maximum(ranks, 1.0)), known[0], known[-1])
+    # Share of each measured group size in the interpolation: a hat function around it.
+    shares = [np.interp(log_ranks, known, hat) for hat in np.eye(len(known))]
+    log_correction = np.zeros_like(num_bytes)
+    for index, (share, table) in enumerate(zip(shares, curve.tables, strict=True)):
+        if table is None or not share.any():
             continue
         size = curve.ranks[index]
-        share = (size - 1.0) / size / np.maximum((ranks - 1.0) / np.maximum(ranks, 1.0), 1e-9)
-        transfer = traffic * share / (curve.link_bandwidth * curve.link_efficiency[index])
+        scale = (size - 1.0) / size / np.maximum((ranks - 1.0) / np.maximum(ranks, 1.0), 1e-9)
+        transfer = traffic * scale / (curve.link_bandwidth * curve.link_efficiency[index])
         latency, exponent = (np.full_like(transfer, part[index]) for part in (curve.latency, curve.exponent))
-        corrections.append(np.log(table.time(num_bytes) / _p_norm(latency, transfer, exponent)))
-    log_ranks = np.log2(np.clip(ranks, curve.ranks[0], curve.ranks[-1]))
-    known = np.log2(curve.ranks)
-    above = np.clip(np.searchsorted(known, log_ranks), 1, len(known) - 1) if len(known) > 1 else None
-    stacked = np.stack(corrections)
-    if above is None:
-        log_correction = stacked[0]
-    else:
-        cases = np.arange(len(log_ranks))
-        weight = (log_ranks - known[above - 1]) / (known[above] - known[above - 1])
-        log_correction = (1.0 - weight) * stacked[above - 1, cases] + weight * stacked[above, cases]
+        measured = table.time(num_bytes) / _p_norm(latency, transfer, exponent)
+        log_correction = log_correction + share * np.log(measured)
     correction: FloatColumn = np.where(
         (ranks > curve.ranks[-1]) | (ranks <= 1.0), 1.0, np.exp(log_correction)
     )
