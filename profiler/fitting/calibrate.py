@@ -119,9 +119,11 @@ def _under_forward_residual(
     """Return a gradient layout's own roofline under the forward layout's residual."""
     flattened = replace(samples, seconds=samples.seconds / np.exp(forward.log_correction(samples.shape)))
     model = fit_operator(flattened, forward.rates, replace(settings, with_residual=False))
-    return replace(
-        model, residual=forward.residual, box=forward.box, source=f"{samples.source}; residual of gemm"
-    )
+    layout = replace(model, residual=forward.residual, box=forward.box, source=f"{samples.source}; residual of gemm")
+    if model.error is None:
+        return layout
+    plain = np.abs(model.time(samples.shape) / samples.seconds - 1.0)
+    return replace(layout, error=replace(model.error, roofline=float(plain.mean())))
 
 
 def _attention_curves(measurements: Measurements) -> Mapping[str, AttentionCurve]:

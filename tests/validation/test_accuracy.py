@@ -18,7 +18,7 @@ TABLE = Path(__file__).with_name("training_runs.csv")
 # this release predicts them. Lower it when a model improves; raising it takes a reason in the change log.
 TODAY = {
     "internevo": 4.0,
-    "kort": 3.3,
+    "kort": 2.9,
     "llmf": 1.6,
     "mbridge": 6.5,
     "mtnlg": 20.1,
