@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.simcore.domain.plan import (
+    CP_METHODS,
+    OFFLOADS,
+    RECOMPUTE_MODULES,
     RECOMPUTES,
     SCHEDULES_KNOWN,
     SHARDINGS,
@@ -22,15 +25,19 @@ from meshwright.simcore.domain.plan import (
 )
 
 __all__ = [
+    "ALL_LAYERS",
     "LAYER_FIELDS",
+    "CpMethods",
     "FloatColumn",
     "IntColumn",
+    "Offloads",
     "PlanColumns",
     "Recomputes",
     "Schedules",
     "Shardings",
     "VocabParallels",
     "layer_counts",
+    "module_mask",
 ]
 
 # Columns that describe how layers are spread over stages.
@@ -45,6 +52,8 @@ LAYER_FIELDS = (
     "chunk_before",
     "chunk_between",
 )
+# ``recompute_layers`` of plans that recompute every layer of a stage: more than any stage has.
+ALL_LAYERS = 1_000_000
 # Mixed-radix keys stay below this to be exact in 64 bits.
 _LARGEST_KEY = 2**62
 
@@ -73,6 +82,18 @@ class Schedules:
     ZB_H2 = SCHEDULES_KNOWN.index("zb_h2")
 
 
+class CpMethods:
+    """Column codes of ``ParallelPlan.cp_method``."""
+
+    RING, ULYSSES, ALL_GATHER, HIERARCHICAL = (CP_METHODS.index(name) for name in CP_METHODS)
+
+
+class Offloads:
+    """Column codes of ``ParallelPlan.optimizer_offload`` and ``parameter_offload``."""
+
+    NONE, CPU, NVME = (OFFLOADS.index(name) for name in OFFLOADS)
+
+
 class VocabParallels:
     """Column codes of ``ParallelPlan.vocab_parallel``."""
 
@@ -86,7 +107,9 @@ class PlanColumns:
     """One plan per row; every array has shape ``(num_plans,)``.
 
     Codes index the tuples of :mod:`meshwright.simcore.domain.plan`; the layer fields say how layers are spread
-    and are those of :func:`layer_counts`.
+    and are those of :func:`layer_counts`. ``recompute_modules`` is a mask over ``RECOMPUTE_MODULES`` (0 is the
+    software's choice), ``recompute_layers`` is :data:`ALL_LAYERS` and ``secondary_group`` 0 where the plan says
+    nothing.
     """
 
     dp: IntColumn
@@ -94,13 +117,24 @@ class PlanColumns:
     pp: IntColumn
     vpp: IntColumn
     cp: IntColumn
+    cp_method: IntColumn
+    ep: IntColumn
+    etp: IntColumn
+    expert_overlap: IntColumn
     sequence_parallel: NDArray[np.bool_]
     micro_batch_size: IntColumn
     num_micro_batches: IntColumn
     schedule: IntColumn
     recompute: IntColumn
+    recompute_modules: IntColumn
+    recompute_layers: IntColumn
     sharding: IntColumn
     sharding_group: IntColumn
+    secondary_group: IntColumn
+    optimizer_offload: IntColumn
+    optimizer_offload_fraction: FloatColumn
+    parameter_offload: IntColumn
+    activation_offload: NDArray[np.bool_]
     vocab_parallel: IntColumn
     layers_first: IntColumn
     layers_second: IntColumn
@@ -140,7 +174,12 @@ class PlanColumns:
 
     def with_recompute(self, code: int) -> PlanColumns:
         """Return the same plans under another recompute policy."""
-        return replace(self, recompute=np.full_like(self.recompute, code))
+        return replace(
+            self,
+            recompute=np.full_like(self.recompute, code),
+            recompute_modules=np.zeros_like(self.recompute_modules),
+            recompute_layers=np.full_like(self.recompute_layers, ALL_LAYERS),
+        )
 
     @classmethod
     def from_plans(cls, plans: Sequence[ParallelPlan], global_batch_size: int) -> PlanColumns:
@@ -162,16 +201,32 @@ class PlanColumns:
             pp=column([p.pp for p in plans]),
             vpp=column([p.vpp for p in plans]),
             cp=column([p.cp for p in plans]),
+            cp_method=column([CP_METHODS.index(p.cp_method) for p in plans]),
+            ep=column([p.ep for p in plans]),
+            etp=column([p.etp for p in plans]),
+            expert_overlap=column([p.expert_overlap for p in plans]),
             sequence_parallel=np.array([p.sequence_parallel for p in plans], dtype=np.bool_),
             micro_batch_size=column([p.micro_batch_size for p in plans]),
             num_micro_batches=column([p.num_micro_batches(global_batch_size) for p in plans]),
             schedule=column([SCHEDULES_KNOWN.index(p.schedule) for p in plans]),
             recompute=column([RECOMPUTES.index(p.recompute) for p in plans]),
+            recompute_modules=column([module_mask(p.recompute_modules) for p in plans]),
+            recompute_layers=column([p.recompute_layers or ALL_LAYERS for p in plans]),
             sharding=column([SHARDINGS.index(p.sharding) for p in plans]),
             sharding_group=column([p.sharding_group or p.dp for p in plans]),
+            secondary_group=column([p.secondary_group or 0 for p in plans]),
+            optimizer_offload=column([OFFLOADS.index(p.optimizer_offload) for p in plans]),
+            optimizer_offload_fraction=np.array([p.optimizer_offload_fraction for p in plans]),
+            parameter_offload=column([OFFLOADS.index(p.parameter_offload) for p in plans]),
+            activation_offload=np.array([p.activation_offload for p in plans], dtype=np.bool_),
             vocab_parallel=column([VOCAB_PARALLELS.index(p.vocab_parallel) for p in plans]),
             **{name: layers[:, index] for index, name in enumerate(LAYER_FIELDS)},
         )
+
+
+def module_mask(modules: Sequence[str]) -> int:
+    """Return recompute modules as the bit mask of the column."""
+    return sum(1 << RECOMPUTE_MODULES.index(module) for module in modules)
 
 
 def layer_counts(layers_per_stage: Sequence[int], pp: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from meshwright.hardware_specs.yaml_document import Section, read_yaml
 from meshwright.planner.export import EXPORTERS
 from meshwright.planner.objectives import OBJECTIVES, Objective
 from meshwright.planner.space import LIMIT_KEYS, SearchLimits
+from meshwright.planner.workload_options import WorkloadOptions, workload_options
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.model_catalog import load_model, model_from_section
@@ -180,7 +181,9 @@ def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
     part = section.optional_section("workload") if section else None
     batch, length = flags.global_batch_size, flags.sequence_length
     precision = flags.precision
+    options = WorkloadOptions()
     if part is not None:
+        options = workload_options(part)
         file_batch = part.optional_integer("global_batch_size", minimum=1)
         file_length = part.optional_integer("sequence_length", minimum=1)
         file_precision = part.choice("precision", PRECISIONS, default="bf16")
@@ -195,7 +198,10 @@ def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
     if length is None:
         raise SpecError("no sequence length: give --sequence-length or 'workload: sequence_length:' (tokens)")
     return TrainingWorkload(
-        global_batch_size=batch, sequence_length=length, precision=cast("Precision", precision or "bf16")
+        global_batch_size=batch,
+        sequence_length=length,
+        precision=cast("Precision", precision or "bf16"),
+        **options,
     )
 
 

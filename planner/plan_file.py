@@ -17,13 +17,18 @@ from meshwright.errors import SpecError
 from meshwright.hardware_specs.catalog import cluster_from_section
 from meshwright.hardware_specs.spec_writing import cluster_to_mapping, dump_yaml
 from meshwright.hardware_specs.yaml_document import Section, read_yaml
+from meshwright.planner.workload_options import workload_options
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model_catalog import model_from_section, model_to_mapping
 from meshwright.simcore.domain.plan import (
+    CP_METHODS,
+    OFFLOADS,
     RECOMPUTES,
     SCHEDULES_KNOWN,
     SHARDINGS,
     VOCAB_PARALLELS,
+    CpMethod,
+    Offload,
     ParallelPlan,
     Recompute,
     ScheduleName,
@@ -35,6 +40,18 @@ from meshwright.simcore.domain.workload import PRECISIONS, TrainingWorkload
 __all__ = ["PlanDocument", "plan_document_text", "prediction_mapping", "read_plan"]
 
 _SCHEMA_VERSION = 1
+# Fields that a file states only where they differ from their default.
+_RARE_FIELDS = (
+    "cp_method",
+    "expert_overlap",
+    "recompute_modules",
+    "recompute_layers",
+    "secondary_group",
+    "optimizer_offload",
+    "optimizer_offload_fraction",
+    "parameter_offload",
+    "activation_offload",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +75,7 @@ def plan_document_text(document: PlanDocument, context: CostContext, prediction:
         "prediction": prediction_mapping(prediction),
         "software": job.software,
         "calibration": dict(context.calibration.identity),
-        "workload": dataclasses.asdict(job.workload),
+        "workload": _workload_mapping(job.workload),
         "origin": {
             **document.origin,
             "model_sha256": _digest(model),
@@ -127,6 +144,7 @@ def read_plan(path: Path) -> PlanDocument:
             global_batch_size=workload.integer("global_batch_size", minimum=1),
             sequence_length=workload.integer("sequence_length", minimum=1),
             precision=workload.choice("precision", PRECISIONS),  # type: ignore[arg-type]  # a word of this very list
+            **workload_options(workload),
         ),
         software=section.choice("software", list_software()),
     )
@@ -139,13 +157,30 @@ def read_plan(path: Path) -> PlanDocument:
 
 def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:
     mapping = dataclasses.asdict(plan)
-    mapping["layers_per_stage"] = list(plan.layers_per_stage)
-    return {key: value for key, value in mapping.items() if value is not None}
+    for key in ("layers_per_stage", "recompute_modules"):
+        mapping[key] = list(mapping[key])
+    defaults = {each.name: each.default for each in dataclasses.fields(plan)}
+    return {
+        key: value
+        for key, value in mapping.items()
+        if value is not None and not (key in _RARE_FIELDS and getattr(plan, key) == defaults[key])
+    }
+
+
+def _workload_mapping(workload: TrainingWorkload) -> dict[str, object]:
+    """Return the workload, what it leaves at its default left out but for batch, length and precision."""
+    stated = ("global_batch_size", "sequence_length", "precision")
+    return {
+        each.name: getattr(workload, each.name)
+        for each in dataclasses.fields(workload)
+        if each.name in stated or getattr(workload, each.name) != each.default
+    }
 
 
 def _plan(section: Section) -> ParallelPlan:
     degrees = {
-        axis: section.integer(axis, default=1, minimum=1) for axis in ("tp", "pp", "vpp", "cp", "ep", "etp")
+        axis: section.integer(axis, default=1, minimum=1)
+        for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "expert_overlap")
     }
     dp = section.integer("dp", minimum=1)
     micro_batch_size = section.integer("micro_batch_size", minimum=1)
@@ -156,6 +191,16 @@ def _plan(section: Section) -> ParallelPlan:
     sharding_group = section.optional_integer("sharding_group", minimum=1)
     vocab_parallel = cast("VocabParallel", section.choice("vocab_parallel", VOCAB_PARALLELS, default="none"))
     layers_per_stage = section.integers("layers_per_stage")
+    cp_method = cast("CpMethod", section.choice("cp_method", CP_METHODS, default="ring"))
+    recompute_modules = section.texts("recompute_modules") if section.has("recompute_modules") else ()
+    recompute_layers = section.optional_integer("recompute_layers", minimum=1)
+    secondary_group = section.optional_integer("secondary_group", minimum=1)
+    optimizer_offload, parameter_offload = (
+        cast("Offload", section.choice(key, OFFLOADS, default="none"))
+        for key in ("optimizer_offload", "parameter_offload")
+    )
+    fraction = section.optional_number("optimizer_offload_fraction")
+    activation_offload = section.boolean("activation_offload", default=False)
     # Before the plan is built: a mistyped key must not show as a degree that does not fit.
     section.close()
     try:
@@ -170,6 +215,14 @@ def _plan(section: Section) -> ParallelPlan:
             sharding_group=sharding_group,
             vocab_parallel=vocab_parallel,
             layers_per_stage=layers_per_stage,
+            cp_method=cp_method,
+            recompute_modules=recompute_modules,
+            recompute_layers=recompute_layers,
+            secondary_group=secondary_group,
+            optimizer_offload=optimizer_offload,
+            optimizer_offload_fraction=1.0 if fraction is None else fraction,
+            parameter_offload=parameter_offload,
+            activation_offload=activation_offload,
         )
     except SpecError as error:
         raise section.error("", str(error)) from None
@@ -190,6 +243,14 @@ def _check_fits(section: Section, job: TrainingJob, plan: ParallelPlan) -> None:
         raise section.error(
             "plan", f"tp {plan.tp} does not divide {job.model.num_attention_heads} attention heads"
         )
+    stage = plan.tp * plan.cp * plan.dp
+    if stage % (plan.ep * plan.etp):
+        raise section.error(
+            "plan", f"ep x etp = {plan.ep * plan.etp} does not divide the tp x cp x dp = {stage} ranks of a stage"
+        )
+    if plan.ep * plan.etp > 1 and (job.model.moe is None or job.model.moe.num_experts % plan.ep):
+        experts = f"{job.model.moe.num_experts} experts" if job.model.moe else "a model without experts"
+        raise section.error("plan", f"ep {plan.ep} does not divide {experts}")
     try:
         plan.num_micro_batches(job.workload.global_batch_size)
     except SpecError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from meshwright.costmodels.plan_columns import LAYER_FIELDS, PlanColumns, layer_counts
+from meshwright.costmodels.plan_columns import ALL_LAYERS, LAYER_FIELDS, PlanColumns, layer_counts
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import (
@@ -168,11 +168,30 @@ def _columns(job: TrainingJob, blocks: list[dict[str, np.ndarray]]) -> PlanColum
     num_rows = len(per_step)
     return PlanColumns(
         **merged,
-        cp=np.ones(num_rows, dtype=np.int64),
+        **_unsearched(num_rows),
         num_micro_batches=num_micro_batches,
-        vocab_parallel=np.zeros(num_rows, dtype=np.int64),
         **_layer_columns(job.model.num_layers, merged["pp"], merged["vpp"]),
     )
+
+
+def _unsearched(num_rows: int) -> dict[str, np.ndarray]:
+    """Return the columns the space leaves at their default."""
+    ones, zeros = np.ones(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.int64)
+    return {
+        "cp": ones,
+        "cp_method": zeros,
+        "ep": ones,
+        "etp": ones,
+        "expert_overlap": ones,
+        "recompute_modules": zeros,
+        "recompute_layers": np.full(num_rows, ALL_LAYERS),
+        "secondary_group": zeros,
+        "optimizer_offload": zeros,
+        "optimizer_offload_fraction": np.ones(num_rows),
+        "parameter_offload": zeros,
+        "activation_offload": np.zeros(num_rows, dtype=np.bool_),
+        "vocab_parallel": zeros,
+    }
 
 
 def _layer_columns(num_layers: int, pp: np.ndarray, vpp: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,10 +8,15 @@ from typing import Literal, get_args
 from meshwright.errors import SpecError, did_you_mean
 
 __all__ = [
+    "CP_METHODS",
+    "OFFLOADS",
     "RECOMPUTES",
+    "RECOMPUTE_MODULES",
     "SCHEDULES_KNOWN",
     "SHARDINGS",
     "VOCAB_PARALLELS",
+    "CpMethod",
+    "Offload",
     "ParallelPlan",
     "Recompute",
     "ScheduleName",
@@ -37,6 +42,12 @@ ScheduleName = Literal[
     "dualpipe_v",
 ]
 VocabParallel = Literal["none", "redistributed", "vocab_1", "vocab_2", "interlaced"]
+CpMethod = Literal["ring", "ulysses", "all_gather", "hierarchical"]
+Offload = Literal["none", "cpu", "nvme"]
+CP_METHODS: tuple[str, ...] = get_args(CpMethod)
+OFFLOADS: tuple[str, ...] = get_args(Offload)
+# Parts of a layer that selective recompute may name (Megatron-Core's --recompute-modules).
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 SHARDINGS: tuple[str, ...] = get_args(Sharding)
 RECOMPUTES: tuple[str, ...] = get_args(Recompute)
 SCHEDULES_KNOWN: tuple[str, ...] = get_args(ScheduleName)
@@ -61,8 +72,15 @@ class ParallelPlan:
         Model chunks per stage (interleaving); virtual stage ``i`` sits on stage ``i % pp``.
     cp : int
         Context parallel ranks that split every sequence.
+    cp_method : CpMethod
+        How they exchange: ``ring`` passes key/value blocks round, ``ulysses`` swaps sequence for heads by
+        all-to-all, ``all_gather`` gathers keys and values, ``hierarchical`` is ulysses inside a node and a ring
+        across nodes.
     ep, etp : int
-        Expert parallel and expert tensor parallel degrees.
+        Expert parallel ranks that share out a layer's experts, and ranks that split each expert's matrices.
+    expert_overlap : int
+        Chunks into which a layer's tokens are cut so that the all-to-all of one runs beside the experts of
+        another (Tutel's degree); 1 is no overlap.
     sequence_parallel : bool
         Megatron SP: activations outside the matrices are split over tp too. Needs tp > 1.
     micro_batch_size : int
@@ -70,12 +88,26 @@ class ParallelPlan:
     schedule : ScheduleName
         Pipeline schedule; ``none`` when pp is 1.
     recompute : Recompute
-        ``none``; ``selective`` (attention core); ``full`` (whole layers).
+        ``none``; ``selective`` (attention core, or ``recompute_modules``); ``full`` (whole layers).
+    recompute_modules : tuple[str, ...]
+        What selective recomputes (:data:`RECOMPUTE_MODULES`); empty is the software's own choice.
+    recompute_layers : int | None
+        Layers of each virtual stage that full recomputes; None is all of them.
     sharding : Sharding
         What dp ranks share: zero1 optimizer states, zero2 also gradients, zero3 also weights; hsdp is
         zero3 inside groups of ``sharding_group`` ranks, replicated across them.
     sharding_group : int | None
         Ranks of one sharding group; None is all of dp.
+    secondary_group : int | None
+        ZeRO++ hpZ: ranks that keep a second copy of the weights among them, so that backward gathers inside
+        the group; None is off.
+    optimizer_offload, parameter_offload : Offload
+        Where optimizer states (with their step) and weights rest: ``none`` (device), ``cpu``, ``nvme``.
+    optimizer_offload_fraction : float
+        Share of the optimizer states that rest there, 0 to 1; the device updates the rest meanwhile
+        (Deep Optimizer States).
+    activation_offload : bool
+        Stored activations travel to host memory and back.
     vocab_parallel : VocabParallel
         How embedding and LM head are spread over pipeline stages.
     layers_per_stage : tuple[int, ...]
@@ -87,19 +119,28 @@ class ParallelPlan:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
+    cp_method: CpMethod = "ring"
     ep: int = 1
     etp: int = 1
+    expert_overlap: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int
     schedule: ScheduleName
     recompute: Recompute = "none"
+    recompute_modules: tuple[str, ...] = ()
+    recompute_layers: int | None = None
     sharding: Sharding = "none"
     sharding_group: int | None = None
+    secondary_group: int | None = None
+    optimizer_offload: Offload = "none"
+    optimizer_offload_fraction: float = 1.0
+    parameter_offload: Offload = "none"
+    activation_offload: bool = False
     vocab_parallel: VocabParallel = "none"
     layers_per_stage: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for axis in ("dp", "tp", "pp", "vpp", "cp", "ep", "etp", "micro_batch_size"):
+        for axis in ("dp", "tp", "pp", "vpp", "cp", "ep", "etp", "expert_overlap", "micro_batch_size"):
             if getattr(self, axis) < 1:
                 raise SpecError(f"plan.{axis} must be at least 1, not {getattr(self, axis)}")
         for name, known in (
@@ -107,6 +148,9 @@ class ParallelPlan:
             ("recompute", RECOMPUTES),
             ("schedule", SCHEDULES_KNOWN),
             ("vocab_parallel", VOCAB_PARALLELS),
+            ("cp_method", CP_METHODS),
+            ("optimizer_offload", OFFLOADS),
+            ("parameter_offload", OFFLOADS),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -141,11 +185,48 @@ class ParallelPlan:
             )
         if self.sharding_group is not None and (self.sharding_group < 1 or self.dp % self.sharding_group):
             raise SpecError(f"plan.sharding_group {self.sharding_group} must divide dp {self.dp}")
+        self._check_levers()
+
+    def _check_levers(self) -> None:
+        """Check the memory levers: recompute, offload and the secondary sharding group."""
+        for module in self.recompute_modules:
+            if module not in RECOMPUTE_MODULES:
+                raise SpecError(
+                    f"plan.recompute_modules: unknown module '{module}'{did_you_mean(module, RECOMPUTE_MODULES) or '.'} "
+                    f"Known: {', '.join(RECOMPUTE_MODULES)}."
+                )
+        if self.recompute_modules and self.recompute != "selective":
+            raise SpecError(f"plan.recompute_modules goes with recompute 'selective', not '{self.recompute}'")
+        if self.recompute_layers is not None and (self.recompute != "full" or self.recompute_layers < 1):
+            raise SpecError(
+                "plan.recompute_layers is a number of layers of each virtual stage, at least 1, and goes with "
+                f"recompute 'full' (recompute is '{self.recompute}', recompute_layers {self.recompute_layers})"
+            )
+        if self.secondary_group is not None and (
+            self.sharding != "zero3" or self.secondary_group < 1 or self.dp % self.secondary_group
+        ):
+            raise SpecError(
+                f"plan.secondary_group {self.secondary_group} goes with sharding zero3 and must divide dp {self.dp}"
+            )
+        if not 0.0 <= self.optimizer_offload_fraction <= 1.0:
+            raise SpecError(
+                f"plan.optimizer_offload_fraction must lie in 0..1, not {self.optimizer_offload_fraction}"
+            )
+        if self.parameter_offload != "none" and self.sharding not in ("zero3", "hsdp"):
+            raise SpecError(
+                f"plan.parameter_offload '{self.parameter_offload}' needs sharding zero3 or hsdp, which gather "
+                f"weights layer by layer (sharding is '{self.sharding}')"
+            )
 
     @property
     def num_gpus(self) -> int:
         """World size: ``tp * cp * dp * pp``."""
         return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks of one pipeline stage that hold the same experts: ``tp * cp * dp / (ep * etp)``."""
+        return self.tp * self.cp * self.dp // (self.ep * self.etp)
 
     @property
     def num_layers(self) -> int:

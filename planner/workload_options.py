@@ -1,0 +1,38 @@
+"""What job and plan files may say of a workload beyond batch, length and precision."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from meshwright.hardware_specs.yaml_document import Section
+
+__all__ = ["WorkloadOptions", "workload_options"]
+
+
+class WorkloadOptions(TypedDict, total=False):
+    """Optional fields of :class:`meshwright.simcore.domain.workload.TrainingWorkload`."""
+
+    routing_imbalance: float
+    expert_capacity_factor: float
+    lora_rank: int
+
+
+def workload_options(section: Section) -> WorkloadOptions:
+    """Return the optional fields that a ``workload:`` section states.
+
+    Raises
+    ------
+    SpecError
+        If a value is no number: file, line and key.
+    """
+    options = WorkloadOptions()
+    imbalance = section.optional_number("routing_imbalance")
+    if imbalance is not None:
+        options["routing_imbalance"] = imbalance
+    capacity = section.optional_number("expert_capacity_factor")
+    if capacity is not None:
+        options["expert_capacity_factor"] = capacity
+    rank = section.optional_integer("lora_rank", minimum=1)
+    if rank is not None:
+        options["lora_rank"] = rank
+    return options
