@@ -6,15 +6,35 @@ micro-batches, after the pipeline has filled up to them and before it has draine
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.micro_batch import micro_batch_times
+from meshwright.costmodels.micro_batch import (
+    MicroBatchTimes,
+    layers_backward,
+    layers_forward,
+    micro_batch_times,
+)
 from meshwright.costmodels.parallelism.data import sync_times
 from meshwright.costmodels.parallelism.pipeline import blocks_on_send, stage_send_time
 from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
-from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, Schedules, VocabParallels
-from meshwright.costmodels.stage import first_stage_parameters, fixed_time, optimizer_time, overlaps
+from meshwright.costmodels.plan_columns import (
+    ALL_LAYERS,
+    FloatColumn,
+    IntColumn,
+    PlanColumns,
+    Schedules,
+    VocabParallels,
+)
+from meshwright.costmodels.stage import (
+    first_stage_parameters,
+    fixed_time,
+    leading_dense_layers,
+    optimizer_time,
+    overlaps,
+)
 
 __all__ = ["iteration_time_bound"]
 
@@ -37,9 +57,18 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     )
     vocab = columns.vocab_parallel >= VocabParallels.VOCAB_1
 
+    leading = np.minimum(leading_dense_layers(context), columns.chunk_first).astype(np.float64)
+    cheapest = _cheapest_layer(times, leading_dense_layers(context) > int(columns.chunk_first.min(initial=0)))
+    no_layers = np.zeros(len(columns))
+
     def stage(layers: FloatColumn, is_first: bool, is_last: bool) -> tuple[FloatColumn, FloatColumn]:
-        forward = layers * times.layer_forward + extra_forward * vpp
-        backward = layers * times.layer_backward + extra_backward * vpp
+        recomputed = _recomputed_layers(columns, layers)
+        kinds = times if is_first else cheapest
+        forward = layers_forward(kinds, layers, leading if is_first else no_layers) + extra_forward * vpp
+        backward = (
+            layers_backward(kinds, layers, leading if is_first else no_layers, recomputed)
+            + extra_backward * vpp
+        )
         if is_first:
             forward = forward + np.where(vocab, 0.0, times.embedding_forward)
             backward = backward + np.where(vocab, 0.0, times.embedding_backward)
@@ -59,14 +88,22 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     last = last_forward + last_backward + blocking + wrap
     embedding_in = np.where(vocab, 0.0, times.embedding_forward)
     embedding_out = np.where(vocab, 0.0, times.embedding_backward)
-    ramp_in = columns.chunk_first * times.layer_forward + extra_forward + embedding_in + send
-    ramp_out = columns.chunk_first * times.layer_backward + extra_backward + embedding_out + send
+    chunk_first = columns.chunk_first.astype(np.float64)
+    ramp_in = layers_forward(times, chunk_first, leading) + extra_forward + embedding_in + send
+    ramp_out = (
+        layers_backward(times, chunk_first, leading, np.minimum(chunk_first, columns.recompute_layers))
+        + extra_backward
+        + embedding_out
+        + send
+    )
     # A zero-bubble stage may end with weight gradients while the stages before it drain: no way out counted.
     is_split = (columns.schedule == Schedules.ZB_H1) | (columns.schedule == Schedules.ZB_H2)
     # The gradient's blocking send is part of the sending stage's own work already.
     counted = np.where(blocks, send, 0.0)
     out_first = np.where(is_split, 0.0, ramp_out - counted)
-    through = times.layer_forward + np.where(is_split, 0.0, times.layer_backward)
+    # Of stages in between that recompute a part of their layers, the recomputed ones are not counted.
+    recompute = np.where(columns.recompute_layers >= ALL_LAYERS, cheapest.layer.recompute, 0.0)
+    through = cheapest.layer.forward + np.where(is_split, 0.0, cheapest.layer.backward + recompute)
     sends_through = np.where(is_split, 1.0, 2.0) * send
     ramp_first = ramp_in + out_first
     ramp_middle = (
@@ -74,7 +111,8 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     )
     ramp_last = ramp_first + columns.chunk_between * through + _stages_between(columns.pp - 1) * sends_through
     rows, inverse = columns.distinct(
-        "tp", "cp", "pp", "vpp", "dp", "sharding", "sharding_group", "layers_first", "chunk_first"
+        *("tp", "cp", "pp", "vpp", "dp", "ep", "etp"),
+        *("sharding", "sharding_group", "layers_first", "chunk_first"),
     )
     # A blocking send is part of the operation the gather may run beside.
     window_in = np.where(pp > 1.0, ramp_in - send + counted, alone_forward)
@@ -86,6 +124,28 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     through_middle = ramp_middle + batches * middle + last_tail
     bound = np.where(pp > 2.0, np.maximum(bound, through_middle), bound)
     return np.where(pp > 1.0, bound, batches * (alone_forward + alone_backward) + tail)
+
+
+def _recomputed_layers(columns: PlanColumns, layers: FloatColumn) -> FloatColumn:
+    """Return how many of a stage's layers are recomputed at least; chunks of a stage differ by one layer."""
+    per_chunk = layers / columns.vpp
+    some = columns.vpp * np.minimum(columns.recompute_layers, np.floor(per_chunk))
+    recomputed: FloatColumn = np.where(columns.recompute_layers >= np.ceil(per_chunk), layers, some)
+    return recomputed
+
+
+def _cheapest_layer(times: MicroBatchTimes, is_mixed: bool) -> MicroBatchTimes:
+    """Return times in which a layer behind the first stage costs the least of its two kinds, where it may be either."""
+    if not is_mixed:
+        return times
+    layer, dense = times.layer, times.dense_layer
+    least = replace(
+        layer,
+        forward=np.minimum(layer.forward, dense.forward),
+        backward=np.minimum(layer.backward, dense.backward),
+        recompute=np.minimum(layer.recompute, dense.recompute),
+    )
+    return replace(times, layer=least)
 
 
 def _stages_between(stage: IntColumn) -> FloatColumn:

@@ -13,17 +13,22 @@ from typing import Literal
 
 import numpy as np
 
-from meshwright.costmodels.calibration import DeviceCalibration
+from meshwright.costmodels.calibration import CollectiveCurve, DeviceCalibration
 from meshwright.costmodels.plan_columns import FloatColumn
 from meshwright.hardware_specs.specs import ClusterSpec
 
-__all__ = ["Collective", "GroupPlacement", "collective_time", "place_group", "send_time"]
+__all__ = ["Collective", "GroupPlacement", "all_to_all_time", "collective_time", "place_group", "send_time"]
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 # Bytes that cross each rank's link over the bytes of the whole buffer, per collective: 2(n-1)/n or (n-1)/n
 # (nccl-tests, doc/PERFORMANCE.md).
-_PASSES: dict[Collective, float] = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
+_PASSES: dict[Collective, float] = {
+    "all_reduce": 2.0,
+    "all_gather": 1.0,
+    "reduce_scatter": 1.0,
+    "all_to_all": 1.0,
+}
 # Small inter-node messages and large ones blend like the measured intra-node curves.
 _INTER_NODE_EXPONENT = 0.8
 # An all-reduce this much above the ring's bus bandwidth was reduced in the switch.
@@ -107,6 +112,50 @@ def collective_time(
     return np.where(group.size <= 1.0, 0.0, inside)
 
 
+def all_to_all_time(
+    num_bytes: FloatColumn,
+    group: GroupPlacement,
+    cluster: ClusterSpec,
+    calibration: DeviceCalibration,
+    inter_node_efficiency: float,
+    across_bytes: FloatColumn | None = None,
+) -> FloatColumn:
+    """Return the seconds of an all-to-all: every rank sends an equal part of its buffer to every other.
+
+    The parts for the ranks of the own node go over the scale-up links while those for other nodes go through the
+    rank's own NIC; the slower of the two counts.
+
+    Parameters
+    ----------
+    num_bytes : FloatColumn
+        Buffer of one rank, its own part included [B].
+    group : GroupPlacement
+        Ranks and how many of them share a node; one rank is free.
+    cluster, calibration, inter_node_efficiency : ClusterSpec, DeviceCalibration, float
+        As for :func:`collective_time`.
+    across_bytes : FloatColumn | None
+        What a rank sends to other nodes, when that is not their share of the buffer (deduplicated dispatch, which
+        forwards inside the node what it received once) [B].
+
+    Returns
+    -------
+    FloatColumn
+        Time [s]; 0 for groups of one rank.
+    """
+    network = _Network(cluster=cluster, calibration=calibration, efficiency=inter_node_efficiency)
+    size, local = group.size, group.ranks_per_node
+    spans_nodes = group.num_nodes > 1.0
+    is_forwarded = across_bytes is not None
+    inside_bytes = num_bytes if is_forwarded else num_bytes * local / size
+    inside = _intra_node_time("all_to_all", inside_bytes, local, network)
+    remote = num_bytes * (size - local) / size if across_bytes is None else across_bytes
+    nic = network.nic_bandwidth(np.ones_like(size))
+    # Messages to all nodes are in flight at once: one hop, and a launch.
+    across = _LAUNCH + network.hop + remote / nic
+    seconds = np.where(spans_nodes, np.maximum(np.where(local > 1.0, inside, 0.0), across), inside)
+    return np.where(size <= 1.0, 0.0, seconds)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Network:
     cluster: ClusterSpec
@@ -148,7 +197,7 @@ def _measured_correction(
     NCCL switches protocols by size, which no p-norm follows (6 % mean error against 4 % for tables of every second
     size). As a ratio it carries over to faster or slower links. Between measured group sizes it is interpolated.
     """
-    curve = network.calibration.collectives[collective]
+    curve = _curve(collective, network)
     if curve.link_bandwidth is None:
         return np.ones_like(num_bytes)
     known = np.log2(curve.ranks)
@@ -171,11 +220,17 @@ def _measured_correction(
     return correction
 
 
+def _curve(collective: Collective, network: _Network) -> CollectiveCurve:
+    """Return the measured curve; an all-to-all that nobody measured moves as many bytes per link as an all-gather."""
+    curves = network.calibration.collectives
+    return curves.get(collective) or curves["all_gather"]
+
+
 def _intra_node_curve(
     collective: Collective, ranks: FloatColumn, network: _Network
 ) -> tuple[FloatColumn, FloatColumn, FloatColumn]:
     """Return latency [s], bus bandwidth [B/s] and p-norm exponent of a group inside one node."""
-    curve = network.calibration.collectives[collective]
+    curve = _curve(collective, network)
     log_ranks = np.log2(np.maximum(ranks, 2.0))
     known = np.log2(curve.ranks)
     latency = np.exp(np.interp(log_ranks, known, np.log(curve.latency)))

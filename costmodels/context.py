@@ -18,13 +18,14 @@ from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.workload import TrainingWorkload
 
-__all__ = ["KNOWN_FEATURES", "CostContext", "cost_context", "require_costed_model"]
+__all__ = ["KNOWN_FEATURES", "CostContext", "cost_context"]
 
 KNOWN_FEATURES = frozenset(
     {
         "eager",
         "compile",
         "async_tp",
+        "deepep",
         "float8_linear",
         "no_overlap",
         "tp_overlap",
@@ -33,6 +34,9 @@ KNOWN_FEATURES = frozenset(
     }
 )
 
+# Bytes per element of narrow formats: one scale per tensor or per 128 elements is nothing, MX has a byte per 32
+# (OCP Microscaling 1.0), NVFP4 a byte per 16.
+_OPERAND_BYTES = {"fp8": 1.0, "fp8_block": 1.0, "mxfp8": 1.0 + 1.0 / 32.0, "nvfp4": 0.5 + 1.0 / 16.0}
 _INFERENCE_PRECISIONS = ("int8", "int4_wo")
 
 
@@ -65,6 +69,21 @@ class CostContext:
     def element_bytes(self) -> float:
         """Width of activations and messages [B]: 16 bits in every mixed precision."""
         return 4.0 if self.workload.precision in ("fp32", "tf32") else 2.0
+
+    @property
+    def operand_bytes(self) -> float:
+        """Width of the operands of matrix products, block scales included [B]."""
+        return _OPERAND_BYTES.get(self.workload.precision, self.element_bytes)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the weights are frozen and low-rank adapters are trained beside them."""
+        return self.workload.lora_rank is not None
+
+    @property
+    def deduplicates_dispatch(self) -> bool:
+        """Whether a token travels once to each node that holds experts of its own, not once per expert."""
+        return self.software.deduplicates_dispatch or "deepep" in self.features
 
     @property
     def gradient_bytes(self) -> float:
@@ -115,11 +134,10 @@ def cost_context(
     Raises
     ------
     SpecError
-        If the software is unknown, the device lacks the precision, or the model has layers not costed yet.
+        If the software is unknown or the device lacks the precision.
     CalibrationError
         If the device has no calibration.
     """
-    require_costed_model(job.model)
     job.cluster.gpu.peak(job.workload.precision)
     if job.workload.precision in _INFERENCE_PRECISIONS:
         raise SpecError(
@@ -146,18 +164,3 @@ def cost_context(
 def _default_kernel(job: TrainingJob, software: SoftwareGeneration) -> AttentionKernel:
     """Return the software's kernel; fused attention exists for 16-bit inputs only."""
     return "unfused" if job.workload.precision in ("fp32", "tf32") else software.attention_kernel
-
-
-def require_costed_model(model: ModelSpec) -> None:
-    """Raise a SpecError when the model has layers that no cost model prices yet."""
-    parts = [
-        name
-        for name, part in (("mixture-of-experts", model.moe), ("multi-head latent attention", model.mla))
-        if part
-    ]
-    if parts:
-        raise SpecError(
-            f"model {model.name} has {' and '.join(parts)} layers, which are described and counted but not costed "
-            "yet; plan a dense model (Llama, Mistral, Qwen2.5, GPT, ...) or see 'meshwright specs show "
-            f"{model.name}' for its parameters"
-        )

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.micro_batch import micro_batch_times
+from meshwright.costmodels.micro_batch import layers_backward, layers_forward, micro_batch_times
 from meshwright.costmodels.parallelism.data import sync_times
 from meshwright.costmodels.parallelism.pipeline import blocks_on_send, edge_crosses_nodes, stage_send_time
 from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
+from meshwright.costmodels.parameters import RankParameters
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns
-from meshwright.costmodels.stage import fixed_time, optimizer_time, overlaps, virtual_stage_parameters
+from meshwright.costmodels.stage import (
+    fixed_time,
+    leading_per_stage,
+    optimizer_time,
+    overlaps,
+    virtual_stage_parameters,
+)
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.training.costs import IterationCosts
 
@@ -36,14 +45,16 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
     extra_forward, extra_backward = vocab_parallel_time(
         context, columns, times.boundary_forward, times.boundary_backward
     )
+    leading = leading_per_stage(context, plan.layers_per_stage)
+    recomputed = np.minimum(layers, float(columns.recompute_layers[0]))
     forward = (
-        layers * times.layer_forward[0]
+        layers_forward(times, layers, leading)
         + is_first * times.embedding_forward[0]
         + is_last * times.head_forward[0]
         + extra_forward[0]
     )
     backward = (
-        layers * times.layer_backward[0]
+        layers_backward(times, layers, leading, recomputed)
         + is_first * times.embedding_backward[0]
         + is_last * times.head_backward[0]
         + extra_backward[0]
@@ -53,12 +64,13 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
     edges = columns.take(np.zeros(num_virtual, dtype=np.int64))
     send = stage_send_time(context, edges, crosses)
     send[-1] = 0.0
-    parameters = virtual_stage_parameters(context, plan)
+    parameters = virtual_stage_parameters(context, plan, edges)
     overlap_reduce, overlap_gather = overlaps(context)
-    by_chunk = parameters.reshape(plan.vpp, plan.pp)
     reduced, gathered = (
-        parameters if overlap else _on_first_chunk(by_chunk) for overlap in (overlap_reduce, overlap_gather)
+        parameters if overlap else _on_first_chunk(parameters, plan.pp)
+        for overlap in (overlap_reduce, overlap_gather)
     )
+    behind = layers - leading
     stage_columns = columns.take(np.zeros(plan.pp, dtype=np.int64))
     return IterationCosts(
         num_stages=plan.pp,
@@ -66,11 +78,15 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
         num_micro_batches=int(columns.num_micro_batches[0]),
         forward_time=forward,
         backward_time=backward,
-        weight_gradient_time=layers * times.layer_weight_gradient[0]
+        weight_gradient_time=behind * times.layer.weight_gradient
+        + leading * times.dense_layer.weight_gradient
         + is_last * times.head_weight_gradient[0],
-        forward_communication_time=layers * times.layer_forward_communication[0]
+        forward_communication_time=behind * times.layer.forward_communication
+        + leading * times.dense_layer.forward_communication
         + is_first * times.embedding_communication[0],
-        backward_communication_time=layers * times.layer_backward_communication[0]
+        backward_communication_time=behind * times.layer.backward_communication
+        + leading * times.dense_layer.backward_communication
+        + recomputed * times.layer.recompute_communication
         + is_first * times.root_backward_communication[0]
         + is_last * times.head_communication[0],
         send_time=send,
@@ -79,16 +95,27 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
         gradient_reduce_overlap=overlap_reduce,
         parameter_gather_time=sync_times(context, edges, gathered).parameter_gather,
         parameter_gather_overlap=overlap_gather,
-        optimizer_time=optimizer_time(context, stage_columns, by_chunk.sum(axis=0)),
+        optimizer_time=optimizer_time(context, stage_columns, _stage_sums(parameters, plan.pp)),
         fixed_time=float(fixed_time(context, columns)[0]),
     )
 
 
-def _on_first_chunk(by_chunk: FloatColumn) -> FloatColumn:
+def _stage_sums(parameters: RankParameters, pp: int) -> RankParameters:
+    """Return each stage's parameters, all its chunks, shape ``(pp,)``."""
+    return RankParameters(
+        **{f.name: getattr(parameters, f.name).reshape(-1, pp).sum(axis=0) for f in fields(parameters)}
+    )
+
+
+def _on_first_chunk(parameters: RankParameters, pp: int) -> RankParameters:
     """Put a stage's parameters on its first chunk, the last to finish backward and the first to run forward.
 
-    Without overlap frameworks synchronise a stage once, after all its chunks (``by_chunk`` is (vpp, pp)).
+    Without overlap frameworks synchronise a stage once, after all its chunks.
     """
-    moved = np.zeros_like(by_chunk)
-    moved[0] = by_chunk.sum(axis=0)
-    return moved.reshape(-1)
+
+    def moved(values: FloatColumn) -> FloatColumn:
+        result = np.zeros_like(values)
+        result[:pp] = values.reshape(-1, pp).sum(axis=0)
+        return result
+
+    return RankParameters(**{f.name: moved(getattr(parameters, f.name)) for f in fields(parameters)})

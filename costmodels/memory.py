@@ -11,8 +11,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.parallelism.data import is_fsdp_per_micro_batch, shard_ranks
-from meshwright.costmodels.parameters import rank_boundary_parameters, rank_layer_parameters
+from meshwright.costmodels.layers.activations import activation_parts, stored_bytes
+from meshwright.costmodels.layers.cases import CASE_FIELDS, cases_of
+from meshwright.costmodels.parallelism.data import expert_shard_ranks, is_fsdp_per_micro_batch, shard_ranks
+from meshwright.costmodels.parameters import RankParameters, boundary_parameters, mtp_parameters
 from meshwright.costmodels.plan_columns import (
     FloatColumn,
     IntColumn,
@@ -22,6 +24,7 @@ from meshwright.costmodels.plan_columns import (
     Shardings,
     VocabParallels,
 )
+from meshwright.costmodels.stage import stacked_parameters
 from meshwright.simcore.domain.plan import ParallelPlan
 
 __all__ = [
@@ -64,76 +67,70 @@ class MemoryColumns:
         return {f.name: float(getattr(self, f.name)[index]) for f in fields(self)}
 
 
-def layer_activation_bytes(context: CostContext, columns: PlanColumns) -> FloatColumn:
-    """Return the bytes one layer stores for backward per micro-batch on one rank, shape ``(num_plans,)``.
-
-    Notes
-    -----
-    Per token, 2-byte elements: inputs of both norms and of both column-split products (8h), dropout masks (2h),
-    split over tp: queries, keys, values and the projection's input, MLP pre-activations and its output; the
-    score matrix (5 a s) only when attention is unfused and not recomputed. Sequence parallelism splits the
-    first group too. Full recompute keeps the layer's input alone.
-    """
-    model = context.model
-    tp = columns.tp.astype(np.float64)
-    tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
-    shared = 8.0 * model.hidden_size
-    if model.has_parallel_block or model.norms_per_layer == 1:
-        shared = 4.0 * model.hidden_size
-    if model.position_embedding == "learned":
-        shared += 2.0 * model.hidden_size
-    query = model.num_attention_heads * model.head_dim
-    key_value = np.maximum(model.num_query_groups / tp, 1.0) * model.head_dim * tp
-    split = 4.0 * query + 4.0 * key_value + (6.0 if model.is_gated_mlp else 4.0) * model.ffn_hidden_size
-    scores = 0.0
-    if context.attention_kernel == "unfused":
-        scores = 5.0 * model.num_attention_heads * context.workload.sequence_length
-    shared_divisor = np.where(columns.sequence_parallel, tp, 1.0)
-    none = tokens * (shared / shared_divisor + (split + scores) / tp)
-    selective = tokens * (shared / shared_divisor + split / tp)
-    if context.software.selective_recompute == "operators":
-        # The layer's input, attention's output and every second product stay (torchtitan's operator policy):
-        # queries, values, the first MLP product and the MLP's output.
-        kept = 2.0 * query + key_value + model.ffn_hidden_size
-        selective = tokens * 2.0 * (2.0 * model.hidden_size / shared_divisor + kept / tp)
-    full = tokens * 2.0 * model.hidden_size / shared_divisor
-    return (
-        context.element_bytes
-        / 2.0
-        * np.where(
-            columns.recompute == Recomputes.FULL,
-            full,
-            np.where(columns.recompute == Recomputes.SELECTIVE, selective, none),
-        )
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerActivations:
-    """One layer on one rank: activation bytes it stores per micro-batch, bytes its recomputation holds, parameters."""
+    """One layer on one rank; arrays of shape ``(num_plans,)``.
+
+    Parameters
+    ----------
+    stored : FloatColumn
+        Bytes kept per micro-batch by a layer that is recomputed as the plan says.
+    whole : FloatColumn
+        Bytes kept by a layer that is not recomputed.
+    recomputed : FloatColumn
+        Bytes that recomputing a whole layer holds; 0 without full recompute.
+    parameters : RankParameters
+        The layer's parameters.
+    """
 
     stored: FloatColumn
+    whole: FloatColumn
     recomputed: FloatColumn
-    parameters: FloatColumn
+    parameters: RankParameters
 
     def take(self, index: IntColumn) -> LayerActivations:
         """Return the selected rows."""
         return LayerActivations(
-            stored=self.stored[index], recomputed=self.recomputed[index], parameters=self.parameters[index]
+            stored=self.stored[index],
+            whole=self.whole[index],
+            recomputed=self.recomputed[index],
+            parameters=self.parameters.take(index),
         )
 
 
+def layer_activation_bytes(context: CostContext, columns: PlanColumns) -> FloatColumn:
+    """Return the bytes one layer stores for backward per micro-batch on one rank, shape ``(num_plans,)``."""
+    return layer_activations(context, columns).stored
+
+
 def layer_activations(context: CostContext, columns: PlanColumns) -> LayerActivations:
-    """Return the activation bytes of one layer, costed once per distinct layer shape."""
-    rows, inverse = columns.distinct("tp", "cp", "micro_batch_size", "sequence_parallel", "recompute")
-    stored = layer_activation_bytes(context, rows)
-    whole = layer_activation_bytes(context, rows.with_recompute(Recomputes.NONE))
-    recomputed = np.where(rows.recompute == Recomputes.FULL, whole, 0.0)
+    """Return the activations of one layer, costed once per distinct layer shape.
+
+    In a model with dense and MoE layers that of the fuller kind, so that a stage is never thought too small.
+    """
+    names = (*CASE_FIELDS, "recompute", "recompute_modules")
+    rows, inverse = columns.distinct(*names)
+    kinds = [_kind_activations(context, rows, is_moe=False)]
+    if context.model.moe is not None:
+        # The few dense layers that lead such a model are never where it is fullest.
+        kinds = [_kind_activations(context, rows, is_moe=True)]
+        if context.model.moe.layer_frequency > 1:
+            kinds.append(_kind_activations(context, rows, is_moe=False))
+    parameters = stacked_parameters(context, rows, np.ones(len(rows)), np.zeros(len(rows)))
     return LayerActivations(
-        stored=stored[inverse],
-        recomputed=recomputed[inverse],
-        parameters=rank_layer_parameters(context.model, rows.tp)[inverse],
+        stored=np.maximum.reduce([kind[0] for kind in kinds])[inverse],
+        whole=np.maximum.reduce([kind[1] for kind in kinds])[inverse],
+        recomputed=np.maximum.reduce([kind[2] for kind in kinds])[inverse],
+        parameters=parameters.take(inverse),
     )
+
+
+def _kind_activations(
+    context: CostContext, rows: PlanColumns, *, is_moe: bool
+) -> tuple[FloatColumn, FloatColumn, FloatColumn]:
+    parts = activation_parts(context, cases_of(rows), is_moe=is_moe)
+    recomputed = np.where(rows.recompute == Recomputes.FULL, parts.whole, 0.0)
+    return stored_bytes(context, parts, rows), parts.whole, recomputed
 
 
 def stage_memory(
@@ -176,15 +173,24 @@ def stage_memory(
         spread = (model.num_embedding_parameters + head_parameters) / columns.pp
         boundary = np.where(is_vocab_parallel, spread, boundary)
         logits = np.where(is_vocab_parallel, 1.0 / columns.pp, has_head)
-    parameters = layers * activations.parameters + boundary / tp
+    parameters = activations.parameters.scaled(layers) + boundary_parameters(context, boundary / tp)
+    held_layers = layers
+    if model.num_mtp_layers:
+        # Prediction modules sit behind the last layer: a layer and another set of logits each.
+        parameters = parameters + mtp_parameters(context, columns).scaled(has_head)
+        held_layers = layers + has_head * model.num_mtp_layers
+        logits = logits * (1.0 + model.num_mtp_layers)
     states = _state_bytes(context, columns, parameters)
+    # Of every chunk the first layers are recomputed, all of them where the plan says no number.
+    recomputed = np.minimum(held_layers, columns.recompute_layers.astype(np.float64) * columns.vpp)
+    stored = recomputed * activations.stored + (held_layers - recomputed) * activations.whole
     tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
     message = 2.0 * tokens * model.hidden_size / np.where(columns.sequence_parallel, tp, 1.0)
     return MemoryColumns(
         weights=states.weights,
         gradients=states.gradients,
         optimizer_states=states.optimizer_states,
-        activations=activations.stored * layers * _in_flight_micro_batches(columns, stage),
+        activations=stored * _in_flight_micro_batches(columns, stage),
         working_set=activations.recomputed
         + _unsharded_bytes(context, columns, activations.parameters, parameters),
         logits=software.logit_memory_bytes * tokens * model.vocab_size / tp * logits,
@@ -252,7 +258,7 @@ class _StateBytes:
     optimizer_states: FloatColumn
 
 
-def _state_bytes(context: CostContext, columns: PlanColumns, parameters: FloatColumn) -> _StateBytes:
+def _state_bytes(context: CostContext, columns: PlanColumns, parameters: RankParameters) -> _StateBytes:
     """Return the bytes of weights, gradients and Adam states of a rank, each sharded or not.
 
     Mixed precision keeps a 16-bit working copy beside the fp32 master and moments (2 + gradient + 12 bytes);
@@ -260,15 +266,26 @@ def _state_bytes(context: CostContext, columns: PlanColumns, parameters: FloatCo
     """
     software = context.software
     is_wide = context.workload.precision in ("fp32", "tf32")
-    ranks = shard_ranks(columns)
+    ranks, expert_ranks = shard_ranks(columns), expert_shard_ranks(columns)
     is_zero3 = columns.sharding >= Shardings.ZERO3
+
+    def held(dense: FloatColumn, expert: FloatColumn, sharded_from: int) -> FloatColumn:
+        is_sharded = columns.sharding >= sharded_from
+        return dense / np.where(is_sharded, ranks, 1.0) + expert / np.where(is_sharded, expert_ranks, 1.0)
+
+    dense_trained, expert_trained = parameters.dense_trained, parameters.expert_trained
+    weights = held(parameters.dense, parameters.expert, Shardings.ZERO3)
+    if context.is_lora:
+        # Frozen weights have no fp32 master, whoever holds them.
+        frozen = held(parameters.dense - dense_trained, parameters.expert - expert_trained, Shardings.ZERO3)
+        weights = weights - 0.5 * np.where(is_zero3 & (not is_wide), frozen, 0.0)
     weight = np.where(is_zero3 | is_wide, 4.0, 2.0)
     gradient = 4.0 if is_wide else context.gradient_bytes
     optimizer = np.where(is_zero3 | is_wide, 8.0, 12.0) + software.extra_state_bytes
     return _StateBytes(
-        weights=weight * parameters / np.where(is_zero3, ranks, 1.0),
-        gradients=gradient * parameters / np.where(columns.sharding >= Shardings.ZERO2, ranks, 1.0),
-        optimizer_states=optimizer * parameters / np.where(columns.sharding >= Shardings.ZERO1, ranks, 1.0),
+        weights=weight * weights,
+        gradients=gradient * held(dense_trained, expert_trained, Shardings.ZERO2),
+        optimizer_states=optimizer * held(dense_trained, expert_trained, Shardings.ZERO1),
     )
 
 
@@ -298,7 +315,7 @@ def _in_flight_micro_batches(columns: PlanColumns, stage: FloatColumn) -> FloatC
 
 
 def _unsharded_bytes(
-    context: CostContext, columns: PlanColumns, layer: FloatColumn, parameters: FloatColumn
+    context: CostContext, columns: PlanColumns, layer: RankParameters, parameters: RankParameters
 ) -> FloatColumn:
     """Return the weights and gradients that sharded data parallelism holds on top of its shard [B].
 
@@ -310,11 +327,15 @@ def _unsharded_bytes(
     if not shards_gradients.any():
         return np.zeros(len(columns))
     model = context.model
-    root = rank_boundary_parameters(model, columns.tp)
+    root = (model.num_embedding_parameters + model.num_head_parameters) / columns.tp
+    trained = layer.dense_trained + layer.expert_trained
     head = (model.num_head_parameters or model.num_embedding_parameters) / columns.tp
     shards_weights = columns.sharding >= Shardings.ZERO3
-    weights = np.where(shards_weights, 2.0 * (2.0 * layer + root), 0.0)
-    per_micro_batch = weights + context.gradient_bytes * (layer + head)
-    kept = np.where(shards_weights, 2.0, 0.0) * parameters + context.gradient_bytes * parameters
+    weights = np.where(shards_weights, 2.0 * (2.0 * layer.total + root), 0.0)
+    head = np.zeros_like(head) if context.is_lora else head
+    per_micro_batch = weights + context.gradient_bytes * (trained + head)
+    kept = np.where(shards_weights, 2.0, 0.0) * parameters.total + context.gradient_bytes * (
+        parameters.dense_trained + parameters.expert_trained
+    )
     held = np.where(is_fsdp_per_micro_batch(context, columns), per_micro_batch, kept)
     return np.where(shards_gradients, held, 0.0)

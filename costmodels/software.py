@@ -75,6 +75,10 @@ class SoftwareGeneration:
         Interleaved schedules send beside compute (Megatron's default since overlap_p2p_communication).
     has_scatter_gather : bool
         Pipeline sends are split over tensor parallel ranks (Narayanan et al. 2021, section 4.1).
+    deduplicates_dispatch : bool
+        The expert dispatch sends a token once per node (DeepEP), not once per expert.
+    expert_overlap_contention : float
+        Slowdown of compute per second of hidden expert all-to-all: the share of SMs its kernels hold.
     fp8_cast_bytes : float
         Traffic of quantising one element of a GEMM input for fp8 [B].
     fixed_time : float
@@ -121,6 +125,9 @@ class SoftwareGeneration:
     is_send_blocking: bool = True
     overlaps_interleaved_sends: bool = False
     has_scatter_gather: bool = True
+    deduplicates_dispatch: bool = False
+    # 20 of 132 SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.2.2).
+    expert_overlap_contention: float = 0.15
     fp8_cast_bytes: float = 2.3
     fixed_time: float = 0.0
     host_launch_latency: float = 4e-6
@@ -145,6 +152,7 @@ _FLAGS = (
     "fsdp_keeps_parameters",
     "overlaps_interleaved_sends",
     "accumulates_bf16_in_fp32",
+    "deduplicates_dispatch",
 )
 
 

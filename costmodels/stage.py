@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from meshwright.costmodels.collectives import send_time
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.parallelism.data import shard_ranks
-from meshwright.costmodels.parameters import rank_layer_parameters
+from meshwright.costmodels.parallelism.data import expert_shard_ranks, shard_ranks
+from meshwright.costmodels.parameters import (
+    RankParameters,
+    boundary_parameters,
+    layer_parameters,
+    mtp_parameters,
+)
 from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, Shardings
 from meshwright.costmodels.roofline import stream_time
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["first_stage_parameters", "fixed_time", "optimizer_time", "overlaps", "virtual_stage_parameters"]
+__all__ = [
+    "first_stage_parameters",
+    "fixed_time",
+    "leading_dense_layers",
+    "leading_per_stage",
+    "optimizer_time",
+    "overlaps",
+    "stacked_parameters",
+    "virtual_stage_parameters",
+]
 
 # Fused Adam on 16-bit weights: gradient 4 read, three fp32 states 12 read and 12 written, weight 2 written.
 _OPTIMIZER_BYTES = 30.0
@@ -23,29 +39,75 @@ _NORM_BYTES = 4.0
 _SWITCHED_ON = 0.9
 
 
-def first_stage_parameters(context: CostContext, columns: PlanColumns, layers: IntColumn) -> FloatColumn:
+def first_stage_parameters(context: CostContext, columns: PlanColumns, layers: IntColumn) -> RankParameters:
     """Return the parameters of the first stage's ``layers`` and embedding on one rank; with one stage also the head."""
     model = context.model
     boundary = model.num_embedding_parameters + np.where(columns.pp == 1, model.num_head_parameters, 0.0)
-    return layers * rank_layer_parameters(model, columns.tp) + boundary / columns.tp
+    # The dense leading layers of a MoE model sit on the first chunk; further chunks start behind them.
+    leading = np.minimum(leading_dense_layers(context), columns.chunk_first).astype(np.float64)
+    parameters = stacked_parameters(context, columns, layers.astype(np.float64), leading)
+    parameters = parameters + boundary_parameters(context, boundary / columns.tp)
+    alone = mtp_parameters(context, columns).scaled((columns.pp == 1).astype(np.float64))
+    return parameters + alone if model.num_mtp_layers else parameters
 
 
-def virtual_stage_parameters(context: CostContext, plan: ParallelPlan) -> FloatColumn:
-    """Return the parameters of each virtual stage on one rank, shape ``(pp * vpp,)``."""
+def virtual_stage_parameters(
+    context: CostContext, plan: ParallelPlan, columns: PlanColumns
+) -> RankParameters:
+    """Return the parameters of each virtual stage on one rank, shape ``(pp * vpp,)``.
+
+    ``columns`` is the plan, one row per virtual stage.
+    """
     model = context.model
-    layer = rank_layer_parameters(model, np.array([plan.tp]))[0]
-    parameters: FloatColumn = np.array(plan.layers_per_stage, dtype=np.float64) * layer
-    parameters[0] += model.num_embedding_parameters / plan.tp
+    layers = np.array(plan.layers_per_stage, dtype=np.float64)
+    parameters = stacked_parameters(
+        context, columns, layers, leading_per_stage(context, plan.layers_per_stage)
+    )
+    ends = np.zeros(len(layers))
+    ends[0] += model.num_embedding_parameters / plan.tp
     # A tied head on another stage keeps a copy of the embedding.
     copies = plan.pp > 1 and model.has_tied_embeddings
-    parameters[-1] += (model.num_embedding_parameters if copies else model.num_head_parameters) / plan.tp
-    return parameters
+    ends[-1] += (model.num_embedding_parameters if copies else model.num_head_parameters) / plan.tp
+    is_last = np.zeros(len(layers))
+    is_last[-1] = 1.0
+    parameters = parameters + boundary_parameters(context, ends)
+    return (
+        parameters + mtp_parameters(context, columns).scaled(is_last) if model.num_mtp_layers else parameters
+    )
 
 
-def optimizer_time(context: CostContext, columns: PlanColumns, num_parameters: FloatColumn) -> FloatColumn:
+def stacked_parameters(
+    context: CostContext, columns: PlanColumns, layers: FloatColumn, leading: FloatColumn
+) -> RankParameters:
+    """Return the parameters of some layers on one rank, ``leading`` of them a MoE model's dense ones."""
+    moe = context.model.moe
+    if moe is None:
+        return layer_parameters(context, columns, is_moe=False).scaled(layers)
+    behind = layers - leading
+    share = context.model.num_moe_layers / max(1, context.model.num_layers - moe.num_dense_layers)
+    experts = layer_parameters(context, columns, is_moe=True).scaled(behind * share)
+    return experts + layer_parameters(context, columns, is_moe=False).scaled(leading + behind * (1.0 - share))
+
+
+def leading_dense_layers(context: CostContext) -> int:
+    """Return the dense layers that precede a MoE model's first mixture of experts; 0 for other models."""
+    return 0 if context.model.moe is None else context.model.moe.num_dense_layers
+
+
+def leading_per_stage(context: CostContext, layers_per_stage: Sequence[int]) -> FloatColumn:
+    """Return how many of each virtual stage's layers are leading dense ones."""
+    before = np.concatenate([[0], np.cumsum(layers_per_stage)[:-1]])
+    left = np.maximum(leading_dense_layers(context) - before, 0)
+    leading: FloatColumn = np.minimum(left, layers_per_stage).astype(np.float64)
+    return leading
+
+
+def optimizer_time(context: CostContext, columns: PlanColumns, parameters: RankParameters) -> FloatColumn:
     """Seconds of the fused Adam step on this rank's share of the states."""
-    shards = np.where(columns.sharding == Shardings.NONE, 1.0, shard_ranks(columns))
-    num_bytes = (_OPTIMIZER_BYTES + _NORM_BYTES) * num_parameters / shards
+    is_whole = columns.sharding == Shardings.NONE
+    stepped = parameters.dense_trained / np.where(is_whole, 1.0, shard_ranks(columns))
+    stepped = stepped + parameters.expert_trained / np.where(is_whole, 1.0, expert_shard_ranks(columns))
+    num_bytes = (_OPTIMIZER_BYTES + _NORM_BYTES) * stepped
     return stream_time(
         num_bytes, context.gpu.memory_bandwidth_bytes_per_second, context.calibration.memory_stream_efficiency
     )

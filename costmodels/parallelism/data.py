@@ -3,6 +3,9 @@
 Two rhythms. Once per iteration: all-reduce (no sharding), reduce-scatter and gather (distributed optimizer).
 On every micro-batch and layer: FSDP gathers weights and reduces gradients beside compute, of which the
 overhang, a contention share of the hidden part and the ring latency stay exposed.
+
+Routed experts have groups of their own: expert parallel ranks hold different experts, so theirs are replicated
+over ``tp * cp * dp / (ep * etp)`` ranks only.
 """
 
 from __future__ import annotations
@@ -15,10 +18,18 @@ from numpy.typing import NDArray
 
 from meshwright.costmodels.collectives import Collective, GroupPlacement, collective_time, place_group
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, Shardings
-from meshwright.simcore.domain.model import ModelSpec
+from meshwright.costmodels.parameters import RankParameters
+from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Shardings
 
-__all__ = ["FsdpTimes", "SyncTimes", "fsdp_times", "is_fsdp_per_micro_batch", "shard_ranks", "sync_times"]
+__all__ = [
+    "FsdpTimes",
+    "SyncTimes",
+    "expert_shard_ranks",
+    "fsdp_times",
+    "is_fsdp_per_micro_batch",
+    "shard_ranks",
+    "sync_times",
+]
 
 # Weights travel in 16 bits.
 _WEIGHT_BYTES = 2.0
@@ -50,6 +61,12 @@ def shard_ranks(columns: PlanColumns) -> FloatColumn:
     return (columns.sharding_group * columns.cp).astype(np.float64)
 
 
+def expert_shard_ranks(columns: PlanColumns) -> FloatColumn:
+    """Return the ranks that share one copy of the routed experts' sharded states, at least 1."""
+    ranks: FloatColumn = columns.tp * columns.cp * columns.sharding_group / (columns.ep * columns.etp)
+    return np.maximum(1.0, np.floor(ranks))
+
+
 def is_fsdp_per_micro_batch(context: CostContext, columns: PlanColumns) -> NDArray[np.bool_]:
     """Return which plans gather and reduce on every micro-batch: ZeRO-2's gradients, ZeRO-3 and HSDP.
 
@@ -61,8 +78,17 @@ def is_fsdp_per_micro_batch(context: CostContext, columns: PlanColumns) -> NDArr
     return is_sharded
 
 
-def sync_times(context: CostContext, columns: PlanColumns, num_parameters: FloatColumn) -> SyncTimes:
-    """Return the once-per-iteration gradient reduction and weight gather of ``num_parameters`` per rank.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Groups:
+    """Groups that hold the same weights, that share one copy, and that hold the same shard of different copies."""
+
+    replicas: GroupPlacement
+    shards: GroupPlacement
+    across: GroupPlacement
+
+
+def sync_times(context: CostContext, columns: PlanColumns, parameters: RankParameters) -> SyncTimes:
+    """Return the once-per-iteration gradient reduction and weight gather of a stage's parameters.
 
     Parameters
     ----------
@@ -70,19 +96,39 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
         Job and software.
     columns : PlanColumns
         Plans.
-    num_parameters : FloatColumn
-        Parameters of the stage on one tensor parallel rank, shape ``(num_plans,)``.
+    parameters : RankParameters
+        Parameters of the stage on one rank, shape ``(num_plans,)``.
 
     Returns
     -------
     SyncTimes
         Whole durations; the overlap is the software's and is applied by whoever schedules them.
     """
+    dense = _group_sync_times(
+        context, columns, parameters.dense, parameters.dense_trained, _dense_groups(context, columns)
+    )
+    if context.model.moe is None:
+        return dense
+    expert = _group_sync_times(
+        context, columns, parameters.expert, parameters.expert_trained, _expert_groups(context, columns)
+    )
+    # A chunk without experts has no second collective, not one of zero bytes.
+    holds = parameters.expert > 0.0
+    return SyncTimes(
+        gradient_reduce=dense.gradient_reduce + np.where(holds, expert.gradient_reduce, 0.0),
+        parameter_gather=dense.parameter_gather + np.where(holds, expert.parameter_gather, 0.0),
+    )
+
+
+def _group_sync_times(
+    context: CostContext,
+    columns: PlanColumns,
+    num_parameters: FloatColumn,
+    num_trained: FloatColumn,
+    groups: _Groups,
+) -> SyncTimes:
     software = context.software
-    ranks = _replica_group(context, columns)
-    shards = _shard_group(context, columns)
-    gradients = context.gradient_bytes * num_parameters
-    weights = _WEIGHT_BYTES * num_parameters
+    gradients = context.gradient_bytes * num_trained
     is_grouped = columns.sharding_group < columns.dp
     per_micro_batch = is_fsdp_per_micro_batch(context, columns)
 
@@ -91,12 +137,14 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
             collective, num_bytes, group, context.cluster, context.calibration, software.inter_node_efficiency
         )
 
-    all_reduce = timed("all_reduce", gradients, ranks)
-    scatter = timed("reduce_scatter", gradients, ranks)
-    across = _across_group(context, columns)
-    replica_reduce = timed("all_reduce", gradients / shards.size, across)
-    gather = timed("all_gather", weights, shards)
+    all_reduce = timed("all_reduce", gradients, groups.replicas)
+    scatter = timed("reduce_scatter", gradients, groups.replicas)
+    replica_reduce = timed("all_reduce", gradients / groups.shards.size, groups.across)
+    # ZeRO-1 and 2 gather what was updated, ZeRO-3 all weights.
+    gathered = np.where(columns.sharding >= Shardings.ZERO3, num_parameters, num_trained)
+    gather = timed("all_gather", _WEIGHT_BYTES * gathered, groups.shards)
     if software.broadcast_step_latency > 0:
+        shards = groups.shards
         gather = gather + np.where(shards.num_nodes > 1, shards.size * software.broadcast_step_latency, 0.0)
     is_unsharded = columns.sharding == Shardings.NONE
     # A sharding group smaller than dp still sums its gradients over all of dp.
@@ -105,7 +153,9 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
     )
     # HSDP sums a shard inside its group, then the shards' copies across groups.
     is_replicated = is_grouped & (columns.sharding >= Shardings.ZERO3)
-    reduce = np.where(is_replicated, timed("reduce_scatter", gradients, shards) + replica_reduce, reduce)
+    reduce = np.where(
+        is_replicated, timed("reduce_scatter", gradients, groups.shards) + replica_reduce, reduce
+    )
     reduce = np.where(per_micro_batch, np.where(is_grouped, replica_reduce, 0.0), reduce)
     # ZeRO-2 reduces on every micro-batch but gathers its updated weights once.
     gathers_once = (
@@ -119,7 +169,7 @@ def sync_times(context: CostContext, columns: PlanColumns, num_parameters: Float
 def fsdp_times(
     context: CostContext,
     columns: PlanColumns,
-    unit_parameters: Callable[[ModelSpec, IntColumn], FloatColumn],
+    unit_parameters: Callable[[PlanColumns], RankParameters],
     forward_window: FloatColumn,
     backward_window: FloatColumn,
 ) -> FsdpTimes:
@@ -131,34 +181,56 @@ def fsdp_times(
         Job and software.
     columns : PlanColumns
         Plans; those that do not gather per micro-batch get 0.
-    unit_parameters : Callable[[ModelSpec, IntColumn], FloatColumn]
-        Parameters of the unit (a layer, or embedding and head) on one rank, by tensor parallel degree.
+    unit_parameters : Callable[[PlanColumns], RankParameters]
+        Parameters of the unit (a layer, or embedding and head) on one rank.
     forward_window, backward_window : FloatColumn
         Compute time the communication may hide behind [s]; 0 for the root unit, whose gather nothing precedes.
 
     Notes
     -----
     ``exposed = max(0, t - window) + contention * hidden + ring latency``. The contention is what separates
-    small from large micro-batches at equal shapes; the ring latency is the loss from 128 to 512 GPUs.
+    small from large micro-batches at equal shapes; the ring latency is the loss from 128 to 512 GPUs. With a
+    secondary group (ZeRO++ hpZ, arXiv 2306.10209, section 3.2) backward gathers inside it.
     """
     software = context.software
     applies = is_fsdp_per_micro_batch(context, columns) & (shard_ranks(columns) > 1)
     if not applies.any():
         return FsdpTimes(forward=np.zeros(len(columns)), backward=np.zeros(len(columns)))
-    rows, inverse = columns.distinct("tp", "cp", "dp", "sharding_group")
-    group = _shard_group(context, rows)
-    parameters = unit_parameters(context.model, rows.tp)
+    rows, inverse = columns.distinct("tp", "cp", "dp", "sharding_group", "ep", "etp", "secondary_group")
+    parameters = unit_parameters(rows)
+    dense_group = _dense_groups(context, rows).shards
+    has_experts = context.model.moe is not None and bool((parameters.expert > 0.0).any())
 
-    def timed(collective: Collective, num_bytes: FloatColumn) -> FloatColumn:
+    def timed(collective: Collective, num_bytes: FloatColumn, group: GroupPlacement) -> FloatColumn:
         return collective_time(
             collective, num_bytes, group, context.cluster, context.calibration, software.inter_node_efficiency
-        )[inverse]
+        )
 
+    gather_once = timed("all_gather", _WEIGHT_BYTES * parameters.dense, dense_group)
+    scatter_once = timed("reduce_scatter", context.gradient_bytes * parameters.dense_trained, dense_group)
+    secondary = place_group(
+        np.maximum(rows.secondary_group, 1).astype(np.float64) * rows.cp,
+        rows.tp.astype(np.float64),
+        context.cluster.node.num_gpus,
+    )
+    gather_again = np.where(
+        rows.secondary_group > 0,
+        timed("all_gather", _WEIGHT_BYTES * parameters.dense, secondary),
+        gather_once,
+    )
+    if has_experts:
+        expert_group = _expert_groups(context, rows).shards
+        expert_gather = timed("all_gather", _WEIGHT_BYTES * parameters.expert, expert_group)
+        gather_once, gather_again = gather_once + expert_gather, gather_again + expert_gather
+        scatter_once = scatter_once + timed(
+            "reduce_scatter", context.gradient_bytes * parameters.expert_trained, expert_group
+        )
     is_gathered = columns.sharding >= Shardings.ZERO3
-    gather = np.where(is_gathered, timed("all_gather", _WEIGHT_BYTES * parameters), 0.0)
-    scatter = timed("reduce_scatter", context.gradient_bytes * parameters)
+    gather = np.where(is_gathered, gather_once[inverse], 0.0)
+    again = np.where(is_gathered, gather_again[inverse], 0.0)
+    scatter = scatter_once[inverse]
     forward = _exposed(gather, forward_window, software.fsdp_contention)
-    backward = _exposed(gather + scatter, backward_window, software.fsdp_contention)
+    backward = _exposed(again + scatter, backward_window, software.fsdp_contention)
     step = (shard_ranks(columns) - 1.0) * software.fsdp_step_latency
     forward += np.where(is_gathered, _FSDP_COLLECTIVES["forward"] * step, 0.0)
     backward += np.where(is_gathered, _FSDP_COLLECTIVES["backward"], 1.0) * step
@@ -170,19 +242,28 @@ def _exposed(duration: FloatColumn, window: FloatColumn, contention: float) -> F
     return overhang + contention * (duration - overhang)
 
 
-def _replica_group(context: CostContext, columns: PlanColumns) -> GroupPlacement:
-    return place_group(
-        (columns.dp * columns.cp).astype(np.float64),
-        columns.tp.astype(np.float64),
-        context.cluster.node.num_gpus,
+def _dense_groups(context: CostContext, columns: PlanColumns) -> _Groups:
+    gpus_per_node = context.cluster.node.num_gpus
+    tp = columns.tp.astype(np.float64)
+    return _Groups(
+        replicas=place_group((columns.dp * columns.cp).astype(np.float64), tp, gpus_per_node),
+        shards=place_group(shard_ranks(columns), tp, gpus_per_node),
+        across=place_group(
+            columns.dp / columns.sharding_group,
+            (columns.tp * columns.cp * columns.sharding_group).astype(np.float64),
+            gpus_per_node,
+        ),
     )
 
 
-def _shard_group(context: CostContext, columns: PlanColumns) -> GroupPlacement:
-    return place_group(shard_ranks(columns), columns.tp.astype(np.float64), context.cluster.node.num_gpus)
-
-
-def _across_group(context: CostContext, columns: PlanColumns) -> GroupPlacement:
-    """Ranks that hold the same shard in different sharding groups."""
-    stride = (columns.tp * columns.cp * columns.sharding_group).astype(np.float64)
-    return place_group(columns.dp / columns.sharding_group, stride, context.cluster.node.num_gpus)
+def _expert_groups(context: CostContext, columns: PlanColumns) -> _Groups:
+    """Return the same for routed experts: ranks ``ep * etp`` apart."""
+    gpus_per_node = context.cluster.node.num_gpus
+    stride = (columns.ep * columns.etp).astype(np.float64)
+    replicas = np.maximum(1.0, columns.tp * columns.cp * columns.dp / stride)
+    shards = expert_shard_ranks(columns)
+    return _Groups(
+        replicas=place_group(replicas, stride, gpus_per_node),
+        shards=place_group(shards, stride, gpus_per_node),
+        across=place_group(np.maximum(1.0, replicas / shards), stride * shards, gpus_per_node),
+    )

@@ -43,6 +43,9 @@ class MoeSpec:
         Leading layers that keep a dense MLP.
     layer_frequency : int
         After them every ``layer_frequency``-th layer is MoE; 1 is all of them.
+    num_expert_groups, top_k_groups : int
+        Group-limited routing: the experts stand in ``num_expert_groups`` groups and a token reaches only
+        ``top_k_groups`` of them (DeepSeek-V2 and V3: at most that many nodes).
     has_shared_expert_gate, has_router_bias : bool
         Extra router parameters: Qwen2-MoE's shared gate; one number per expert, GPT-OSS's router bias or
         DeepSeek-V3's score correction.
@@ -54,12 +57,19 @@ class MoeSpec:
     shared_ffn_hidden_size: int = 0
     num_dense_layers: int = 0
     layer_frequency: int = 1
+    num_expert_groups: int = 1
+    top_k_groups: int = 1
     has_shared_expert_gate: bool = False
     has_router_bias: bool = False
 
     def __post_init__(self) -> None:
         _check_at_least(self, "moe", 1, ("num_experts", "top_k", "moe_ffn_hidden_size", "layer_frequency"))
         _check_at_least(self, "moe", 0, ("shared_ffn_hidden_size", "num_dense_layers"))
+        _check_at_least(self, "moe", 1, ("num_expert_groups", "top_k_groups"))
+        if self.top_k_groups > self.num_expert_groups:
+            raise SpecError(
+                f"moe.top_k_groups {self.top_k_groups} is more than moe.num_expert_groups {self.num_expert_groups}"
+            )
         if self.top_k > self.num_experts:
             raise SpecError(f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}")
 

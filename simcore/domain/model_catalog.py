@@ -170,6 +170,8 @@ def _moe(section: Section) -> MoeSpec:
         shared_ffn_hidden_size=section.integer("shared_ffn_hidden_size", default=0, minimum=0),
         num_dense_layers=section.integer("num_dense_layers", default=0, minimum=0),
         layer_frequency=section.integer("layer_frequency", default=1, minimum=1),
+        num_expert_groups=section.integer("num_expert_groups", default=1, minimum=1),
+        top_k_groups=section.integer("top_k_groups", default=1, minimum=1),
         has_shared_expert_gate=section.boolean("has_shared_expert_gate", default=False),
         has_router_bias=section.boolean("has_router_bias", default=False),
     )

@@ -145,6 +145,8 @@ def _deepseek(config: ModelConfig, name: str, *, num_dense_layers: int, topk_met
             # Its layers are MoE where i >= first and i % frequency == 0: round first up to a multiple.
             num_dense_layers=-(-first // frequency) * frequency,
             layer_frequency=frequency,
+            num_expert_groups=config.optional_integer("n_group") or 1,
+            top_k_groups=config.optional_integer("topk_group") or 1,
             has_router_bias=config.text("topk_method", default=topk_method) == "noaux_tc",
         )
     has_bias = config.boolean("attention_bias", default=False)

@@ -7,20 +7,40 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.layer import BoundaryTimes, LayerCases, LayerTimes, boundary_times, layer_times
+from meshwright.costmodels.layers.boundary import BoundaryTimes, boundary_times
+from meshwright.costmodels.layers.cases import LayerCases
+from meshwright.costmodels.layers.layer import LayerTimes, layer_times
 from meshwright.costmodels.software import list_software
 
 MakeContext = Callable[..., CostContext]
 
 
-def cases(tp: float = 1, cp: float = 1, micro_batch_size: float = 1, *, sp: bool = False) -> LayerCases:
+def case_columns(
+    tp: NDArray[np.float64],
+    cp: NDArray[np.float64],
+    micro_batch_size: NDArray[np.float64],
+    sequence_parallel: NDArray[np.bool_],
+) -> LayerCases:
+    """Cases without experts, context parallel by ring."""
+    ones = np.ones_like(tp)
     return LayerCases(
-        tp=np.array([float(tp)]),
-        cp=np.array([float(cp)]),
-        micro_batch_size=np.array([float(micro_batch_size)]),
-        sequence_parallel=np.array([sp]),
+        tp=tp,
+        cp=cp,
+        cp_method=np.zeros(len(tp), dtype=np.int64),
+        ep=ones,
+        etp=ones,
+        expert_overlap=ones,
+        micro_batch_size=micro_batch_size,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def cases(tp: float = 1, cp: float = 1, micro_batch_size: float = 1, *, sp: bool = False) -> LayerCases:
+    return case_columns(
+        np.array([float(tp)]), np.array([float(cp)]), np.array([float(micro_batch_size)]), np.array([sp])
     )
 
 
@@ -44,11 +64,8 @@ def test_more_tensor_parallelism_never_makes_compute_slower(
     make_context: MakeContext, software: str, model: str, length: int, kernel: str | None, sp: bool
 ) -> None:
     context = make_context(model, length=length, software=software, kernel=kernel)
-    all_cases = LayerCases(
-        tp=np.array([1.0, 2.0, 4.0, 8.0]),
-        cp=np.ones(4),
-        micro_batch_size=np.ones(4),
-        sequence_parallel=np.array([False, sp, sp, sp]),
+    all_cases = case_columns(
+        np.array([1.0, 2.0, 4.0, 8.0]), np.ones(4), np.ones(4), np.array([False, sp, sp, sp])
     )
     result = layer_times(context, all_cases)
     for name in ("forward", "backward", "weight_gradient", "selective_recompute"):

@@ -1,0 +1,1 @@
+"""What one layer, the embedding and the LM head take and store, per micro-batch on one rank; one file per part."""

@@ -1,0 +1,169 @@
+"""The matrix products of a layer outside attention's core and the routed experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.layers.cases import LayerCases
+from meshwright.costmodels.plan_columns import FloatColumn
+from meshwright.costmodels.roofline import gemm_time, stream_time
+
+__all__ = ["LinearTimes", "Projection", "linear_times", "product_times", "projections"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Projection:
+    """One matrix on one tensor parallel rank, and the recompute module it belongs to ("" for none)."""
+
+    module: str
+    out_width: FloatColumn
+    in_width: FloatColumn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LinearTimes:
+    """Seconds of some products of one micro-batch; arrays of shape ``(num_cases,)``."""
+
+    forward: FloatColumn
+    input_gradient: FloatColumn
+    weight_gradient: FloatColumn
+
+    def __add__(self, other: LinearTimes) -> LinearTimes:
+        """Return both, one after the other."""
+        return LinearTimes(
+            forward=self.forward + other.forward,
+            input_gradient=self.input_gradient + other.input_gradient,
+            weight_gradient=self.weight_gradient + other.weight_gradient,
+        )
+
+
+def projections(context: CostContext, cases: LayerCases, is_moe: bool) -> list[Projection]:
+    """Return the matrices of one layer on one rank: attention's, and the dense or the shared experts' MLP.
+
+    MLA keeps its two down projections whole on every rank and splits the up projections by head (DeepSeek-V2,
+    arXiv 2405.04434, section 2.1; Megatron-Core's MLA).
+    """
+    model = context.model
+    hidden = np.full_like(cases.tp, float(model.hidden_size))
+    result: list[Projection] = []
+
+    def add(module: str, out_width: FloatColumn, in_width: FloatColumn) -> None:
+        result.append(Projection(module=module, out_width=out_width, in_width=in_width))
+
+    heads = model.num_attention_heads / cases.tp
+    if model.mla is None:
+        query = heads * model.head_dim
+        key_value = cases.held_query_groups(model) * model.head_dim
+        add("", query + 2.0 * key_value, hidden)
+        add("", hidden, query)
+    else:
+        mla = model.mla
+        query = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+        latent = np.full_like(cases.tp, float(mla.kv_lora_rank))
+        if mla.q_lora_rank is None:
+            add("", query, hidden)
+        else:
+            query_latent = np.full_like(cases.tp, float(mla.q_lora_rank))
+            add("", query_latent, hidden)
+            add("mla_up_proj", query, query_latent)
+        add("", latent + mla.qk_rope_head_dim, hidden)
+        add("mla_up_proj", heads * (mla.qk_nope_head_dim + mla.v_head_dim), latent)
+        add("", hidden, heads * mla.v_head_dim)
+    module, width = ("mlp", float(model.ffn_hidden_size))
+    if is_moe and model.moe is not None:
+        module, width = ("shared_experts", float(model.moe.shared_ffn_hidden_size))
+    if width:
+        add(module, (2.0 if model.is_gated_mlp else 1.0) * width / cases.tp, hidden)
+        add(module, hidden, width / cases.tp)
+    return result
+
+
+def linear_times(context: CostContext, cases: LayerCases, parts: list[Projection]) -> LinearTimes:
+    """Return the times of some projections, their gradients, casts and gradient accumulation."""
+    tokens = cases.num_tokens(context.workload.sequence_length)
+    nothing = np.zeros_like(tokens)
+    total = LinearTimes(forward=nothing, input_gradient=nothing, weight_gradient=nothing)
+    for part in parts:
+        num_weights = part.in_width * part.out_width
+        total = total + product_times(
+            context, tokens, part.out_width, part.in_width, num_weights, is_trained=not context.is_lora
+        )
+        if context.is_lora:
+            total = total + _adapter_times(context, tokens, part)
+    return total
+
+
+def product_times(
+    context: CostContext,
+    rows: FloatColumn,
+    out_width: FloatColumn,
+    in_width: FloatColumn,
+    num_weights: FloatColumn,
+    *,
+    is_trained: bool,
+) -> LinearTimes:
+    """Return forward, input gradient and weight gradient of ``rows`` tokens through one matrix or a group of them.
+
+    Parameters
+    ----------
+    context : CostContext
+        Job, calibration and software.
+    rows : FloatColumn
+        Rows of the product.
+    out_width, in_width : FloatColumn
+        Columns of output and input.
+    num_weights : FloatColumn
+        Weights read: ``out_width * in_width``, times the matrices of a grouped product.
+    is_trained : bool
+        False for frozen weights, which have no gradient of their own.
+
+    Returns
+    -------
+    LinearTimes
+        Casts to a narrow format and the traffic of gradient accumulation included [s].
+    """
+    precision = context.workload.precision
+    is_narrow = precision not in ("fp32", "tf32", "fp16", "bf16")
+    element = context.element_bytes
+    width = context.operand_bytes
+    calibration, software = context.calibration, context.software
+    clock = calibration.clock(precision)
+    bandwidth = context.gpu.memory_bandwidth_bytes_per_second
+    inputs, outputs = rows * in_width, rows * out_width
+    num_bytes = width * (inputs + num_weights) + element * outputs
+    forward = gemm_time(rows, out_width, in_width, num_bytes, calibration.gemm(precision), clock)
+    # The input gradient has the forward product's shapes permuted: same FLOPs, same bytes.
+    dgrad = gemm_time(rows, in_width, out_width, num_bytes, calibration.gemm(precision, "gemm_dgrad"), clock)
+    weight = np.zeros_like(forward)
+    stream = calibration.memory_stream_efficiency
+    if is_trained:
+        fused_bytes = (
+            context.gradient_accumulation_bytes if software.is_gradient_accumulation_fused else element
+        )
+        num_bytes = width * (inputs + outputs) + fused_bytes * num_weights
+        weight = gemm_time(
+            out_width, in_width, rows, num_bytes, calibration.gemm(precision, "gemm_wgrad"), clock
+        )
+        if not software.is_gradient_accumulation_fused:
+            weight = weight + stream_time(
+                context.gradient_accumulation_bytes * num_weights, bandwidth, stream
+            )
+    if is_narrow:
+        # Every input, weight and output gradient is quantised once for each product it enters.
+        cast = stream_time(
+            software.fp8_cast_bytes * (inputs + outputs + 2.0 * num_weights), bandwidth, stream
+        )
+        forward = forward + 0.5 * cast
+        dgrad = dgrad + 0.5 * cast
+    return LinearTimes(forward=forward, input_gradient=dgrad, weight_gradient=weight)
+
+
+def _adapter_times(context: CostContext, tokens: FloatColumn, part: Projection) -> LinearTimes:
+    """Return the two skinny products of a low-rank adapter beside a frozen matrix, ``x A B``, and their gradients."""
+    rank = np.full_like(tokens, float(context.workload.lora_rank or 0))
+    down = product_times(context, tokens, rank, part.in_width, rank * part.in_width, is_trained=True)
+    up = product_times(context, tokens, part.out_width, rank, rank * part.out_width, is_trained=True)
+    return down + up
