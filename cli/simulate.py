@@ -11,9 +11,14 @@ import click
 from meshwright.cli.options import CommonOptions, common_options
 
 if TYPE_CHECKING:
+    from meshwright.costmodels.context import CostContext
     from meshwright.costmodels.prediction import Prediction
+    from meshwright.simcore.domain.plan import ParallelPlan
+    from meshwright.simcore.training.jitter import Jitter, JitterResult
 
 __all__ = ["command"]
+
+_DEFAULT_SEEDS = 100
 
 
 @click.command("simulate", short_help="Simulate a plan's exact schedule.")
@@ -35,6 +40,19 @@ __all__ = ["command"]
     show_default=True,
     help="How MFU counts attention.",
 )
+@click.option("--jitter", metavar="SPREAD", help="Let every rank's time for an operation vary, e.g. by 2%.")
+@click.option("--rank-spread", metavar="SPREAD", help="Let some ranks be slower for good, e.g. by 1%.")
+@click.option(
+    "--slow-rank", "slow_ranks", multiple=True, metavar="RANK=EXTRA", help="Slow one rank down, e.g. 17=20%."
+)
+@click.option(
+    "--slow-node", "slow_nodes", multiple=True, metavar="NODE=EXTRA", help="Slow all ranks of a node down."
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1, 1_000_000),
+    help="Iterations to draw with jitter, the first one with --seed; 100.",
+)
 @common_options
 def command(
     *,
@@ -43,12 +61,18 @@ def command(
     picture: Path | None,
     out: Path | None,
     flops: str,
+    jitter: str | None,
+    rank_spread: str | None,
+    slow_ranks: tuple[str, ...],
+    slow_nodes: tuple[str, ...],
+    seeds: int | None,
     common: CommonOptions,
 ) -> None:
     """Simulate the exact schedule of PLAN (a file that 'meshwright plan' wrote), operation by operation.
 
     \b
     meshwright simulate plans/1.yaml --timeline step.json.gz
+    meshwright simulate plans/1.yaml --jitter 2% --rank-spread 1% --seeds 100
     """
     from meshwright.cli.render.console import print_json
     from meshwright.cli.render.simulation import print_simulation, simulation_mapping
@@ -57,19 +81,120 @@ def command(
     from meshwright.planner.plan_file import read_plan
 
     document = read_plan(plan)
+    asked = _asked_jitter(
+        document.plan, document.job.cluster.node.num_gpus, jitter, rank_spread, slow_ranks, slow_nodes, seeds
+    )
     context = cost_context(document.job, calibration_paths=common.calibrations)
     prediction = predict(context, document.plan, flops)  # type: ignore[arg-type]  # click.Choice holds the words
-    written = _write(prediction, timeline, picture, out, force=common.force)
+    jittered = None
+    if asked is not None:
+        jittered = _simulate_jitter(context, document.plan, prediction, asked, seeds, common)
+    written = _write(prediction, jittered, timeline, picture, out, force=common.force)
     if common.as_json:
-        print_json({**simulation_mapping(document, context, prediction), "written": written})
+        print_json({**simulation_mapping(document, context, prediction, jittered), "written": written})
     else:
-        print_simulation(document, context, prediction, flops, written)
+        print_simulation(document, context, prediction, jittered, flops, written)
+
+
+def _asked_jitter(
+    plan: ParallelPlan,
+    num_node_gpus: int,
+    jitter: str | None,
+    rank_spread: str | None,
+    slow_ranks: tuple[str, ...],
+    slow_nodes: tuple[str, ...],
+    seeds: int | None,
+) -> Jitter | None:
+    """Return what the flags ask for; None when they ask for no jitter."""
+    from meshwright.errors import SpecError
+    from meshwright.simcore.training.jitter import Jitter
+
+    if jitter is None and rank_spread is None and not slow_ranks and not slow_nodes:
+        if seeds is not None:
+            raise SpecError(
+                "--seeds draws iterations with jitter: give --jitter, --rank-spread, --slow-rank or --slow-node too"
+            )
+        return None
+    slow = [_slow("--slow-rank", "rank", text, plan.num_gpus) for text in slow_ranks]
+    # Ranks fill the nodes in their global order; the last node may be used in part.
+    num_nodes = -(-plan.num_gpus // num_node_gpus)
+    for text in slow_nodes:
+        node, factor = _slow("--slow-node", "node", text, num_nodes)
+        first = node * num_node_gpus
+        slow += [(rank, factor) for rank in range(first, min(first + num_node_gpus, plan.num_gpus))]
+    return Jitter(
+        operation_spread=0.0 if jitter is None else _share("--jitter", jitter, most=1.0),
+        rank_spread=0.0 if rank_spread is None else _share("--rank-spread", rank_spread, most=1.0),
+        slow_ranks=tuple(slow),
+    )
+
+
+def _slow(flag: str, what: str, text: str, count: int) -> tuple[int, float]:
+    """Return number and factor of ``3=20%``."""
+    from meshwright.errors import SpecError
+
+    number, _, extra = text.partition("=")
+    if not number.strip().isdecimal() or not extra.strip():
+        raise SpecError(f"{flag}: '{text}' is not {what.upper()}=EXTRA; write for example 3=20%")
+    # Longer numbers than any rank has are not even read.
+    if len(number) > 18 or int(number) >= count:
+        raise SpecError(f"{flag}: {what} {number} does not exist; the plan uses {what}s 0 to {count - 1}")
+    return int(number), 1.0 + _share(flag, extra, most=999.0)
+
+
+def _share(flag: str, text: str, most: float) -> float:
+    from meshwright.errors import SpecError
+    from meshwright.units import parse_quantity
+
+    try:
+        share = parse_quantity(text, "fraction")
+    except SpecError as error:
+        raise SpecError(f"{flag}: {error}") from None
+    if share > most:
+        raise SpecError(f"{flag}: '{text}' is more than {most:.0%}; write 0% to {most:.0%}")
+    return share
+
+
+def _simulate_jitter(
+    context: CostContext,
+    plan: ParallelPlan,
+    prediction: Prediction,
+    jitter: Jitter,
+    seeds: int | None,
+    common: CommonOptions,
+) -> JitterResult:
+    from meshwright.cli.render.console import ProgressLine
+    from meshwright.costmodels.parallelism.data import is_fsdp_per_micro_batch
+    from meshwright.costmodels.plan_columns import PlanColumns
+    from meshwright.simcore.training.jitter import rank_groups, simulate_jitter
+
+    columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
+    syncs = bool(is_fsdp_per_micro_batch(context, columns)[0])
+    if seeds is None:
+        seeds = _DEFAULT_SEEDS if jitter.is_random else 1
+    with ProgressLine(common.quiet or common.as_json) as progress:
+        return simulate_jitter(
+            prediction.iteration.costs,
+            prediction.iteration.schedule,
+            rank_groups(plan, syncs_every_micro_batch=syncs),
+            jitter,
+            num_seeds=seeds,
+            first_seed=common.seed,
+            progress=progress,
+        )
 
 
 def _write(
-    prediction: Prediction, timeline: Path | None, picture: Path | None, out: Path | None, *, force: bool
+    prediction: Prediction,
+    jittered: JitterResult | None,
+    timeline: Path | None,
+    picture: Path | None,
+    out: Path | None,
+    *,
+    force: bool,
 ) -> list[str]:
     """Write what was asked for; every target is checked before the first is written. Returns what to print."""
+    from meshwright.cli.render.jitter import jitter_mapping
     from meshwright.errors import SpecError
     from meshwright.planner.output_file import (
         check_replaceable,
@@ -103,6 +228,8 @@ def _write(
         written.append(str(picture))
     if result_path is not None:
         mapping = {"written_by": "meshwright", "schema_version": 1, **prediction_mapping(prediction)}
+        if jittered is not None:
+            mapping["jitter"] = jitter_mapping(jittered)
         text = json.dumps(mapping, indent=2, allow_nan=False) + "\n"
         replace_file(result_path, text.encode(), force=force, is_ours=is_our_json)
         written.append(str(result_path))

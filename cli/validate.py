@@ -16,7 +16,7 @@ __all__ = ["command"]
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write one line per run as CSV.")
 @common_options
 def command(*, runs: Path, out: Path | None, common: CommonOptions) -> None:
-    """Predict every run of the table RUNS (CSV) and print the error by source.
+    """Predict every run of the table RUNS (CSV); print errors and the order of plans by source.
 
     \b
     meshwright validate validation/training_runs.csv --out results.csv

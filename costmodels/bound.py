@@ -62,7 +62,8 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     no_layers = np.zeros(len(columns))
 
     def stage(layers: FloatColumn, is_first: bool, is_last: bool) -> tuple[FloatColumn, FloatColumn]:
-        recomputed = _recomputed_layers(columns, layers)
+        own = columns.chunk_first if is_first else columns.chunk_last if is_last else None
+        recomputed = _recomputed_layers(columns, layers, own)
         kinds = times if is_first else cheapest
         forward = layers_forward(kinds, layers, leading if is_first else no_layers) + extra_forward * vpp
         backward = (
@@ -97,7 +98,7 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
         + send
     )
     # A zero-bubble stage may end with weight gradients while the stages before it drain: no way out counted.
-    is_split = (columns.schedule == Schedules.ZB_H1) | (columns.schedule == Schedules.ZB_H2)
+    is_split = columns.schedule > Schedules.INTERLEAVED
     # The gradient's blocking send is part of the sending stage's own work already.
     counted = np.where(blocks, send, 0.0)
     out_first = np.where(is_split, 0.0, ramp_out - counted)
@@ -113,25 +114,88 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     rows, inverse = columns.distinct(
         *("tp", "cp", "pp", "vpp", "dp", "ep", "etp"),
         *("sharding", "sharding_group", "layers_first", "chunk_first"),
+        *("schedule", "optimizer_offload", "offload_share", "parameter_offload"),
     )
     # A blocking send is part of the operation the gather may run beside.
     window_in = np.where(pp > 1.0, ramp_in - send + counted, alone_forward)
     window_out = np.where(pp > 1.0, ramp_out - send, alone_backward)
+    # Enough for any copy to hide in where gradients leave the device: a bound may not count on less.
     tail = _tail_time(context, rows, inverse, window_in, window_out)
     # Every path but a zero-bubble stage's own ends at the first stage, with its reduction and optimizer.
     last_tail = np.where(is_split, fixed_time(context, columns), tail)
     bound = np.maximum(batches * first + tail, ramp_last + batches * last + last_tail)
     through_middle = ramp_middle + batches * middle + last_tail
     bound = np.where(pp > 2.0, np.maximum(bound, through_middle), bound)
-    return np.where(pp > 1.0, bound, batches * (alone_forward + alone_backward) + tail)
+    bound = np.where(pp > 1.0, bound, batches * (alone_forward + alone_backward) + tail)
+    is_bent = columns.has_both_ends & (columns.pp > 1)
+    if is_bent.any():
+        turn_forward, turn_backward = stage(columns.layers_last.astype(np.float64), False, False)
+        stages = (
+            alone_forward + alone_backward,
+            middle_forward + middle_backward,
+            turn_forward + turn_backward,
+        )
+        step = (
+            optimizer_time(
+                context,
+                rows,
+                first_stage_parameters(context, rows, rows.layers_first),
+                np.full(len(rows), np.inf),
+            )
+            + fixed_time(context, rows)
+        )[inverse]
+        bound = np.where(is_bent, _bent_bound(columns, times, stages, step), bound)
+    return bound
 
 
-def _recomputed_layers(columns: PlanColumns, layers: FloatColumn) -> FloatColumn:
-    """Return how many of a stage's layers are recomputed at least; chunks of a stage differ by one layer."""
-    per_chunk = layers / columns.vpp
-    some = columns.vpp * np.minimum(columns.recompute_layers, np.floor(per_chunk))
-    recomputed: FloatColumn = np.where(columns.recompute_layers >= np.ceil(per_chunk), layers, some)
+def _recomputed_layers(columns: PlanColumns, layers: FloatColumn, own: IntColumn | None) -> FloatColumn:
+    """Return how many of a stage's layers are recomputed at least.
+
+    ``own`` is the chunk at the model's end; the others of a stage differ by one layer. On a V, whose two chunks may
+    be both, some of the layers count as none.
+    """
+    held = np.zeros(len(columns)) if own is None else own.astype(np.float64)
+    others = columns.vpp - (0.0 if own is None else 1.0)
+    per_chunk = (layers - held) / np.maximum(others, 1.0)
+    some = np.minimum(columns.recompute_layers, held) + others * np.minimum(
+        columns.recompute_layers, np.floor(per_chunk)
+    )
+    some = np.where(columns.has_both_ends & (columns.pp > 1), 0.0, some)
+    recomputed: FloatColumn = np.where(columns.recompute_layers >= ALL_LAYERS, layers, some)
     return recomputed
+
+
+def _bent_bound(
+    columns: PlanColumns,
+    times: MicroBatchTimes,
+    stages: tuple[FloatColumn, FloatColumn, FloatColumn],
+    step: FloatColumn,
+) -> FloatColumn:
+    """Return the bound of schedules that put both ends of the model on the first stage [s].
+
+    The slowest stage runs all its micro-batches and a step follows; filling and draining are filled with weight
+    gradients at best. DualPipe gives each of its two chunks half of them, and hides the expert exchange at best.
+
+    Parameters
+    ----------
+    columns : PlanColumns
+        Plans.
+    times : MicroBatchTimes
+        Of one micro-batch.
+    stages : tuple[FloatColumn, FloatColumn, FloatColumn]
+        First, fullest inner and last stage: both chunks, forward and backward [s].
+    step : FloatColumn
+        Optimizer step of the first stage and the fixed time [s].
+    """
+    is_dual = (columns.schedule == Schedules.DUALPIPE) | (columns.schedule == Schedules.DUALPIPE_V)
+    exchange = times.layer.forward_axes["ep"] + times.layer.backward_axes["ep"]
+    passes = np.where(columns.schedule == Schedules.DUALPIPE, 0.5, 1.0)
+    slowest = np.zeros(len(columns))
+    layers = (columns.layers_first, columns.layers_middle, columns.layers_last)
+    for work, held in zip(stages, layers, strict=True):
+        hidden = np.where(is_dual, held * exchange, 0.0)
+        slowest = np.maximum(slowest, np.maximum(work - hidden, 0.0))
+    return columns.num_micro_batches * passes * slowest + np.where(is_dual, 0.0, step)
 
 
 def _cheapest_layer(times: MicroBatchTimes, is_mixed: bool) -> MicroBatchTimes:
@@ -193,4 +257,5 @@ def _tail_time(
     gather = sync_times(context, rows, chunk if overlap_gather else parameters).parameter_gather[inverse]
     exposed = reduce * (1.0 - overlap_reduce) + np.maximum(reduce * overlap_reduce - window_out, 0.0)
     exposed += gather * (1.0 - overlap_gather) + np.maximum(gather * overlap_gather - window_in, 0.0)
-    return exposed + (optimizer_time(context, rows, parameters) + fixed_time(context, rows))[inverse]
+    step = optimizer_time(context, rows, parameters, np.full(len(rows), np.inf))
+    return exposed + (step + fixed_time(context, rows))[inverse]

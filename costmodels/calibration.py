@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.costmodels.operators import OperatorModel, RooflineCurve
 
-__all__ = ["AttentionCurve", "CollectiveCurve", "CollectiveTable", "DeviceCalibration"]
+__all__ = ["AttentionCurve", "CalibrationBasis", "CollectiveCurve", "CollectiveTable", "DeviceCalibration"]
+
+CalibrationBasis = Literal["calibrated", "prior of the same generation", "data sheet only"]
+"""What a calibration rests on: measurements of the device or its die; those of another device of its architecture;
+neither, but shares of the data sheet that published figures suggest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +94,8 @@ class DeviceCalibration:
         Why this calibration was chosen, one sentence for the user.
     is_estimate : bool
         True when the constants were not measured on this device.
+    basis : CalibrationBasis
+        What they rest on instead.
     operators : Mapping[str, OperatorModel]
         By ``OPERATOR.PRECISION``; ``gemm.bf16`` is always there.
     sustained_clock : Mapping[str, float]
@@ -116,6 +123,7 @@ class DeviceCalibration:
     attention_backward_efficiency: float
     collectives: Mapping[str, CollectiveCurve]
     software: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    basis: CalibrationBasis = "calibrated"
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -16,7 +16,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from meshwright.costmodels.calibration import AttentionCurve, DeviceCalibration
+from meshwright.costmodels.calibration import AttentionCurve, CalibrationBasis, DeviceCalibration
 from meshwright.costmodels.calibration_document import CalibrationDocument, device_rates, overlay
 from meshwright.costmodels.calibration_reading import check_header, parse_calibration, read_calibration
 from meshwright.errors import CalibrationError
@@ -94,8 +94,8 @@ def load_device_calibration(gpu: GpuSpec, node: NodeSpec | None = None) -> Devic
     CalibrationError
         If neither the device nor its architecture has one.
     """
-    documents, reason, is_estimate = _documents(gpu, node)
-    return overlay(documents, reason, is_estimate=is_estimate)
+    documents, reason, basis = _documents(gpu, node)
+    return _overlaid(documents, reason, basis)
 
 
 def read_device_calibrations(
@@ -131,21 +131,32 @@ def read_device_calibrations(
         raise CalibrationError(f"no given calibration is for {gpu.id}: the files are for {', '.join(named)}")
     mine = f"given as {' and '.join(str(path) for path in paths)}"
     try:
-        documents, reason, is_estimate = _documents(gpu, node)
+        documents, reason, basis = _documents(gpu, node)
     except CalibrationError:
         return overlay(given, mine, is_estimate=False)
     # What was measured on the device itself is no estimate once its matrix products are.
-    is_estimate = is_estimate and not any("gemm.bf16" in document.operators for document in given)
-    return overlay((*documents, *given), f"{mine}; what it lacks: {reason}", is_estimate=is_estimate)
+    if any("gemm.bf16" in document.operators for document in given):
+        basis = "calibrated"
+    return _overlaid((*documents, *given), f"{mine}; what it lacks: {reason}", basis)
 
 
-def _documents(gpu: GpuSpec, node: NodeSpec | None) -> tuple[tuple[CalibrationDocument, ...], str, bool]:
-    """Return the built-in documents for a device in a node, why these, and whether they are estimates."""
+def _overlaid(
+    documents: Sequence[CalibrationDocument], reason: str, basis: CalibrationBasis
+) -> DeviceCalibration:
+    return replace(overlay(documents, reason, is_estimate=basis != "calibrated"), basis=basis)
+
+
+def _documents(
+    gpu: GpuSpec, node: NodeSpec | None
+) -> tuple[tuple[CalibrationDocument, ...], str, CalibrationBasis]:
+    """Return the built-in documents for a device in a node, why these, and what they rest on."""
     lender, is_borrowed, reason = _choose(gpu)
     documents = built_in_documents(lender, gpu)
     if is_borrowed:
         documents = tuple(_carried(document, gpu, load_gpu(lender)) for document in documents)
-    is_estimate = is_borrowed or _built_ins()[lender].estimate is not None
+    basis: CalibrationBasis = "prior of the same generation" if is_borrowed else "calibrated"
+    if _built_ins()[lender].estimate is not None:
+        basis = "data sheet only"
     if node is not None and node.topology == "pcie" and lender not in _PCIE_DEVICES:
         pcie = load_gpu(_PCIE_DEVICES[0])
         documents += tuple(
@@ -154,7 +165,7 @@ def _documents(gpu: GpuSpec, node: NodeSpec | None) -> tuple[tuple[CalibrationDo
             if each.collectives
         )
         reason = f"{reason}; collectives over PCIe as measured on {pcie.id}"
-    return documents, reason, is_estimate
+    return documents, reason, basis
 
 
 def list_engines(name: str) -> tuple[str, ...]:

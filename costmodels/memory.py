@@ -9,20 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.layers.activations import activation_parts, stored_bytes
 from meshwright.costmodels.layers.cases import CASE_FIELDS, cases_of
 from meshwright.costmodels.parallelism.data import expert_shard_ranks, is_fsdp_per_micro_batch, shard_ranks
+from meshwright.costmodels.parallelism.offload_memory import (
+    HostDemand,
+    OffloadMemory,
+    host_demand,
+    offload_memory,
+)
 from meshwright.costmodels.parameters import RankParameters, boundary_parameters, mtp_parameters
 from meshwright.costmodels.plan_columns import (
+    V_SHAPED,
     FloatColumn,
     IntColumn,
+    Offloads,
     PlanColumns,
     Recomputes,
     Schedules,
     Shardings,
     VocabParallels,
+    stage_layers,
 )
 from meshwright.costmodels.stage import stacked_parameters
 from meshwright.simcore.domain.plan import ParallelPlan
@@ -30,6 +40,7 @@ from meshwright.simcore.domain.plan import ParallelPlan
 __all__ = [
     "LayerActivations",
     "MemoryColumns",
+    "host_needs",
     "layer_activation_bytes",
     "layer_activations",
     "peak_memory",
@@ -166,7 +177,7 @@ def stage_memory(
     if model.has_tied_embeddings:
         # One table on a single stage; a copy on the last of several.
         head_parameters = model.num_embedding_parameters
-    tied_extra = np.where((columns.pp == 1) & model.has_tied_embeddings, 0.0, head_parameters)
+    tied_extra = np.where(columns.has_both_ends & model.has_tied_embeddings, 0.0, head_parameters)
     boundary = has_embedding * model.num_embedding_parameters + has_head * tied_extra
     logits = has_head
     if is_vocab_parallel.any():
@@ -186,18 +197,79 @@ def stage_memory(
     stored = recomputed * activations.stored + (held_layers - recomputed) * activations.whole
     tokens = columns.micro_batch_size * context.workload.sequence_length / columns.cp
     message = 2.0 * tokens * model.hidden_size / np.where(columns.sequence_parallel, tp, 1.0)
+    in_flight = stored * _in_flight_micro_batches(columns, stage)
+    staging = np.zeros(len(columns))
+    away = _away(context, columns, parameters, states, in_flight, activations.stored)
+    if away is not None:
+        states = _StateBytes(
+            weights=away.weights, gradients=away.gradients, optimizer_states=away.optimizer_states
+        )
+        in_flight, staging = away.activations, away.staging
     return MemoryColumns(
         weights=states.weights,
         gradients=states.gradients,
         optimizer_states=states.optimizer_states,
-        activations=stored * _in_flight_micro_batches(columns, stage),
+        activations=in_flight,
         working_set=activations.recomputed
+        + staging
         + _unsharded_bytes(context, columns, activations.parameters, parameters),
         logits=software.logit_memory_bytes * tokens * model.vocab_size / tp * logits,
         communication=np.where(columns.pp > 1, 2.0 * message, 0.0)
         + np.where(columns.sequence_parallel, message * tp, 0.0),
         framework=np.full(len(columns), software.framework_bytes),
     )
+
+
+def _away(
+    context: CostContext,
+    columns: PlanColumns,
+    parameters: RankParameters,
+    states: _StateBytes,
+    in_flight: FloatColumn,
+    layer: FloatColumn,
+) -> OffloadMemory | None:
+    """Return what stays on the device where plans offload; None where none does."""
+    is_away = (columns.optimizer_offload != Offloads.NONE) | (columns.parameter_offload != Offloads.NONE)
+    if not (is_away.any() or columns.activation_offload.any()):
+        return None
+    ranks, expert_ranks = shard_ranks(columns), expert_shard_ranks(columns)
+    shards_weights = columns.sharding >= Shardings.ZERO3
+    shards_states = columns.sharding >= Shardings.ZERO1
+
+    def held(dense: FloatColumn, expert: FloatColumn, is_sharded: NDArray[np.bool_]) -> FloatColumn:
+        return dense / np.where(is_sharded, ranks, 1.0) + expert / np.where(is_sharded, expert_ranks, 1.0)
+
+    return offload_memory(
+        context,
+        columns,
+        weights=states.weights,
+        gradients=states.gradients,
+        optimizer_states=states.optimizer_states,
+        activations=in_flight,
+        layer_activations=layer,
+        num_weights=held(parameters.dense, parameters.expert, shards_weights),
+        num_trained=held(parameters.dense_trained, parameters.expert_trained, shards_states),
+    )
+
+
+def host_needs(context: CostContext, columns: PlanColumns) -> HostDemand | None:
+    """Return what offload asks of a node's memory and drives, by its first stage; None where nothing is offloaded.
+
+    Raises
+    ------
+    SpecError
+        If the node does not say what it has.
+    """
+    activations = layer_activations(context, columns)
+    layers = columns.layers_first.astype(np.float64)
+    parameters = activations.parameters.scaled(layers) + boundary_parameters(
+        context, context.model.num_embedding_parameters / columns.tp
+    )
+    stage = np.zeros(len(columns))
+    stored = activations.stored * layers * _in_flight_micro_batches(columns, stage)
+    states = _state_bytes(context, columns, parameters)
+    away = _away(context, columns, parameters, states, stored, activations.stored)
+    return None if away is None else host_demand(context, away.host, away.nvme)
 
 
 def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
@@ -211,7 +283,11 @@ def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
     activations = layer_activations(context, columns)
     zero, one = np.zeros(len(columns)), np.ones(len(columns))
     last = (columns.pp - 1).astype(np.float64)
-    is_alone = (columns.pp == 1).astype(np.float64)
+    both = columns.has_both_ends.astype(np.float64)
+    # The last stage of DualPipe mirrors the first, that of a V is the turn.
+    is_mirror = columns.schedule == Schedules.DUALPIPE
+    last_embedding = np.where((columns.pp == 1) | is_mirror, 1.0, 0.0)
+    last_head = np.where((both > 0.0) & (columns.pp > 1) & ~is_mirror, 0.0, 1.0)
 
     def total(
         stage: FloatColumn, layers: IntColumn, embedding: FloatColumn, head: FloatColumn
@@ -226,7 +302,8 @@ def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
         return stage_memory(context, few, activations.take(chosen), index, held, none, none).total
 
     peak = np.maximum(
-        total(zero, columns.layers_first, one, is_alone), total(last, columns.layers_last, is_alone, one)
+        total(zero, columns.layers_first, one, both),
+        total(last, columns.layers_last, last_embedding, last_head),
     )
     inner = np.flatnonzero(columns.pp > 2)
     middle = inner_total(inner, columns.middle_earliest, columns.layers_middle)
@@ -242,11 +319,14 @@ def plan_memory(context: CostContext, plan: ParallelPlan) -> MemoryColumns:
     """Return the memory breakdown of every physical stage of one plan, shape ``(pp,)``."""
     columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
     stages = columns.take(np.zeros(plan.pp, dtype=np.int64))
-    layers = np.array(
-        [sum(plan.layers_per_stage[stage :: plan.pp]) for stage in range(plan.pp)], dtype=np.float64
-    )
+    layers = np.array(stage_layers(plan.layers_per_stage, plan.pp, plan.schedule), dtype=np.float64)
     index = np.arange(plan.pp, dtype=np.float64)
-    has_embedding, has_head = (index == 0).astype(np.float64), (index == plan.pp - 1).astype(np.float64)
+    is_first, is_last = index == 0, index == plan.pp - 1
+    has_embedding, has_head = is_first.astype(np.float64), is_last.astype(np.float64)
+    if plan.schedule in V_SHAPED:
+        has_head = has_embedding
+    elif plan.schedule == "dualpipe":
+        has_embedding = has_head = (is_first | is_last).astype(np.float64)
     activations = layer_activations(context, stages)
     return stage_memory(context, stages, activations, index, layers, has_embedding, has_head)
 
@@ -306,6 +386,15 @@ def _in_flight_micro_batches(columns: PlanColumns, stage: FloatColumn) -> FloatC
         # The hand-crafted ZB-H2 fills every stage with 2p - 1 micro-batches (Qi et al. 2024, table 2).
         filled = np.minimum(batches, 2.0 * pp - 1.0)
         in_flight = np.where(columns.schedule == Schedules.ZB_H2, filled, in_flight)
+        # Both chunks of a V together; DualPipe's chunks are half of what its stages hold (meshwright.simcore.schedules).
+        for code, peak in (
+            (Schedules.ZB_V, pp),
+            (Schedules.V_HALF, np.floor((pp + 2.0) / 2.0)),
+            (Schedules.V_MIN, np.floor((pp + 4.0) / 3.0)),
+            (Schedules.DUALPIPE, 0.5 * (pp + 1.0)),
+            (Schedules.DUALPIPE_V, 0.5 * (2.0 * pp + 1.0)),
+        ):
+            in_flight = np.where(columns.schedule == code, np.minimum(batches, peak), in_flight)
     if columns.vocab_parallel.any():
         extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_1, 2.0, 0.0)
         extra = np.where(columns.vocab_parallel == VocabParallels.VOCAB_2, 1.0, extra)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,11 @@ from meshwright.costmodels.layers.boundary import BoundaryTimes, boundary_times
 from meshwright.costmodels.layers.cases import CASE_FIELDS, LayerCases, cases_of
 from meshwright.costmodels.layers.layer import LayerTimes, layer_times
 from meshwright.costmodels.layers.projections import product_times
-from meshwright.costmodels.parallelism.data import fsdp_times
+from meshwright.costmodels.memory import layer_activations
+from meshwright.costmodels.parallelism.data import fsdp_times, shard_ranks
+from meshwright.costmodels.parallelism.offload import activation_offload_time, parameter_offload_time
 from meshwright.costmodels.parameters import RankParameters, boundary_parameters, layer_parameters
-from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Recomputes
+from meshwright.costmodels.plan_columns import FloatColumn, Offloads, PlanColumns, Recomputes
 from meshwright.simcore.domain.plan import RECOMPUTE_MODULES
 
 __all__ = ["LayerCost", "MicroBatchTimes", "layers_backward", "layers_forward", "micro_batch_times"]
@@ -164,15 +166,46 @@ def _layer_cost(
 
     # A layer that is recomputed gives the exchange that much longer to hide.
     fsdp = fsdp_times(context, columns, unit, forward, backward + recompute)
+    forward_axes = {**times.forward_axes, "dp": fsdp.forward}
+    backward_axes = {**times.backward_axes, "dp": fsdp.backward}
+    copies_forward, copies_backward = _copy_times(context, columns, unit, forward, backward)
+    if copies_forward.any() or copies_backward.any():
+        forward_axes["offload"], backward_axes["offload"] = copies_forward, copies_backward
     return LayerCost(
-        forward=forward + fsdp.forward,
-        backward=backward + fsdp.backward,
+        forward=forward + fsdp.forward + copies_forward,
+        backward=backward + fsdp.backward + copies_backward,
         recompute=recompute,
         weight_gradient=times.weight_gradient,
         recompute_communication=recompute_communication,
-        forward_axes={**times.forward_axes, "dp": fsdp.forward},
-        backward_axes={**times.backward_axes, "dp": fsdp.backward},
+        forward_axes=forward_axes,
+        backward_axes=backward_axes,
     )
+
+
+def _copy_times(
+    context: CostContext,
+    columns: PlanColumns,
+    unit: Callable[[PlanColumns], RankParameters],
+    forward: FloatColumn,
+    backward: FloatColumn,
+) -> tuple[FloatColumn, FloatColumn]:
+    """Return what copies to and from host memory add to one layer, forward and backward [s]."""
+    copies_forward, copies_backward = np.zeros(len(columns)), np.zeros(len(columns))
+    if columns.activation_offload.any():
+        stored = np.where(columns.activation_offload, layer_activations(context, columns).stored, 0.0)
+        activations = activation_offload_time(context, stored, forward, backward)
+        copies_forward, copies_backward = activations.forward, activations.backward
+    if (columns.parameter_offload != Offloads.NONE).any():
+        num_parameters, ranks = unit(columns).total, shard_ranks(columns)
+
+        def fetched(window: FloatColumn) -> FloatColumn:
+            return parameter_offload_time(context, num_parameters, columns.parameter_offload, ranks, window)
+
+        copies_forward, copies_backward = (
+            copies_forward + fetched(forward),
+            copies_backward + fetched(backward),
+        )
+    return copies_forward, copies_backward
 
 
 def _recompute(columns: PlanColumns, times: LayerTimes) -> tuple[FloatColumn, FloatColumn]:

@@ -27,6 +27,7 @@ from meshwright.simcore.domain.plan import (
 __all__ = [
     "ALL_LAYERS",
     "LAYER_FIELDS",
+    "V_SHAPED",
     "CpMethods",
     "FloatColumn",
     "IntColumn",
@@ -38,6 +39,7 @@ __all__ = [
     "VocabParallels",
     "layer_counts",
     "module_mask",
+    "stage_layers",
 ]
 
 # Columns that describe how layers are spread over stages.
@@ -49,9 +51,13 @@ LAYER_FIELDS = (
     "middle_earliest",
     "middle_latest",
     "chunk_first",
+    "chunk_last",
     "chunk_before",
     "chunk_between",
 )
+_BOTH_ENDS = ("zb_v", "v_half", "v_min", "dualpipe", "dualpipe_v")
+V_SHAPED = ("zb_v", "v_half", "v_min", "dualpipe_v")
+"""Schedules whose stage ``s`` holds virtual stages ``s`` and ``2 pp - 1 - s``: both ends on the first stage."""
 # ``recompute_layers`` of plans that recompute every layer of a stage: more than any stage has.
 ALL_LAYERS = 1_000_000
 # Mixed-radix keys stay below this to be exact in 64 bits.
@@ -80,6 +86,11 @@ class Schedules:
     INTERLEAVED = SCHEDULES_KNOWN.index("interleaved_1f1b")
     ZB_H1 = SCHEDULES_KNOWN.index("zb_h1")
     ZB_H2 = SCHEDULES_KNOWN.index("zb_h2")
+    ZB_V = SCHEDULES_KNOWN.index("zb_v")
+    V_HALF = SCHEDULES_KNOWN.index("v_half")
+    V_MIN = SCHEDULES_KNOWN.index("v_min")
+    DUALPIPE = SCHEDULES_KNOWN.index("dualpipe")
+    DUALPIPE_V = SCHEDULES_KNOWN.index("dualpipe_v")
 
 
 class CpMethods:
@@ -143,6 +154,7 @@ class PlanColumns:
     middle_earliest: IntColumn
     middle_latest: IntColumn
     chunk_first: IntColumn
+    chunk_last: IntColumn
     chunk_before: IntColumn
     chunk_between: IntColumn
 
@@ -181,6 +193,19 @@ class PlanColumns:
             recompute_layers=np.full_like(self.recompute_layers, ALL_LAYERS),
         )
 
+    @property
+    def offload_share(self) -> IntColumn:
+        """Share of the optimizer states that is offloaded, in thousandths, to tell plans apart by whole numbers."""
+        shares: IntColumn = np.round(1000.0 * self.optimizer_offload_fraction).astype(np.int64)
+        return shares
+
+    @property
+    def has_both_ends(self) -> NDArray[np.bool_]:
+        """Whether embedding and LM head sit on the same stages: without a pipeline, on a V, with DualPipe."""
+        codes = [SCHEDULES_KNOWN.index(name) for name in _BOTH_ENDS]
+        result: NDArray[np.bool_] = (self.pp == 1) | np.isin(self.schedule, codes)
+        return result
+
     @classmethod
     def from_plans(cls, plans: Sequence[ParallelPlan], global_batch_size: int) -> PlanColumns:
         """Return the columns of some plans.
@@ -194,7 +219,9 @@ class PlanColumns:
         def column(values: list[int]) -> IntColumn:
             return np.array(values, dtype=np.int64)
 
-        layers = np.array([layer_counts(plan.layers_per_stage, plan.pp) for plan in plans], dtype=np.int64)
+        layers = np.array(
+            [layer_counts(plan.layers_per_stage, plan.pp, plan.schedule) for plan in plans], dtype=np.int64
+        )
         return cls(
             dp=column([p.dp for p in plans]),
             tp=column([p.tp for p in plans]),
@@ -229,14 +256,14 @@ def module_mask(modules: Sequence[str]) -> int:
     return sum(1 << RECOMPUTE_MODULES.index(module) for module in modules)
 
 
-def layer_counts(layers_per_stage: Sequence[int], pp: int) -> tuple[int, ...]:
+def layer_counts(layers_per_stage: Sequence[int], pp: int, schedule: str) -> tuple[int, ...]:
     """Return what formulas need of a layer layout, in the order of :data:`LAYER_FIELDS`.
 
     Layers of the first, the second, the fullest inner and the last physical stage (all chunks); the earliest
-    and the latest inner stage as full as that; layers of the first virtual stage, of those after it up to the
+    and the latest inner stage as full as that; layers of the first and the last virtual stage, of those after the first up to the
     latest fullest, and up to the last physical stage (first chunks only).
     """
-    stages = [sum(layers_per_stage[stage::pp]) for stage in range(pp)]
+    stages = stage_layers(layers_per_stage, pp, schedule)
     inner = stages[1:-1]
     fullest = max(inner, default=stages[0])
     earliest = 1 + inner.index(fullest) if inner else 0
@@ -249,6 +276,19 @@ def layer_counts(layers_per_stage: Sequence[int], pp: int) -> tuple[int, ...]:
         earliest,
         latest,
         layers_per_stage[0],
+        layers_per_stage[-1],
         sum(layers_per_stage[1:latest]),
         sum(layers_per_stage[1 : pp - 1]),
     )
+
+
+def stage_layers(layers_per_stage: Sequence[int], pp: int, schedule: str) -> list[int]:
+    """Return the layers each physical stage holds: every pp-th virtual stage, or both arms of a V.
+
+    With DualPipe stage ``s`` holds virtual stages ``s`` and ``pp - 1 - s``, each for half of the micro-batches.
+    """
+    if schedule in V_SHAPED:
+        return [layers_per_stage[stage] + layers_per_stage[-1 - stage] for stage in range(pp)]
+    if schedule == "dualpipe":
+        return [layers_per_stage[stage] + layers_per_stage[pp - 1 - stage] for stage in range(pp)]
+    return [sum(layers_per_stage[stage::pp]) for stage in range(pp)]

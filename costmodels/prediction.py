@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from meshwright.costmodels.calibration import CalibrationBasis
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.flops import FlopsConvention, hardware_flops, model_flops
+from meshwright.costmodels.interval import prediction_interval
 from meshwright.costmodels.iteration import iteration_costs
 from meshwright.costmodels.memory import MemoryColumns, plan_memory
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.training.iteration import IterationResult, simulate_iteration
 
-__all__ = ["Prediction", "predict", "prediction_interval"]
+__all__ = ["Prediction", "predict"]
 
-# Half-widths of the 80 % band: nine in ten rows of the validation table fall within the first (devices with
-# a measured calibration); the second is the spread of data-sheet transfer between GPU generations.
-_MEASURED_BAND, _ESTIMATE_BAND = 0.10, 0.25
 _TOKENS_PER_TRILLION = 1e12
 
 
@@ -30,7 +30,11 @@ class Prediction:
     iteration : IterationResult
         The simulated iteration.
     low, high : float
-        Interval of the iteration time that should hold four runs in five [s].
+        Interval of the iteration time that should hold four runs in five, P10 and P90 [s].
+    basis : CalibrationBasis
+        What the interval rests on: whether the device was calibrated.
+    interval_widths : Mapping[str, float]
+        Half-width of the interval that each cause would have alone, as a share; they add up in squares.
     memory : MemoryColumns
         Breakdown of every stage, shape ``(pp,)`` [B].
     peak_memory_bytes, usable_memory_bytes : float
@@ -48,6 +52,8 @@ class Prediction:
     iteration: IterationResult
     low: float
     high: float
+    basis: CalibrationBasis
+    interval_widths: Mapping[str, float]
     memory: MemoryColumns
     peak_memory_bytes: float
     usable_memory_bytes: float
@@ -85,7 +91,7 @@ def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "
     memory = plan_memory(context, plan)
     seconds = result.iteration_time
     workload, model = context.workload, context.model
-    low, high = prediction_interval(context, seconds)
+    interval = prediction_interval(context, plan, seconds)
     peak = context.gpu.peak(workload.precision) * plan.num_gpus * seconds
     tokens_per_second = workload.num_tokens / seconds
     node = context.cluster.node
@@ -98,8 +104,10 @@ def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "
         dollars = price / 3600.0 * num_nodes / tokens_per_second * _TOKENS_PER_TRILLION
     return Prediction(
         iteration=result,
-        low=low,
-        high=high,
+        low=interval.low,
+        high=interval.high,
+        basis=interval.basis,
+        interval_widths=interval.widths,
         memory=memory,
         peak_memory_bytes=float(memory.total.max()) * (1.0 + context.software.fragmentation),
         usable_memory_bytes=context.gpu.memory_bytes,
@@ -117,9 +125,3 @@ def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "
         dollars_per_trillion_tokens=dollars,
         joules_per_token=node.power_watts * num_nodes / tokens_per_second,
     )
-
-
-def prediction_interval(context: CostContext, seconds: float) -> tuple[float, float]:
-    """Return the 80 % band of an iteration time, wider for devices nobody calibrated [s]."""
-    band = _ESTIMATE_BAND if context.calibration.is_estimate else _MEASURED_BAND
-    return seconds * (1.0 - band), seconds * (1.0 + band)

@@ -9,13 +9,14 @@ import numpy as np
 from meshwright.costmodels.collectives import send_time
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.parallelism.data import expert_shard_ranks, shard_ranks
+from meshwright.costmodels.parallelism.offload import optimizer_offload_time
 from meshwright.costmodels.parameters import (
     RankParameters,
     boundary_parameters,
     layer_parameters,
     mtp_parameters,
 )
-from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, Shardings
+from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, Offloads, PlanColumns, Shardings
 from meshwright.costmodels.roofline import stream_time
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -42,38 +43,39 @@ _SWITCHED_ON = 0.9
 def first_stage_parameters(context: CostContext, columns: PlanColumns, layers: IntColumn) -> RankParameters:
     """Return the parameters of the first stage's ``layers`` and embedding on one rank; with one stage also the head."""
     model = context.model
-    boundary = model.num_embedding_parameters + np.where(columns.pp == 1, model.num_head_parameters, 0.0)
+    has_head = columns.has_both_ends
+    boundary = model.num_embedding_parameters + np.where(has_head, model.num_head_parameters, 0.0)
     # The dense leading layers of a MoE model sit on the first chunk; further chunks start behind them.
     leading = np.minimum(leading_dense_layers(context), columns.chunk_first).astype(np.float64)
     parameters = stacked_parameters(context, columns, layers.astype(np.float64), leading)
     parameters = parameters + boundary_parameters(context, boundary / columns.tp)
-    alone = mtp_parameters(context, columns).scaled((columns.pp == 1).astype(np.float64))
+    alone = mtp_parameters(context, columns).scaled(has_head.astype(np.float64))
     return parameters + alone if model.num_mtp_layers else parameters
 
 
 def virtual_stage_parameters(
     context: CostContext, plan: ParallelPlan, columns: PlanColumns
 ) -> RankParameters:
-    """Return the parameters of each virtual stage on one rank, shape ``(pp * vpp,)``.
+    """Return the parameters of each virtual stage on one rank, shape ``(len(columns),)``.
 
     ``columns`` is the plan, one row per virtual stage.
     """
     model = context.model
-    layers = np.array(plan.layers_per_stage, dtype=np.float64)
-    parameters = stacked_parameters(
-        context, columns, layers, leading_per_stage(context, plan.layers_per_stage)
-    )
-    ends = np.zeros(len(layers))
+    # As many rows as virtual stages, copy after copy where the stages hold the model twice.
+    copies = len(columns) // len(plan.layers_per_stage)
+    layers = np.tile(np.array(plan.layers_per_stage, dtype=np.float64), copies)
+    leading = np.tile(leading_per_stage(context, plan.layers_per_stage), copies)
+    parameters = stacked_parameters(context, columns, layers, leading)
+    ends, is_last = np.zeros(len(plan.layers_per_stage)), np.zeros(len(plan.layers_per_stage))
     ends[0] += model.num_embedding_parameters / plan.tp
     # A tied head on another stage keeps a copy of the embedding.
-    copies = plan.pp > 1 and model.has_tied_embeddings
-    ends[-1] += (model.num_embedding_parameters if copies else model.num_head_parameters) / plan.tp
-    is_last = np.zeros(len(layers))
+    repeats = model.has_tied_embeddings and not columns.has_both_ends[0]
+    ends[-1] += (model.num_embedding_parameters if repeats else model.num_head_parameters) / plan.tp
     is_last[-1] = 1.0
-    parameters = parameters + boundary_parameters(context, ends)
-    return (
-        parameters + mtp_parameters(context, columns).scaled(is_last) if model.num_mtp_layers else parameters
-    )
+    parameters = parameters + boundary_parameters(context, np.tile(ends, copies))
+    if not model.num_mtp_layers:
+        return parameters
+    return parameters + mtp_parameters(context, columns).scaled(np.tile(is_last, copies))
 
 
 def stacked_parameters(
@@ -102,15 +104,41 @@ def leading_per_stage(context: CostContext, layers_per_stage: Sequence[int]) -> 
     return leading
 
 
-def optimizer_time(context: CostContext, columns: PlanColumns, parameters: RankParameters) -> FloatColumn:
-    """Seconds of the fused Adam step on this rank's share of the states."""
+def optimizer_time(
+    context: CostContext, columns: PlanColumns, parameters: RankParameters, backward_window: FloatColumn
+) -> FloatColumn:
+    """Return the seconds of the Adam step on this rank's share of the states, on the device or off it.
+
+    Parameters
+    ----------
+    context : CostContext
+        Job and software.
+    columns : PlanColumns
+        Plans.
+    parameters : RankParameters
+        Parameters of the stage on one rank.
+    backward_window : FloatColumn
+        One micro-batch's backward of the stage, beside which gradients leave for host memory [s].
+    """
     is_whole = columns.sharding == Shardings.NONE
     stepped = parameters.dense_trained / np.where(is_whole, 1.0, shard_ranks(columns))
     stepped = stepped + parameters.expert_trained / np.where(is_whole, 1.0, expert_shard_ranks(columns))
     num_bytes = (_OPTIMIZER_BYTES + _NORM_BYTES) * stepped
-    return stream_time(
+    seconds = stream_time(
         num_bytes, context.gpu.memory_bandwidth_bytes_per_second, context.calibration.memory_stream_efficiency
     )
+    is_away = (columns.optimizer_offload != Offloads.NONE) | (columns.parameter_offload != Offloads.NONE)
+    if not is_away.any():
+        return seconds
+    away = optimizer_offload_time(
+        context,
+        stepped,
+        columns.optimizer_offload,
+        columns.optimizer_offload_fraction,
+        backward_window,
+        parameter_kind=columns.parameter_offload,
+    )
+    return np.where(is_away, away.update + away.exposed_gradient, seconds)
 
 
 def fixed_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
@@ -123,7 +151,7 @@ def fixed_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
     exchange = send_time(
         num_bytes, spans.astype(np.float64), context.cluster, context.software.inter_node_efficiency
     )
-    return fixed + np.where(columns.pp > 1, exchange, 0.0)
+    return fixed + np.where(columns.has_both_ends, 0.0, exchange)
 
 
 def overlaps(context: CostContext) -> tuple[float, float]:

@@ -7,13 +7,22 @@ that is left out keeps the base's value and source, and one that is given replac
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, cast, get_args
+from typing import Final, TypeVar, cast, get_args
 
-from meshwright.hardware_specs.specs import FabricSpec, GpuSpec, IntraNodeTopology, LinkSpec, NodeSpec
+from meshwright.hardware_specs.specs import (
+    FabricSpec,
+    GpuSpec,
+    HostSpec,
+    IntraNodeTopology,
+    LinkSpec,
+    NodeSpec,
+)
 from meshwright.hardware_specs.yaml_document import Section
 from meshwright.units import Kind
 
 __all__ = ["SCHEMA_VERSION", "NumberReader", "check_schema", "read_fabric", "read_gpu", "read_node"]
+
+_T = TypeVar("_T", int, float)
 
 SCHEMA_VERSION: Final = 1
 _FABRIC_KINDS: Final = ("infiniband", "roce", "ethernet", "efa", "slingshot")
@@ -27,6 +36,7 @@ _FABRIC_OF_NIC: Final = {
 # Host, switches and NICs of DGX-class nodes draw about 40 % on top of the accelerators' limits.
 _NODE_POWER_FACTOR: Final = 1.4
 _MAX_GPUS_PER_NODE: Final = 100_000
+_MAX_CORES_PER_NODE: Final = 10_000_000
 
 
 def check_schema(section: Section) -> None:
@@ -67,13 +77,7 @@ class NumberReader:
 
     def optional_quantity(self, key: str, kind: Kind, base: float | None) -> float | None:
         """Return a quantity, the base's when the key is absent, None when it is ``null``."""
-        if not self._section.has(key):
-            self._section.optional_text(key)
-            if key not in self._section:
-                return base
-            self._sources.pop(self._prefix + key, None)
-            return None
-        return self.quantity(key, kind, base)
+        return self.quantity(key, kind, base) if self._section.has(key) else self._absent(key, base)
 
     def count(self, key: str, base: int | None, maximum: int) -> int:
         """Return a whole number from 1 to ``maximum``."""
@@ -86,6 +90,10 @@ class NumberReader:
         self._note_source(key, section)
         return value
 
+    def optional_count(self, key: str, base: int | None, maximum: int) -> int | None:
+        """Return a whole number, the base's when the key is absent, None when it is ``null``."""
+        return self.count(key, base, maximum) if self._section.has(key) else self._absent(key, base)
+
     def number(self, key: str, base: float | None, minimum: float) -> float:
         """Return a plain number of at least ``minimum``."""
         if base is not None and not self._section.has(key):
@@ -94,6 +102,13 @@ class NumberReader:
         value = section.number(name, minimum=minimum)
         self._note_source(key, section)
         return value
+
+    def _absent(self, key: str, base: _T | None) -> _T | None:
+        self._section.optional_text(key)
+        if key not in self._section:
+            return base
+        self._sources.pop(self._prefix + key, None)
+        return None
 
     def _place(self, key: str) -> tuple[Section, str]:
         if self._section.is_section(key):
@@ -160,8 +175,8 @@ def read_node(section: Section, gpu: GpuSpec, base: NodeSpec | None = None) -> N
     Parameters
     ----------
     section : Section
-        ``id, name, aliases, num_gpus, topology, nic, num_nics, power, host_memory, price, default_fabric``;
-        without ``power`` the node draws 1.4 times the limits of its GPUs.
+        ``id, name, aliases, num_gpus, topology, nic, num_nics, power, host_memory, host, price,
+        default_fabric``; without ``power`` the node draws 1.4 times the limits of its GPUs.
     gpu : GpuSpec
         The accelerator.
     base : NodeSpec | None
@@ -201,6 +216,7 @@ def read_node(section: Section, gpu: GpuSpec, base: NodeSpec | None = None) -> N
         host_memory_bytes=numbers.optional_quantity(
             "host_memory", "bytes", base.host_memory_bytes if base else None
         ),
+        host=_read_host(section, base.host if base else None, sources),
         default_fabric=section.text("default_fabric", default=fabric),
         sources=sources,
     )
@@ -290,3 +306,36 @@ def _read_link(section: Section, key: str, base: LinkSpec | None, sources: dict[
     )
     child.close()
     return link
+
+
+def _read_host(section: Section, base: HostSpec | None, sources: dict[str, str]) -> HostSpec | None:
+    if not section.has("host"):
+        section.optional_section("host")
+        if "host" not in section:
+            return base
+        for key in [key for key in sources if key.startswith("host.")]:
+            del sources[key]
+        return None
+    child = section.section("host")
+    numbers = NumberReader(child, sources, "host.")
+    known = base or HostSpec()
+    host = HostSpec(
+        num_sockets=numbers.optional_count("num_sockets", known.num_sockets, _MAX_GPUS_PER_NODE),
+        num_cores=numbers.optional_count("num_cores", known.num_cores, _MAX_CORES_PER_NODE),
+        memory_bandwidth_bytes_per_second=numbers.optional_quantity(
+            "memory_bandwidth", "bytes_per_second", known.memory_bandwidth_bytes_per_second
+        ),
+        link_bandwidth_bytes_per_second=numbers.optional_quantity(
+            "link_bandwidth", "bytes_per_second", known.link_bandwidth_bytes_per_second
+        ),
+        gpus_per_link=numbers.count("gpus_per_link", known.gpus_per_link, _MAX_GPUS_PER_NODE),
+        nvme_bytes=numbers.optional_quantity("nvme", "bytes", known.nvme_bytes),
+        nvme_read_bytes_per_second=numbers.optional_quantity(
+            "nvme_read", "bytes_per_second", known.nvme_read_bytes_per_second
+        ),
+        nvme_write_bytes_per_second=numbers.optional_quantity(
+            "nvme_write", "bytes_per_second", known.nvme_write_bytes_per_second
+        ),
+    )
+    child.close()
+    return host

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from meshwright.hardware_specs.specs import ClusterSpec, FabricSpec, GpuSpec, LinkSpec, NodeSpec
+from meshwright.hardware_specs.specs import ClusterSpec, FabricSpec, GpuSpec, HostSpec, LinkSpec, NodeSpec
 from meshwright.hardware_specs.yaml_nodes import ScalarNode
 from meshwright.units import Kind, format_quantity, parse_quantity
 
@@ -114,6 +114,26 @@ def _link(link: LinkSpec, key: str, sources: Mapping[str, str]) -> dict[str, obj
     }
 
 
+def _host(host: HostSpec, sources: Mapping[str, str]) -> dict[str, object]:
+    counts = {"num_sockets": host.num_sockets, "num_cores": host.num_cores}
+    bandwidths = {
+        "memory_bandwidth": host.memory_bandwidth_bytes_per_second,
+        "link_bandwidth": host.link_bandwidth_bytes_per_second,
+        "nvme_read": host.nvme_read_bytes_per_second,
+        "nvme_write": host.nvme_write_bytes_per_second,
+    }
+    mapping: dict[str, object] = {
+        key: _count(value, f"host.{key}", sources) for key, value in counts.items() if value is not None
+    }
+    mapping["gpus_per_link"] = _count(host.gpus_per_link, "host.gpus_per_link", sources)
+    if host.nvme_bytes is not None:
+        mapping["nvme"] = _number(host.nvme_bytes, "bytes", "host.nvme", sources)
+    for key, value in bandwidths.items():
+        if value is not None:
+            mapping[key] = _number(value, "bytes_per_second", f"host.{key}", sources)
+    return mapping
+
+
 def gpu_to_mapping(gpu: GpuSpec) -> dict[str, object]:
     sources = gpu.sources
     mapping: dict[str, object] = {
@@ -158,6 +178,8 @@ def node_to_mapping(node: NodeSpec) -> dict[str, object]:
     }
     if node.host_memory_bytes is not None:
         mapping["host_memory"] = _number(node.host_memory_bytes, "bytes", "host_memory", sources)
+    if node.host is not None:
+        mapping["host"] = _host(node.host, sources)
     if node.price_dollars_per_hour is not None:
         mapping["price"] = _number(node.price_dollars_per_hour, "dollars_per_hour", "price", sources)
     return mapping

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from meshwright.errors import SpecError, did_you_mean
 
-__all__ = ["ClusterSpec", "FabricSpec", "GpuSpec", "IntraNodeTopology", "LinkSpec", "NodeSpec"]
+__all__ = ["ClusterSpec", "FabricSpec", "GpuSpec", "HostSpec", "IntraNodeTopology", "LinkSpec", "NodeSpec"]
 
 IntraNodeTopology = Literal["switch", "mesh", "hybrid_cube_mesh", "pcie"]
 
@@ -123,6 +123,43 @@ class GpuSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostSpec:
+    """The host side of a node, all its processors and drives together: what offload runs on; None where unknown.
+
+    Parameters
+    ----------
+    num_sockets, num_cores : int | None
+        Processors, and their physical cores together.
+    memory_bandwidth_bytes_per_second : float | None
+        Peak of all memory channels, reads and writes together [B/s].
+    link_bandwidth_bytes_per_second : float | None
+        Per direction, between a processor and the PCIe switch or root port that ``gpus_per_link`` GPUs hang
+        on; None where it is as wide as a GPU's own link [B/s].
+    gpus_per_link : int
+        GPUs that share such a link.
+    nvme_bytes : float | None
+        Capacity of the local data drives [B].
+    nvme_read_bytes_per_second, nvme_write_bytes_per_second : float | None
+        Peak sequential bandwidth of all of them together [B/s].
+    """
+
+    num_sockets: int | None = None
+    num_cores: int | None = None
+    memory_bandwidth_bytes_per_second: float | None = None
+    link_bandwidth_bytes_per_second: float | None = None
+    gpus_per_link: int = 1
+    nvme_bytes: float | None = None
+    nvme_read_bytes_per_second: float | None = None
+    nvme_write_bytes_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is not None:
+                _require_positive(f"host.{each.name}", value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
     """One scale-up domain: a server, or a rack that is one NVLink domain.
 
@@ -143,6 +180,8 @@ class NodeSpec:
         On-demand rent of the whole node, approximate [$/h].
     host_memory_bytes : float | None
         CPU memory of the node, for offload; None when unknown [B].
+    host : HostSpec | None
+        Processors, drives and links of the host, for offload; None when unknown.
     default_fabric : str
         Id of the fabric such nodes are joined by when a cluster names none.
     """
@@ -158,6 +197,7 @@ class NodeSpec:
     power_watts: float
     price_dollars_per_hour: float | None = None
     host_memory_bytes: float | None = None
+    host: HostSpec | None = None
     default_fabric: str = "infiniband-ndr"
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -170,6 +210,15 @@ class NodeSpec:
     def nic_bandwidth_per_gpu(self) -> float:
         """Compute-fabric bandwidth that each GPU owns when all send at once [B/s]."""
         return self.num_nics * self.nic.bandwidth_bytes_per_second / self.num_gpus
+
+    @property
+    def host_link_bandwidth_per_gpu(self) -> float:
+        """Bandwidth to the host, per direction, that each GPU owns when all copy at once [B/s]."""
+        own = self.gpu.host_link.bandwidth_bytes_per_second
+        if self.host is None:
+            return own
+        shared = self.host.link_bandwidth_bytes_per_second or own
+        return min(own, shared / self.host.gpus_per_link)
 
     @property
     def intra_link(self) -> LinkSpec:

@@ -12,16 +12,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.memory import peak_memory
-from meshwright.costmodels.plan_columns import PlanColumns, Recomputes, Schedules, Shardings
+from meshwright.costmodels.layers.cases import cases_of
+from meshwright.costmodels.memory import host_needs, peak_memory
+from meshwright.costmodels.parallelism.context import head_exchange_degree
+from meshwright.costmodels.plan_columns import Offloads, PlanColumns, Recomputes, Schedules, Shardings
 from meshwright.planner.export import EXPORTERS
 from meshwright.planner.space import SearchLimits
-from meshwright.simcore.domain.plan import RECOMPUTES, SCHEDULES_KNOWN, SHARDINGS
+from meshwright.simcore.domain.plan import (
+    CP_METHODS,
+    OFFLOADS,
+    RECOMPUTES,
+    SCHEDULES_KNOWN,
+    SHARDINGS,
+    VOCAB_PARALLELS,
+)
 
 __all__ = ["CONSTRAINTS", "Constraint", "Mask", "apply_constraints"]
 
 # Column codes of the fields that are words.
-_WORDS = {"schedule": SCHEDULES_KNOWN, "recompute": RECOMPUTES, "sharding": SHARDINGS}
+_WORDS = {
+    "cp_method": CP_METHODS,
+    "optimizer_offload": OFFLOADS,
+    "parameter_offload": OFFLOADS,
+    "recompute": RECOMPUTES,
+    "schedule": SCHEDULES_KNOWN,
+    "sharding": SHARDINGS,
+    "vocab_parallel": VOCAB_PARALLELS,
+}
 
 Mask = NDArray[np.bool_]
 
@@ -60,7 +77,11 @@ def _software(context: CostContext, columns: PlanColumns, limits: SearchLimits) 
 
 def _recompute(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
     saves = context.attention_kernel == "unfused" or context.software.selective_recompute == "operators"
-    result: Mask = (columns.recompute != Recomputes.SELECTIVE) | saves
+    named = columns.recompute_modules > 0
+    result: Mask = (columns.recompute != Recomputes.SELECTIVE) | (named | saves)
+    if context.software.selective_recompute == "operators":
+        # That software picks operators itself and takes no list.
+        result &= ~named
     return result
 
 
@@ -88,6 +109,8 @@ def _tensor_parallel(context: CostContext, columns: PlanColumns, limits: SearchL
     per_node = context.cluster.node.num_gpus
     fills_nodes = (per_node % columns.tp == 0) | (columns.tp % per_node == 0)
     result: Mask = (model.num_attention_heads % columns.tp == 0) & (model.ffn_hidden_size % columns.tp == 0)
+    if model.moe is not None:
+        result &= model.moe.shared_ffn_hidden_size % columns.tp == 0
     result &= shares_groups & fills_nodes
     return result
 
@@ -100,6 +123,40 @@ def _sequence_parallel(context: CostContext, columns: PlanColumns, limits: Searc
 def _pipeline(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
     layers, stages = context.model.num_layers, columns.pp * columns.vpp
     result: Mask = (stages <= layers) | (stages == layers + 2)
+    return result
+
+
+def _context_parallel(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    """Every rank has two parts of the sequence; all-to-all needs a key/value head for every rank it swaps with."""
+    model = context.model
+    result: Mask = (columns.cp == 1) | (context.workload.sequence_length % (2 * columns.cp) == 0)
+    groups = model.num_query_groups if model.mla is None else model.num_attention_heads
+    degree = head_exchange_degree(context, cases_of(columns))
+    result &= (degree <= 1.0) | (groups % (columns.tp * degree) == 0)
+    if context.attention_kernel == "unfused":
+        result &= columns.cp == 1
+    return result
+
+
+def _expert_parallel(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    """Experts divide over ep, their width over etp, both over a stage's ranks; tp with experts needs SP."""
+    moe = context.model.moe
+    if moe is None:
+        has_none: Mask = (columns.ep == 1) & (columns.etp == 1)
+        return has_none
+    grid = columns.ep * columns.etp
+    result: Mask = (moe.num_experts % columns.ep == 0) & ((columns.tp * columns.cp * columns.dp) % grid == 0)
+    result &= moe.moe_ffn_hidden_size % columns.etp == 0
+    # Without it every tensor parallel rank would route the same tokens (Megatron-Core refuses it).
+    result &= (columns.tp == 1) | columns.sequence_parallel
+    return result
+
+
+def _offload(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    """Weights leave the device only where ZeRO-3 gathers them layer by layer."""
+    result: Mask = (columns.parameter_offload == Offloads.NONE) | (
+        (columns.sharding >= Shardings.ZERO3) & (columns.pp == 1)
+    )
     return result
 
 
@@ -131,6 +188,11 @@ def _memory(context: CostContext, columns: PlanColumns, limits: SearchLimits) ->
     return result
 
 
+def _host_memory(context: CostContext, columns: PlanColumns, limits: SearchLimits) -> Mask:
+    demand = host_needs(context, columns)
+    return np.ones(len(columns), dtype=np.bool_) if demand is None else demand.fits
+
+
 CONSTRAINTS: tuple[Constraint, ...] = (
     Constraint(name="user_limits", sentence="the values allowed under 'constraints'", holds=_user_limits),
     Constraint(name="software", sentence="the software generation has it", holds=_software),
@@ -146,6 +208,21 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         holds=_tensor_parallel,
     ),
     Constraint(name="sequence_parallel", sentence="tp divides the sequence", holds=_sequence_parallel),
+    Constraint(
+        name="context_parallel",
+        sentence="2 x cp divides the sequence, and all-to-all swaps whole key/value heads",
+        holds=_context_parallel,
+    ),
+    Constraint(
+        name="expert_parallel",
+        sentence="ep divides the experts, ep x etp the ranks of a stage; tp with experts needs sequence parallelism",
+        holds=_expert_parallel,
+    ),
+    Constraint(
+        name="offload",
+        sentence="weights are offloaded only under ZeRO-3 without a pipeline",
+        holds=_offload,
+    ),
     Constraint(name="pipeline", sentence="every virtual stage but the ends holds a layer", holds=_pipeline),
     Constraint(name="batch", sentence="dp x micro-batch divides the global batch", holds=_batch),
     Constraint(
@@ -159,6 +236,9 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         holds=_sharding,
     ),
     Constraint(name="memory", sentence="the fullest rank fits", holds=_memory),
+    Constraint(
+        name="host_memory", sentence="what is offloaded fits the node's memory and drives", holds=_host_memory
+    ),
 )
 
 

@@ -19,7 +19,14 @@ from meshwright.planner.workload_options import WorkloadOptions, workload_option
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.model_catalog import load_model, model_from_section
-from meshwright.simcore.domain.plan import RECOMPUTES, SCHEDULES_KNOWN, SHARDINGS
+from meshwright.simcore.domain.plan import (
+    CP_METHODS,
+    OFFLOADS,
+    RECOMPUTES,
+    SCHEDULES_KNOWN,
+    SHARDINGS,
+    VOCAB_PARALLELS,
+)
 from meshwright.simcore.domain.workload import PRECISIONS, Precision, TrainingWorkload
 
 __all__ = ["JobFlags", "PlanRequest", "read_request"]
@@ -27,12 +34,16 @@ __all__ = ["JobFlags", "PlanRequest", "read_request"]
 _DEFAULT_SOFTWARE = "megatron-core"
 # Allocators fragment and predictions err: a plan that fills the last gibibyte dies in its first hour.
 _DEFAULT_HEADROOM = 0.05
-_SEARCHED_SCHEDULES = ("none", "gpipe", "1f1b", "interleaved_1f1b")
 _WORDS: Mapping[str, tuple[str, ...]] = {
-    "schedule": _SEARCHED_SCHEDULES,
+    "cp_method": CP_METHODS,
+    "optimizer_offload": OFFLOADS,
+    "parameter_offload": OFFLOADS,
     "recompute": RECOMPUTES,
+    "schedule": SCHEDULES_KNOWN,
     "sharding": SHARDINGS,
+    "vocab_parallel": VOCAB_PARALLELS,
 }
+_FLAGS = ("activation_offload", "sequence_parallel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,18 +257,13 @@ def _limits(section: Section | None, flags: JobFlags) -> SearchLimits:
 
 def _allowed(section: Section, key: str) -> tuple[int | str | bool, ...]:
     """Return the allowed values of one plan field: a single value or a list."""
-    if key == "sequence_parallel":
+    if key in _FLAGS:
         return (section.boolean(key),)
     if key in _WORDS:
         words = section.texts(key) if section.is_list(key) else (section.text(key),)
         if not words:
             raise section.error(key, "list at least one value, or leave the key out")
         for word in words:
-            if key == "schedule" and word in SCHEDULES_KNOWN and word not in _SEARCHED_SCHEDULES:
-                raise section.error(
-                    key,
-                    f"'{word}' is not searched by this release; it searches {', '.join(_SEARCHED_SCHEDULES)}",
-                )
             if word not in _WORDS[key]:
                 raise section.error(
                     key,

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns
-from meshwright.planner.space import divisors
+from meshwright.planner.axes import divisors
 
 __all__ = ["OBJECTIVES", "Objective", "objective_values", "world_sizes"]
 

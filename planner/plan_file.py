@@ -19,6 +19,13 @@ from meshwright.hardware_specs.spec_writing import cluster_to_mapping, dump_yaml
 from meshwright.hardware_specs.yaml_document import Section, read_yaml
 from meshwright.planner.workload_options import workload_options
 from meshwright.simcore.domain.job import TrainingJob
+from meshwright.simcore.domain.layer_groups import (
+    GROUP_RECOMPUTES,
+    GROUP_SHARDINGS,
+    GroupRecompute,
+    GroupSharding,
+    LayerGroup,
+)
 from meshwright.simcore.domain.model_catalog import model_from_section, model_to_mapping
 from meshwright.simcore.domain.plan import (
     CP_METHODS,
@@ -51,6 +58,7 @@ _RARE_FIELDS = (
     "optimizer_offload_fraction",
     "parameter_offload",
     "activation_offload",
+    "layer_groups",
 )
 
 
@@ -94,6 +102,7 @@ def prediction_mapping(prediction: Prediction) -> dict[str, object]:
         "iteration_time_seconds": prediction.iteration_time,
         "iteration_time_low_seconds": prediction.low,
         "iteration_time_high_seconds": prediction.high,
+        "basis": prediction.basis,
         "tokens_per_second_per_gpu": prediction.tokens_per_second_per_gpu,
         "mfu": prediction.mfu,
         "hfu": prediction.hfu,
@@ -157,7 +166,7 @@ def read_plan(path: Path) -> PlanDocument:
 
 def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:
     mapping = dataclasses.asdict(plan)
-    for key in ("layers_per_stage", "recompute_modules"):
+    for key in ("layers_per_stage", "recompute_modules", "layer_groups"):
         mapping[key] = list(mapping[key])
     defaults = {each.name: each.default for each in dataclasses.fields(plan)}
     return {
@@ -201,6 +210,8 @@ def _plan(section: Section) -> ParallelPlan:
     )
     fraction = section.optional_number("optimizer_offload_fraction")
     activation_offload = section.boolean("activation_offload", default=False)
+    groups = section.sections("layer_groups") if section.has("layer_groups") else ()
+    layer_groups = tuple(_layer_group(group) for group in groups)
     # Before the plan is built: a mistyped key must not show as a degree that does not fit.
     section.close()
     try:
@@ -223,6 +234,26 @@ def _plan(section: Section) -> ParallelPlan:
             optimizer_offload_fraction=1.0 if fraction is None else fraction,
             parameter_offload=parameter_offload,
             activation_offload=activation_offload,
+            layer_groups=layer_groups,
+        )
+    except SpecError as error:
+        raise section.error("", str(error)) from None
+
+
+def _layer_group(section: Section) -> LayerGroup:
+    num_layers = section.integer("num_layers", minimum=1)
+    tp = section.integer("tp", default=1, minimum=1)
+    sequence_parallel = section.boolean("sequence_parallel", default=False)
+    sharding = cast("GroupSharding", section.choice("sharding", GROUP_SHARDINGS, default="none"))
+    recompute = cast("GroupRecompute", section.choice("recompute", GROUP_RECOMPUTES, default="none"))
+    section.close()
+    try:
+        return LayerGroup(
+            num_layers=num_layers,
+            tp=tp,
+            sequence_parallel=sequence_parallel,
+            sharding=sharding,
+            recompute=recompute,
         )
     except SpecError as error:
         raise section.error("", str(error)) from None
@@ -246,7 +277,8 @@ def _check_fits(section: Section, job: TrainingJob, plan: ParallelPlan) -> None:
     stage = plan.tp * plan.cp * plan.dp
     if stage % (plan.ep * plan.etp):
         raise section.error(
-            "plan", f"ep x etp = {plan.ep * plan.etp} does not divide the tp x cp x dp = {stage} ranks of a stage"
+            "plan",
+            f"ep x etp = {plan.ep * plan.etp} does not divide the tp x cp x dp = {stage} ranks of a stage",
         )
     if plan.ep * plan.etp > 1 and (job.model.moe is None or job.model.moe.num_experts % plan.ep):
         experts = f"{job.model.moe.num_experts} experts" if job.model.moe else "a model without experts"

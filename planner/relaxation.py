@@ -89,7 +89,7 @@ def _fits_on(job: TrainingJob, context: CostContext, limits: SearchLimits, num_n
 
 
 def _is_feasible(job: TrainingJob, context: CostContext, limits: SearchLimits) -> bool:
-    for block in enumerate_space(job, world_sizes("throughput", context)):
+    for block in enumerate_space(context, limits, world_sizes("throughput", context)):
         feasible = apply_constraints(context, block, limits, {})
         if limits.target is None:
             if len(feasible):

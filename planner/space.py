@@ -1,27 +1,55 @@
-"""The plan space as columns: every way to run a job, before any constraint has spoken."""
+"""The plan space: every way to run a job, before any constraint has spoken."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
-from meshwright.costmodels.plan_columns import ALL_LAYERS, LAYER_FIELDS, PlanColumns, layer_counts
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.partition import boundary_layers
+from meshwright.costmodels.plan_columns import ALL_LAYERS, IntColumn, PlanColumns
 from meshwright.errors import SpecError, did_you_mean
+from meshwright.planner.axes import (
+    Axis,
+    context_axis,
+    context_degrees,
+    divisors,
+    expert_grids,
+    layout_axis,
+    micro_batch_axis,
+    offload_axis,
+    recompute_axis,
+    sequence_axis,
+    sharding_axis,
+)
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import (
+    CP_METHODS,
+    OFFLOADS,
+    RECOMPUTE_MODULES,
     RECOMPUTES,
     SCHEDULES_KNOWN,
     SHARDINGS,
+    VOCAB_PARALLELS,
     ParallelPlan,
-    can_partition,
     partition_layers,
+    partition_with_ends,
 )
 
-__all__ = ["LIMIT_KEYS", "SearchLimits", "divisors", "enumerate_space", "plan_of_row"]
+__all__ = [
+    "LIMIT_KEYS",
+    "SearchLimits",
+    "SpaceBlock",
+    "concatenate",
+    "enumerate_space",
+    "plan_of_row",
+    "space_blocks",
+]
 
-_SHARDINGS = ("none", "zero1", "zero2", "zero3", "hsdp")
 # Rows evaluated at once: bounds the working memory to some tens of MiB whatever the space.
 _BLOCK_ROWS = 65_536
 # Ten times the deepest model that was ever trained (1,000-layer DeepNet, arXiv 2203.00555).
@@ -32,11 +60,20 @@ LIMIT_KEYS = (
     "tp",
     "pp",
     "vpp",
+    "cp",
+    "cp_method",
+    "ep",
+    "etp",
+    "expert_overlap",
     "micro_batch_size",
     "sequence_parallel",
     "schedule",
+    "vocab_parallel",
     "recompute",
     "sharding",
+    "optimizer_offload",
+    "parameter_offload",
+    "activation_offload",
 )
 
 
@@ -68,23 +105,69 @@ class SearchLimits:
             )
 
 
-def divisors(number: int) -> list[int]:
-    """Return the divisors of a number, ascending."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def enumerate_space(job: TrainingJob, world_sizes: tuple[int, ...]) -> Iterator[PlanColumns]:
-    """Yield the whole space in blocks of columns.
-
-    Every factorisation of the world into tp, pp and dp; micro-batches that divide the global batch; chunks
-    that divide the layers; sequence parallelism; recompute; sharding, with HSDP groups of whole nodes and
-    upwards. Combinations no framework can run are included: constraints reject and count them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpaceBlock:
+    """The plans of one set of degrees: the product of the remaining choices.
 
     Parameters
     ----------
-    job : TrainingJob
-        Model, cluster and workload.
+    degrees : Mapping[str, int]
+        ``tp``, ``cp``, ``pp``, ``dp``, ``ep``, ``etp``.
+    axes : Mapping[str, Axis]
+        The choices, by name; rows count through the last one fastest.
+    global_batch_size, num_layers : int
+        Of the job.
+    """
+
+    degrees: Mapping[str, int]
+    axes: Mapping[str, Axis]
+    global_batch_size: int
+    num_layers: int
+
+    def __len__(self) -> int:
+        """Return the number of plans."""
+        return math.prod(len(axis) for axis in self.axes.values())
+
+    def columns(self, rows: IntColumn) -> PlanColumns:
+        """Return some of the plans; ``rows`` are numbers from 0 to the length of the block."""
+        shape = tuple(len(axis) for axis in self.axes.values())
+        chosen = np.unravel_index(rows, shape)
+        values: dict[str, NDArray[np.generic]] = {
+            name: np.full(len(rows), degree, dtype=np.int64) for name, degree in self.degrees.items()
+        }
+        for axis, option in zip(self.axes.values(), chosen, strict=True):
+            for name, column in axis.columns.items():
+                values[name] = column[option]
+        share = values.pop("recompute_share").astype(np.float64)
+        pp, vpp, per_step = values["pp"], values["vpp"], values["dp"].astype(np.int64)
+        per_step = per_step * values["micro_batch_size"].astype(np.int64)
+        per_chunk = self.num_layers / (pp.astype(np.float64) * vpp.astype(np.float64))
+        return PlanColumns(
+            **values,  # type: ignore[arg-type]  # the axes name the columns
+            # Where the batch does not divide the constraint rejects the row; 1 keeps the arithmetic defined.
+            num_micro_batches=np.maximum(self.global_batch_size // per_step, 1),
+            recompute_layers=np.where(share < 1.0, np.ceil(share * per_chunk), ALL_LAYERS).astype(np.int64),
+            secondary_group=np.zeros(len(rows), dtype=np.int64),
+        )
+
+
+def space_blocks(
+    context: CostContext, limits: SearchLimits, world_sizes: tuple[int, ...]
+) -> Iterator[SpaceBlock]:
+    """Yield the whole space, one block per set of degrees.
+
+    Every factorisation of the world into tp, cp, pp and dp, with every grid of expert ranks; micro-batches that
+    divide a replica's batch; every schedule with its chunks and its split of the layers; sequence parallelism;
+    context parallel exchange; recompute; sharding, with HSDP groups of whole nodes and upwards; offload.
+    Combinations no framework can run are included: constraints reject and count them. Vocabulary parallelism,
+    overlapped experts and NVMe are tried where the limits name them.
+
+    Parameters
+    ----------
+    context : CostContext
+        Job, with the cost models that place its layers.
+    limits : SearchLimits
+        What the user asks for.
     world_sizes : tuple[int, ...]
         Numbers of GPUs to plan for.
 
@@ -93,133 +176,133 @@ def enumerate_space(job: TrainingJob, world_sizes: tuple[int, ...]) -> Iterator[
     SpecError
         If the model has more layers than any model; every divisor of them would be a number of chunks.
     """
-    if job.model.num_layers > _MAX_LAYERS:
+    model, workload = context.model, context.workload
+    if model.num_layers > _MAX_LAYERS:
         raise SpecError(
-            f"model {job.model.name}: num_layers must be at most {_MAX_LAYERS}, not {job.model.num_layers}"
+            f"model {model.name}: num_layers must be at most {_MAX_LAYERS}, not {model.num_layers}"
         )
-    pending: list[dict[str, np.ndarray]] = []
-    rows = 0
+    per_node = context.cluster.node.num_gpus
+    overlaps = limits.allowed.get("expert_overlap", (1,)) if model.moe is not None else (1,)
+    vocab_words = tuple(str(word) for word in limits.allowed.get("vocab_parallel", ("none",)))
+    allows_nvme = any(
+        "nvme" in limits.allowed.get(key, ()) for key in ("optimizer_offload", "parameter_offload")
+    )
+    recompute, offload = recompute_axis(model), offload_axis(context.cluster.node, allows_nvme)
+    boundaries = _boundaries(context, world_sizes)
     for world in world_sizes:
         for tp in divisors(world):
-            for pp in divisors(world // tp):
-                block = _block(job, tp, pp, world // (tp * pp))
-                pending.append(block)
-                rows += len(block["tp"])
-                if rows >= _BLOCK_ROWS:
-                    yield _columns(job, pending)
-                    pending, rows = [], 0
+            for cp in context_degrees(workload.sequence_length, world // tp):
+                for pp in divisors(world // (tp * cp)):
+                    dp = world // (tp * cp * pp)
+                    inner = {
+                        "micro_batch": micro_batch_axis(workload.global_batch_size, dp),
+                        "layout": layout_axis(context, pp, boundaries[tp], vocab_words),
+                        "sequence": sequence_axis(tp),
+                        "context": context_axis(cp, tp, per_node),
+                        "recompute": recompute,
+                        "sharding": sharding_axis(dp, tp, per_node),
+                        "offload": offload,
+                        "overlap": Axis(columns={"expert_overlap": np.array([int(d) for d in overlaps])}),
+                    }
+                    for ep, etp in expert_grids(model, tp * cp * dp, tp):
+                        yield SpaceBlock(
+                            degrees={"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep, "etp": etp},
+                            axes=inner,
+                            global_batch_size=workload.global_batch_size,
+                            num_layers=model.num_layers,
+                        )
+
+
+def _boundaries(context: CostContext, world_sizes: tuple[int, ...]) -> dict[int, tuple[float, float]]:
+    """Return what embedding and LM head take by tensor parallel degree, in layers, for a micro-batch of 1."""
+    degrees = sorted({tp for world in world_sizes for tp in divisors(world)})
+    plans = [
+        ParallelPlan(
+            dp=1,
+            tp=tp,
+            micro_batch_size=1,
+            schedule="none",
+            sequence_parallel=tp > 1,
+            layers_per_stage=(context.model.num_layers,),
+        )
+        for tp in degrees
+    ]
+    embedding, head = boundary_layers(context, PlanColumns.from_plans(plans, 1))
+    return {tp: (float(embedding[row]), float(head[row])) for row, tp in enumerate(degrees)}
+
+
+def enumerate_space(
+    context: CostContext, limits: SearchLimits, world_sizes: tuple[int, ...]
+) -> Iterator[PlanColumns]:
+    """Yield the whole space as columns, tens of thousands of plans at a time; see :func:`space_blocks`."""
+    pending: list[PlanColumns] = []
+    num_rows = 0
+    for block in space_blocks(context, limits, world_sizes):
+        for start in range(0, len(block), _BLOCK_ROWS):
+            pending.append(block.columns(np.arange(start, min(start + _BLOCK_ROWS, len(block)))))
+            num_rows += len(pending[-1])
+            if num_rows >= _BLOCK_ROWS:
+                yield concatenate(pending)
+                pending, num_rows = [], 0
     if pending:
-        yield _columns(job, pending)
+        yield concatenate(pending)
 
 
-def _block(job: TrainingJob, tp: int, pp: int, dp: int) -> dict[str, np.ndarray]:
-    """Return the cross product of the remaining choices for one (tp, pp, dp)."""
-    micro_batches = divisors(job.workload.global_batch_size)
-    # A schedule and its number of chunks are one choice.
-    pipelines = [("none", 1)]
-    if pp > 1:
-        # Chunks that leave layers even, or even but for embedding and loss at the ends.
-        layers = job.model.num_layers
-        chunks = sorted({d for d in (*divisors(layers), *divisors(layers + 2)) if d > 1})
-        pipelines = [("gpipe", 1), ("1f1b", 1), *(("interleaved_1f1b", v) for v in chunks)]
-    shardings = _sharding_choices(job, tp, dp)
-    choices = np.meshgrid(
-        np.array(micro_batches),
-        np.arange(len(pipelines)),
-        np.array([0, 1] if tp > 1 else [0]),
-        np.arange(len(RECOMPUTES)),
-        np.arange(len(shardings)),
-        indexing="ij",
-    )
-    micro, pipeline, sequence, recompute, sharding = (choice.ravel() for choice in choices)
-    num_rows = len(micro)
-    schedule_codes = np.array([SCHEDULES_KNOWN.index(name) for name, _ in pipelines])
-    return {
-        "tp": np.full(num_rows, tp),
-        "pp": np.full(num_rows, pp),
-        "dp": np.full(num_rows, dp),
-        "micro_batch_size": micro,
-        "schedule": schedule_codes[pipeline],
-        "vpp": np.array([v for _, v in pipelines])[pipeline],
-        "sequence_parallel": sequence.astype(np.bool_),
-        "recompute": recompute,
-        "sharding": np.array([SHARDINGS.index(name) for name, _ in shardings])[sharding],
-        "sharding_group": np.array([group for _, group in shardings])[sharding],
-    }
-
-
-def _sharding_choices(job: TrainingJob, tp: int, dp: int) -> list[tuple[str, int]]:
-    if dp == 1:
-        return [("none", 1)]
-    choices = [(name, dp) for name in _SHARDINGS if name != "hsdp"]
-    group = max(2, job.cluster.node.num_gpus // tp)
-    while group < dp:
-        if dp % group == 0:
-            choices.append(("hsdp", group))
-        group *= 2
-    return choices
-
-
-def _columns(job: TrainingJob, blocks: list[dict[str, np.ndarray]]) -> PlanColumns:
-    merged = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    per_step = merged["dp"] * merged["micro_batch_size"]
-    # Where the batch does not divide the constraint rejects the row; 1 keeps the arithmetic defined.
-    num_micro_batches = np.maximum(job.workload.global_batch_size // per_step, 1)
-    num_rows = len(per_step)
+def concatenate(parts: list[PlanColumns]) -> PlanColumns:
+    """Return the rows of several columns, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
     return PlanColumns(
-        **merged,
-        **_unsearched(num_rows),
-        num_micro_batches=num_micro_batches,
-        **_layer_columns(job.model.num_layers, merged["pp"], merged["vpp"]),
+        **{
+            each.name: np.concatenate([getattr(part, each.name) for part in parts])
+            for each in fields(PlanColumns)
+        }
     )
-
-
-def _unsearched(num_rows: int) -> dict[str, np.ndarray]:
-    """Return the columns the space leaves at their default."""
-    ones, zeros = np.ones(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.int64)
-    return {
-        "cp": ones,
-        "cp_method": zeros,
-        "ep": ones,
-        "etp": ones,
-        "expert_overlap": ones,
-        "recompute_modules": zeros,
-        "recompute_layers": np.full(num_rows, ALL_LAYERS),
-        "secondary_group": zeros,
-        "optimizer_offload": zeros,
-        "optimizer_offload_fraction": np.ones(num_rows),
-        "parameter_offload": zeros,
-        "activation_offload": np.zeros(num_rows, dtype=np.bool_),
-        "vocab_parallel": zeros,
-    }
-
-
-def _layer_columns(num_layers: int, pp: np.ndarray, vpp: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the layer fields of the columns, as ``partition_layers`` spreads the layers; 0 where it cannot."""
-    pairs, inverse = np.unique(pp * (num_layers + 3) + vpp, return_inverse=True)
-    table = np.zeros((len(pairs), len(LAYER_FIELDS)), dtype=np.int64)
-    for row, pair in enumerate(pairs):
-        stages, chunks = divmod(int(pair), num_layers + 3)
-        if can_partition(num_layers, stages * chunks):
-            table[row] = layer_counts(partition_layers(num_layers, stages * chunks), stages)
-    return {name: table[inverse, index] for index, name in enumerate(LAYER_FIELDS)}
 
 
 def plan_of_row(job: TrainingJob, columns: PlanColumns, row: int) -> ParallelPlan:
     """Return one row of the columns as a plan."""
-    sharding = SHARDINGS[columns.sharding[row]]
-    pp, vpp, dp = int(columns.pp[row]), int(columns.vpp[row]), int(columns.dp[row])
-    group = int(columns.sharding_group[row])
+
+    def number(name: str) -> int:
+        return int(getattr(columns, name)[row])
+
+    pp, vpp, dp = number("pp"), number("vpp"), number("dp")
+    group, layers = number("sharding_group"), number("recompute_layers")
+    mask = number("recompute_modules")
     return ParallelPlan(
         dp=dp,
-        tp=int(columns.tp[row]),
+        tp=number("tp"),
         pp=pp,
         vpp=vpp,
+        cp=number("cp"),
+        cp_method=CP_METHODS[number("cp_method")],  # type: ignore[arg-type]  # codes index the words
+        ep=number("ep"),
+        etp=number("etp"),
+        expert_overlap=number("expert_overlap"),
         sequence_parallel=bool(columns.sequence_parallel[row]),
-        micro_batch_size=int(columns.micro_batch_size[row]),
-        schedule=SCHEDULES_KNOWN[columns.schedule[row]],
-        recompute=RECOMPUTES[columns.recompute[row]],
-        sharding=sharding,
+        micro_batch_size=number("micro_batch_size"),
+        schedule=SCHEDULES_KNOWN[number("schedule")],  # type: ignore[arg-type]  # as above
+        recompute=RECOMPUTES[number("recompute")],  # type: ignore[arg-type]  # as above
+        recompute_modules=tuple(name for bit, name in enumerate(RECOMPUTE_MODULES) if mask >> bit & 1),
+        recompute_layers=None if layers >= ALL_LAYERS else layers,
+        sharding=SHARDINGS[number("sharding")],  # type: ignore[arg-type]  # as above
         sharding_group=group if group < dp else None,
-        layers_per_stage=partition_layers(job.model.num_layers, pp * vpp),
+        secondary_group=number("secondary_group") or None,
+        optimizer_offload=OFFLOADS[number("optimizer_offload")],  # type: ignore[arg-type]  # as above
+        optimizer_offload_fraction=float(columns.optimizer_offload_fraction[row]),
+        parameter_offload=OFFLOADS[number("parameter_offload")],  # type: ignore[arg-type]  # as above
+        activation_offload=bool(columns.activation_offload[row]),
+        vocab_parallel=VOCAB_PARALLELS[number("vocab_parallel")],  # type: ignore[arg-type]  # as above
+        layers_per_stage=_layers_of_row(job, columns, row),
     )
+
+
+def _layers_of_row(job: TrainingJob, columns: PlanColumns, row: int) -> tuple[int, ...]:
+    """Return the split of the layers that the row's layer fields were taken from."""
+    num_layers = job.model.num_layers
+    num_stages = int(columns.pp[row] * columns.vpp[row])
+    own = partition_layers(num_layers, num_stages)
+    first, last = int(columns.chunk_first[row]), int(columns.chunk_last[row])
+    if (own[0], own[-1]) == (first, last):
+        return own
+    return partition_with_ends(num_layers, num_stages, first, last)

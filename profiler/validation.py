@@ -13,7 +13,7 @@ from meshwright.costmodels.context import cost_context
 from meshwright.costmodels.prediction import Prediction, predict
 from meshwright.errors import MeshwrightError
 from meshwright.profiler.measured_runs import MeasuredRun
-from meshwright.profiler.measured_setup import IncompleteRowError, measured_setup
+from meshwright.profiler.measured_setup import IncompleteRowError, MeasuredSetup, measured_setup
 
 __all__ = [
     "RESULT_COLUMNS",
@@ -45,11 +45,12 @@ RESULT_COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredRun:
-    """One row with its prediction, or the reason why there is none."""
+    """One row with what it was taken to mean and its prediction, or the reason why there is none."""
 
     run: MeasuredRun
     status: Status
     reason: str
+    setup: MeasuredSetup | None
     prediction: Prediction | None
 
     @property
@@ -68,6 +69,18 @@ class ScoredRun:
         return self.prediction.iteration_time / self.run.measured_seconds - 1.0
 
     @property
+    def is_in_interval(self) -> bool | None:
+        """Whether the measured time lies in the predicted 80 % interval; None without both."""
+        if self.prediction is None or self.run.measured != "time" or self.run.measured_seconds is None:
+            return None
+        return self.prediction.low <= self.run.measured_seconds <= self.prediction.high
+
+    @property
+    def is_wrongly_infeasible(self) -> bool:
+        """Whether the run is predicted not to fit, though it ran."""
+        return self.status == "infeasible" and self.run.measured != "oom"
+
+    @property
     def memory_error(self) -> float | None:
         """Predicted over measured memory minus 1; None without both."""
         if self.prediction is None or self.run.measured_memory_bytes is None:
@@ -83,17 +96,24 @@ class ErrorSummary:
     ----------
     num_scored, num_scorable : int
         Rows with a prediction, and rows that state something to compare with.
-    mean, median, bias, p90 : float | None
-        Mean and median absolute error, median signed error, 90th percentile; None without a row.
+    num_wrongly_infeasible : int
+        Rows that ran though they are predicted not to fit.
+    mean, median, p90, bias : float | None
+        Mean, median and 90th percentile of the absolute error, median signed error; None without a row.
+    in_interval : float | None
+        Share of the scored rows whose measured time lies in the predicted 80 % interval; None for memory,
+        which is predicted without an interval.
     """
 
     name: str
     num_scored: int
     num_scorable: int
+    num_wrongly_infeasible: int
     mean: float | None
     median: float | None
-    bias: float | None
     p90: float | None
+    bias: float | None
+    in_interval: float | None
 
     @property
     def coverage(self) -> float:
@@ -113,7 +133,7 @@ def score_run(run: MeasuredRun, calibration_paths: Sequence[Path] = ()) -> Score
         )
         prediction = predict(context, setup.plan)
     except (IncompleteRowError, MeshwrightError) as error:
-        return ScoredRun(run=run, status="skipped", reason=str(error), prediction=None)
+        return ScoredRun(run=run, status="skipped", reason=str(error), setup=None, prediction=None)
     remarks = list(setup.remarks)
     if context.calibration.is_estimate:
         remarks.append(context.calibration.reason)
@@ -125,7 +145,7 @@ def score_run(run: MeasuredRun, calibration_paths: Sequence[Path] = ()) -> Score
             f"predicted {prediction.peak_memory_bytes / 2**30:.1f} GiB of "
             f"{prediction.usable_memory_bytes / 2**30:.1f} GiB usable",
         )
-    return ScoredRun(run=run, status=status, reason="; ".join(remarks), prediction=prediction)
+    return ScoredRun(run=run, status=status, reason="; ".join(remarks), setup=setup, prediction=prediction)
 
 
 def score_runs(
@@ -148,17 +168,16 @@ def summarise(name: str, rows: Sequence[ScoredRun], quantity: Quantity) -> Error
         scorable = [row for row in rows if row.run.measured_memory_bytes is not None]
         errors = [row.memory_error for row in scorable]
     known = np.array([error for error in errors if error is not None])
-    if not len(known):
-        return ErrorSummary(
-            name=name, num_scored=0, num_scorable=len(scorable), mean=None, median=None, bias=None, p90=None
-        )
+    inside = [row.is_in_interval for row in scorable if row.is_in_interval is not None]
     size = np.abs(known)
     return ErrorSummary(
         name=name,
         num_scored=len(known),
         num_scorable=len(scorable),
-        mean=float(size.mean()),
-        median=float(np.median(size)),
-        bias=float(np.median(known)),
-        p90=float(np.percentile(size, 90)),
+        num_wrongly_infeasible=sum(row.is_wrongly_infeasible for row in rows),
+        mean=float(size.mean()) if len(known) else None,
+        median=float(np.median(size)) if len(known) else None,
+        p90=float(np.percentile(size, 90)) if len(known) else None,
+        bias=float(np.median(known)) if len(known) else None,
+        in_interval=float(np.mean(inside)) if inside and quantity == "time" else None,
     )

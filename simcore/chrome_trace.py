@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.simcore.schedules import FORWARD, WEIGHT_GRADIENT
+from meshwright.simcore.schedules import FORWARD, INPUT_GRADIENT, NO_OPERATION, WEIGHT_GRADIENT
 from meshwright.simcore.training.iteration import IterationResult
 
 __all__ = ["MAX_EVENTS", "TraceSummary", "write_chrome_trace"]
@@ -131,29 +131,43 @@ def _metadata(stage: int) -> Iterator[str]:
 
 def _compute_events(result: IterationResult, stage: int, stages: tuple[int, ...]) -> Iterator[str]:
     """Yield each operation's slice, the counter step it makes and the arrows it ends and starts."""
-    num_stages = result.operations.num_stages
-    num_virtual = num_stages * result.costs.num_chunks
-    num_micro_batches = result.costs.num_micro_batches
-    has_upstream = (stage - 1) % num_stages in stages and num_stages > 1
-    has_downstream = (stage + 1) % num_stages in stages and num_stages > 1
+    operations = result.operations
+    virtual_stages = operations.placement[stage].tolist()
+    num_passed = operations.placement.size * result.costs.num_micro_batches
+    partners = _partners(result, stages)
     in_flight = 0
     begins, ends = _microseconds(result.operation_start[stage]), _microseconds(result.operation_end[stage])
+    is_joint = np.zeros(len(begins), dtype=np.bool_)
+    if operations.is_overlapped is not None:
+        is_joint = operations.is_overlapped[stage]
+        forwards = np.flatnonzero(is_joint & (operations.kind[stage] == FORWARD))
+        ends[forwards] = ends[forwards + 1]
     rows = zip(
-        result.operations.kind[stage].tolist(),
-        result.operations.micro_batch[stage].tolist(),
-        result.operations.chunk[stage].tolist(),
+        operations.kind[stage].tolist(),
+        operations.micro_batch[stage].tolist(),
+        operations.chunk[stage].tolist(),
+        is_joint.tolist(),
         begins.tolist(),
         ends.tolist(),
         strict=True,
     )
-    for kind, micro_batch, chunk, begin, end in rows:
-        virtual = chunk * num_stages + stage
-        yield (
-            f'{{"ph":"X","pid":{stage},"tid":0,"ts":{begin:.3f},"dur":{end - begin:.3f},'
-            f'"name":"{_LETTERS[kind]} m{micro_batch} c{chunk}","cat":"{_CATEGORIES[kind]}",'
-            f'"args":{{"micro_batch":{micro_batch},"chunk":{chunk},"virtual_stage":{virtual}}}}}'
-        )
-        if kind != 2:
+    joint_name = ""
+    for kind, micro_batch, chunk, joint, begin, end in rows:
+        if kind == NO_OPERATION:
+            continue
+        virtual = virtual_stages[chunk]
+        name, category = f"{_LETTERS[kind]} m{micro_batch} c{chunk}", _CATEGORIES[kind]
+        if joint:
+            name, category = f"{joint_name}{name}", "overlapped"
+            joint_name = f"{name} & " if kind == FORWARD else ""
+        # The slice of a joint pair is its backward's.
+        if not joint_name:
+            yield (
+                f'{{"ph":"X","pid":{stage},"tid":0,"ts":{begin:.3f},"dur":{end - begin:.3f},'
+                f'"name":"{name}","cat":"{category}",'
+                f'"args":{{"micro_batch":{micro_batch},"chunk":{chunk},"virtual_stage":{virtual}}}}}'
+            )
+        if kind != INPUT_GRADIENT:
             in_flight += 1 if kind == FORWARD else -1
             yield (
                 f'{{"ph":"C","pid":{stage},"ts":{begin if kind == FORWARD else end:.3f},'
@@ -162,24 +176,36 @@ def _compute_events(result: IterationResult, stage: int, stages: tuple[int, ...]
         if kind == WEIGHT_GRADIENT:
             continue
         # An arrow's number is its producer's: activations first, then gradients.
-        step, is_fed, is_read = (1, has_upstream, has_downstream)
-        offset = virtual * num_micro_batches + micro_batch
+        step = 1
+        offset = virtual * result.costs.num_micro_batches + micro_batch
         if kind != FORWARD:
-            step, is_fed, is_read = (-1, has_downstream, has_upstream)
-            offset += num_virtual * num_micro_batches
+            step = -1
+            offset += num_passed
         place = f'"pid":{stage},"tid":0,"name":"send","cat":"communication"'
-        if is_fed and 0 <= virtual - step < num_virtual:
-            source = offset - step * num_micro_batches
+        if (virtual - step, virtual) in partners:
+            source = offset - step * result.costs.num_micro_batches
             yield f'{{"ph":"f","bp":"e",{place},"ts":{begin:.3f},"id":{source}}}'
-        if is_read and 0 <= virtual + step < num_virtual:
+        if (virtual, virtual + step) in partners:
             yield f'{{"ph":"s",{place},"ts":{(begin + end) / 2:.3f},"id":{offset}}}'
+
+
+def _partners(result: IterationResult, stages: tuple[int, ...]) -> set[tuple[int, int]]:
+    """Return the pairs of virtual stages between which the written stages send, either way round."""
+    placement = result.operations.placement
+    stage_of = np.empty(placement.size, dtype=np.int64)
+    stage_of[placement] = np.arange(len(placement))[:, np.newaxis]
+    length = placement.size // result.operations.num_model_copies
+    pairs = set()
+    for virtual in range(1, placement.size):
+        ends = {int(stage_of[virtual - 1]), int(stage_of[virtual])}
+        if virtual % length and len(ends) == 2 and ends.issubset(stages):
+            pairs |= {(virtual - 1, virtual), (virtual, virtual - 1)}
+    return pairs
 
 
 def _other_events(result: IterationResult, stage: int) -> Iterator[str]:
     """Yield the optimizer step, the gathers and the reductions of a stage, leaving out what takes no time."""
-    virtual = range(
-        stage, result.operations.num_stages * result.costs.num_chunks, result.operations.num_stages
-    )
+    virtual = result.operations.placement[stage].tolist()
     gathers: Iterable[tuple[float, float, str]] = (
         (result.gather_start[v], result.gather_end[v], f"parameter gather c{chunk}")
         for chunk, v in enumerate(virtual)

@@ -8,13 +8,14 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.simcore.schedules import WEIGHT_GRADIENT
+from meshwright.simcore.schedules import BACKWARD, NO_OPERATION, WEIGHT_GRADIENT
 from meshwright.simcore.training.iteration import IterationResult
 from meshwright.units import format_quantity
 
 __all__ = ["timeline_svg", "timeline_text"]
 
 _LETTERS, _FILLS = "FBBW", "-==~"
+_JOINT_LETTER, _JOINT_FILL = "&", "+"
 _MAX_TEXT_ROWS, _MAX_PICTURE_ROWS = 24, 64
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 900, 78, 62, 92
@@ -50,7 +51,10 @@ def timeline_text(result: IterationResult, width: int = 100) -> str:
     lines.append(f"{'':{label}} 0{end:>{columns + 1}}  busy")
     letters = ["F forward", "B backward"]
     if _has_weight_gradients(result):
-        letters[1:] = ["B input gradient", "W weight gradient"]
+        whole = "backward or " if (result.operations.kind == BACKWARD).any() else ""
+        letters[1:] = [f"B {whole}input gradient", "W weight gradient"]
+    if result.operations.is_overlapped is not None:
+        letters.append(f"{_JOINT_LETTER} F and B at once")
     lines.append(f"{'':{label}}  {'  '.join([*letters, 'g gather', 'r reduce', 'O optimizer', '. idle'])}")
     return "\n".join(lines) + "\n"
 
@@ -128,16 +132,25 @@ def _text_row(result: IterationResult, stage: int, columns: int) -> str:
         operation = int(index[begin])
         if operation >= 0:
             kind = int(result.operations.kind[stage, operation])
-            name = f"{_LETTERS[kind]}{result.operations.micro_batch[stage, operation]}"
+            letter, fill = _LETTERS[kind], _FILLS[kind]
+            name = f"{letter}{result.operations.micro_batch[stage, operation]}"
+            if _is_joint(result, stage, operation):
+                name = f"{_LETTERS[0]}{result.operations.micro_batch[stage, operation - 1]}{name}"
+                letter, fill = _JOINT_LETTER, _JOINT_FILL
             # A number that does not fit would read as another number: leave it out whole.
-            name = name if len(name) <= end - begin else _LETTERS[kind]
-            text = text[:begin] + name.ljust(end - begin, _FILLS[kind]) + text[end:]
+            name = name if len(name) <= end - begin else letter
+            text = text[:begin] + name.ljust(end - begin, fill) + text[end:]
     return text
+
+
+def _is_joint(result: IterationResult, stage: int, operation: int) -> bool:
+    is_overlapped = result.operations.is_overlapped
+    return is_overlapped is not None and bool(is_overlapped[stage, operation])
 
 
 def _communication(result: IterationResult, stage: int) -> Iterator[tuple[float, float, str]]:
     """Yield begin, end and letter of each gather and reduction of a stage."""
-    for virtual in range(stage, len(result.gather_start), result.operations.num_stages):
+    for virtual in result.operations.placement[stage].tolist():
         yield float(result.gather_start[virtual]), float(result.gather_end[virtual]), "g"
         for part in range(2):
             yield float(result.reduce_start[virtual, part]), float(result.reduce_end[virtual, part]), "r"
@@ -146,7 +159,8 @@ def _communication(result: IterationResult, stage: int) -> Iterator[tuple[float,
 def _legend(result: IterationResult) -> Iterator[str]:
     entries = [("forward", _FORWARD_COLOUR), ("backward", _BACKWARD_COLOUR)]
     if _has_weight_gradients(result):
-        entries[1:] = [("input gradient", _BACKWARD_COLOUR), ("weight gradient", _WEIGHT_COLOUR)]
+        whole = "backward or " if (result.operations.kind == BACKWARD).any() else ""
+        entries[1:] = [(f"{whole}input gradient", _BACKWARD_COLOUR), ("weight gradient", _WEIGHT_COLOUR)]
     if result.gather_end.max() > 0 or (result.reduce_end > result.reduce_start).any():
         entries.append(("communication", _COMMUNICATION_COLOUR))
     if (result.optimizer_end > result.optimizer_start).any():
@@ -204,20 +218,32 @@ def _operations(result: IterationResult, stage: int, top: float, thick: float, s
     begins, ends = result.operation_start[stage], result.operation_end[stage]
     kinds, chunks = result.operations.kind[stage], result.operations.chunk[stage]
     num_chunks = result.costs.num_chunks
-    if np.median(ends - begins) * scale < 1.5:
+    # What takes no time, as the forwards of joint pairs, is not drawn.
+    is_drawn = (kinds != NO_OPERATION) & (ends > begins)
+    if not is_drawn.any() or np.median((ends - begins)[is_drawn]) * scale < 1.5:
         yield from _blended(result, stage, top, thick)
         return
-    for operation in range(len(kinds)):
+    for operation in np.flatnonzero(is_drawn).tolist():
         wide = float(ends[operation] - begins[operation]) * scale
         left = _LEFT + float(begins[operation]) * scale
         colour = _lighter(_OPERATION_COLOURS[kinds[operation]], 0.5 * chunks[operation] / num_chunks)
-        yield _box(left, top, max(wide - 0.6, 0.4), thick, colour)
         name = str(result.operations.micro_batch[stage, operation])
-        if wide >= 6.5 * len(name) + 3 and thick >= 11:
-            yield (
-                f'<text x="{left + wide / 2:.2f}" y="{top + thick / 2 + 3.8:.2f}" font-size="10.5" '
-                f'fill="#ffffff" text-anchor="middle">{name}</text>'
-            )
+        if _is_joint(result, stage, operation):
+            upper = _lighter(_FORWARD_COLOUR, 0.5 * chunks[operation - 1] / num_chunks)
+            upper_name = str(result.operations.micro_batch[stage, operation - 1])
+            yield from _operation(left, top, wide, thick / 2, upper, upper_name)
+            yield from _operation(left, top + thick / 2, wide, thick / 2, colour, name)
+        else:
+            yield from _operation(left, top, wide, thick, colour, name)
+
+
+def _operation(left: float, top: float, wide: float, thick: float, colour: str, name: str) -> Iterator[str]:
+    yield _box(left, top, max(wide - 0.6, 0.4), thick, colour)
+    if wide >= 6.5 * len(name) + 3 and thick >= 11:
+        yield (
+            f'<text x="{left + wide / 2:.2f}" y="{top + thick / 2 + 3.8:.2f}" font-size="10.5" '
+            f'fill="#ffffff" text-anchor="middle">{name}</text>'
+        )
 
 
 def _blended(result: IterationResult, stage: int, top: float, thick: float) -> Iterator[str]:
@@ -231,6 +257,9 @@ def _blended(result: IterationResult, stage: int, top: float, thick: float) -> I
     for colour in (_FORWARD_COLOUR, _BACKWARD_COLOUR, _WEIGHT_COLOUR):
         kinds = [kind for kind in range(len(_OPERATION_COLOURS)) if _OPERATION_COLOURS[kind] == colour]
         spent = np.where(np.isin(result.operations.kind[stage], kinds), ends - begins, 0.0)
+        if result.operations.is_overlapped is not None and colour != _WEIGHT_COLOUR:
+            # A joint pair, which its backward has all the time of, shows in equal parts as both.
+            spent = np.where(result.operations.is_overlapped[stage], 0.5 * (ends - begins), spent)
         until = np.cumsum(spent)
         passed = np.interp(edges, points, np.stack([until - spent, until], axis=1).ravel())
         stacked = stacked + np.diff(passed) / edges[1]

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from rich.table import Table
 
 from meshwright.cli.render.console import make_table, stdout_console
+from meshwright.cli.render.jitter import jitter_mapping, print_jitter
 from meshwright.cli.render.plans import FLOPS_WORDS, memory_table
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.prediction import Prediction
@@ -14,15 +15,16 @@ from meshwright.planner.plan_file import PlanDocument, prediction_mapping
 from meshwright.planner.reasons import degrees_text
 from meshwright.simcore.timeline import timeline_text
 from meshwright.simcore.training.iteration import steady_state_period
+from meshwright.simcore.training.jitter import JitterResult
 
 __all__ = ["print_simulation", "simulation_mapping"]
 
 
 def simulation_mapping(
-    document: PlanDocument, context: CostContext, prediction: Prediction
+    document: PlanDocument, context: CostContext, prediction: Prediction, jittered: JitterResult | None
 ) -> dict[str, object]:
-    """Return the simulation as plain data."""
-    return {
+    """Return the simulation as plain data, with what jitter does to it where that was asked."""
+    mapping: dict[str, object] = {
         "kind": "training_simulation",
         "model": document.job.model.name,
         "cluster": document.job.cluster.id,
@@ -33,12 +35,20 @@ def simulation_mapping(
         "idle_seconds_all_stages": prediction.iteration.idle_time.totals(),
         "busy_seconds_per_stage": prediction.iteration.busy_time.tolist(),
     }
+    if jittered is not None:
+        mapping["jitter"] = jitter_mapping(jittered)
+    return mapping
 
 
 def print_simulation(
-    document: PlanDocument, context: CostContext, prediction: Prediction, flops: str, written: list[str]
+    document: PlanDocument,
+    context: CostContext,
+    prediction: Prediction,
+    jittered: JitterResult | None,
+    flops: str,
+    written: list[str],
 ) -> None:
-    """Print figures, time attribution, timeline and memory."""
+    """Print figures, time attribution, timeline, memory, and what jitter does where that was asked."""
     console = stdout_console()
     result, job, plan = prediction.iteration, document.job, document.plan
     figures = make_table(
@@ -67,6 +77,8 @@ def print_simulation(
         f"{fits}: {prediction.memory_headroom:.0%} of the usable memory stays free on the fullest rank "
         f"(stage {prediction.fullest_stage})."
     )
+    if jittered is not None:
+        print_jitter(console, jittered)
     console.print(f"Calibration: {context.calibration.id} ({context.calibration.reason}).", soft_wrap=True)
     for line in written:
         console.print(f"Wrote {line}", soft_wrap=True, markup=False)

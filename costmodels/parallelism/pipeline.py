@@ -48,14 +48,16 @@ def blocks_on_send(context: CostContext, vpp: IntColumn) -> NDArray[np.bool_]:
     return blocks & ~((vpp > 1) & context.software.overlaps_interleaved_sends)
 
 
-def edge_crosses_nodes(num_edges: int, pp: int, stage_stride: int, gpus_per_node: int) -> NDArray[np.float64]:
+def edge_crosses_nodes(
+    stage_of: NDArray[np.int64], stage_stride: int, gpus_per_node: int
+) -> NDArray[np.float64]:
     """Return, per virtual-stage edge ``i -> i + 1``, 1.0 where some sender and receiver sit on different nodes.
 
-    Stages are blocks of ``stage_stride`` global ranks, one after the other; edges of interleaved chunks wrap
-    from the last stage to the first. A pipeline is as slow as its slowest replica, so one crossing pair counts.
+    Stages are blocks of ``stage_stride`` global ranks, one after the other; ``stage_of`` names the stage of each
+    virtual stage, and the last edge goes back to the first. A pipeline is as slow as its slowest replica, so one
+    crossing pair counts.
     """
-    sender = np.arange(num_edges) % pp
-    receiver = (sender + 1) % pp
+    sender, receiver = stage_of, np.roll(stage_of, -1)
     first = np.minimum(sender, receiver) * stage_stride
     last = (np.maximum(sender, receiver) + 1) * stage_stride - 1
     crosses: NDArray[np.float64] = (first // gpus_per_node != last // gpus_per_node).astype(np.float64)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import numpy as np
 
 from meshwright.costmodels.bound import iteration_time_bound
@@ -16,7 +14,7 @@ from meshwright.planner.constraints import apply_constraints
 from meshwright.planner.export import EXPORTERS
 from meshwright.planner.objectives import objective_values, world_sizes
 from meshwright.planner.search.base import Progress, RankedPlan, SearchRequest, SearchResult
-from meshwright.planner.space import enumerate_space, plan_of_row
+from meshwright.planner.space import concatenate, enumerate_space, plan_of_row
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.training.iteration import iteration_time
 
@@ -86,7 +84,8 @@ def _bounded(
     kept: list[PlanColumns] = []
     bounds: list[FloatColumn] = []
     num_candidates = num_feasible = 0
-    for block in enumerate_space(request.job, world_sizes(request.objective, request.context)):
+    worlds = world_sizes(request.objective, request.context)
+    for block in enumerate_space(request.context, request.limits, worlds):
         num_candidates += len(block)
         feasible = apply_constraints(request.context, block, request.limits, rejections)
         num_feasible += len(feasible)
@@ -101,10 +100,7 @@ def _bounded(
         progress("scoring plans", num_candidates, 0)
     if not kept:
         raise InfeasiblePlanError("no plan satisfies every constraint", rejections)
-    merged = PlanColumns(
-        **{f.name: np.concatenate([getattr(k, f.name) for k in kept]) for f in fields(PlanColumns)}
-    )
-    return merged, np.concatenate(bounds), num_candidates, num_feasible
+    return concatenate(kept), np.concatenate(bounds), num_candidates, num_feasible
 
 
 def _order(request: SearchRequest, survivors: PlanColumns, bounds: FloatColumn) -> np.ndarray:

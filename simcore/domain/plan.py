@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from meshwright.errors import SpecError, did_you_mean
+from meshwright.simcore.domain.layer_groups import LayerGroup, check_layer_groups
 
 __all__ = [
     "CP_METHODS",
@@ -24,6 +25,7 @@ __all__ = [
     "VocabParallel",
     "can_partition",
     "partition_layers",
+    "partition_with_ends",
 ]
 
 Sharding = Literal["none", "zero1", "zero2", "zero3", "hsdp"]
@@ -112,6 +114,10 @@ class ParallelPlan:
         How embedding and LM head are spread over pipeline stages.
     layers_per_stage : tuple[int, ...]
         Transformer layers of each virtual stage, in model order; length ``pp * vpp``.
+    layer_groups : tuple[LayerGroup, ...]
+        Groups of consecutive layers, in model order, each with its own tp, sequence parallelism, sharding and
+        recompute; the fields above are then those of embedding and head, and of what stages send each other.
+        Empty when all layers run alike. A group ends with every stage.
     """
 
     dp: int
@@ -138,6 +144,7 @@ class ParallelPlan:
     activation_offload: bool = False
     vocab_parallel: VocabParallel = "none"
     layers_per_stage: tuple[int, ...]
+    layer_groups: tuple[LayerGroup, ...] = ()
 
     def __post_init__(self) -> None:
         for axis in ("dp", "tp", "pp", "vpp", "cp", "ep", "etp", "expert_overlap", "micro_batch_size"):
@@ -186,6 +193,7 @@ class ParallelPlan:
         if self.sharding_group is not None and (self.sharding_group < 1 or self.dp % self.sharding_group):
             raise SpecError(f"plan.sharding_group {self.sharding_group} must divide dp {self.dp}")
         self._check_levers()
+        check_layer_groups(self)
 
     def _check_levers(self) -> None:
         """Check the memory levers: recompute, offload and the secondary sharding group."""
@@ -288,6 +296,32 @@ def partition_layers(num_layers: int, num_virtual_stages: int) -> tuple[int, ...
         counts[0] -= 1
         counts[-1] -= 1
     return tuple(counts)
+
+
+def partition_with_ends(num_layers: int, num_virtual_stages: int, first: int, last: int) -> tuple[int, ...]:
+    """Split layers over virtual stages with given numbers on the first and the last, the rest evenly.
+
+    What remains of the middle goes to its later stages, which hold fewer activations.
+
+    Raises
+    ------
+    SpecError
+        If the middle cannot hold what the ends leave.
+
+    Examples
+    --------
+    >>> partition_with_ends(32, 4, 8, 5)
+    (8, 9, 10, 5)
+    """
+    inner, rest = num_virtual_stages - 2, num_layers - first - last
+    if num_virtual_stages < 2 or min(first, last) < 0 or rest < inner or (inner == 0 and rest):
+        raise SpecError(
+            f"{num_layers} layers cannot fill {num_virtual_stages} virtual stages with {first} on the first and "
+            f"{last} on the last"
+        )
+    base, extra = divmod(rest, inner) if inner else (0, 0)
+    middle = (base + (index >= inner - extra) for index in range(inner))
+    return (first, *middle, last)
 
 
 def can_partition(num_layers: int, num_virtual_stages: int) -> bool:

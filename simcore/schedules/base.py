@@ -9,23 +9,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import SpecError
+from meshwright.simcore.schedules.placement import looping_placement
 
 __all__ = [
     "BACKWARD",
     "FORWARD",
     "INPUT_GRADIENT",
+    "NO_OPERATION",
     "WEIGHT_GRADIENT",
     "PipelineSchedule",
     "StageOperations",
     "operations_from_positions",
     "require_single_chunk",
     "require_sizes",
+    "require_two_chunks",
 ]
 
 FORWARD: Final = 0
 BACKWARD: Final = 1
 INPUT_GRADIENT: Final = 2
 WEIGHT_GRADIENT: Final = 3
+NO_OPERATION: Final = 4
+
+# What each kind adds to the activations that live on its stage.
+_LIVE_CHANGE = np.array([1, -1, 0, -1, 0], dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,15 +43,25 @@ class StageOperations:
     ----------
     kind : NDArray[np.int8]
         ``FORWARD``, ``BACKWARD`` (whole), ``INPUT_GRADIENT`` or ``WEIGHT_GRADIENT``, shape
-        ``(num_stages, num_operations)``.
+        ``(num_stages, num_operations)``; ``NO_OPERATION`` after the last one of stages that run fewer.
     micro_batch, chunk : NDArray[np.int32]
-        What the operation works on, same shape. Chunk ``c`` of stage ``s`` is virtual stage
-        ``c * num_stages + s``.
+        What the operation works on, same shape.
+    placement : NDArray[np.int32]
+        The virtual stage that each chunk of each stage is, shape ``(num_stages, num_chunks)``.
+    num_model_copies : int
+        Copies of the model that the stages hold together. Each micro-batch passes the virtual stages of one
+        copy; nothing is sent from the last virtual stage of a copy to the first of the next.
+    is_overlapped : NDArray[np.bool_] | None
+        Pairs of a forward and the backward right after it that run as one joint operation, both marked, same
+        shape as ``kind``; never a virtual stage's first forward or last gradient. None: there are none.
     """
 
     kind: NDArray[np.int8]
     micro_batch: NDArray[np.int32]
     chunk: NDArray[np.int32]
+    placement: NDArray[np.int32]
+    num_model_copies: int = 1
+    is_overlapped: NDArray[np.bool_] | None = None
 
     @property
     def num_stages(self) -> int:
@@ -53,7 +70,7 @@ class StageOperations:
 
     @property
     def num_operations(self) -> int:
-        """Operations of one stage."""
+        """Operations of the stage that runs most."""
         return int(self.kind.shape[1])
 
     def peak_in_flight(self) -> NDArray[np.int64]:
@@ -62,7 +79,7 @@ class StageOperations:
         Counted in micro-batches on one chunk, from the start of the forward to the end of the operation
         that needs its activations last: the whole backward, or the weight gradient.
         """
-        change = np.array([1, -1, 0, -1], dtype=np.int32)[self.kind]
+        change = _LIVE_CHANGE[self.kind]
         live: NDArray[np.int32] = np.cumsum(change, axis=1, dtype=np.int32)
         peak: NDArray[np.int64] = live.max(axis=1).astype(np.int64)
         return peak
@@ -74,6 +91,18 @@ class PipelineSchedule(Protocol):
     @property
     def name(self) -> str:
         """The word that plan files use."""
+        ...
+
+    @property
+    def num_model_copies(self) -> int:
+        """Copies of the model that the stages hold together: micro-batches are dealt out to them evenly."""
+        ...
+
+    def placement(self, num_stages: int, num_chunks: int) -> NDArray[np.int32]:
+        """Return the virtual stage of each chunk of each stage, ``(num_stages, num_chunks)``.
+
+        Virtual stages are numbered in model order, copy after copy where there are several.
+        """
         ...
 
     def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
@@ -105,10 +134,19 @@ def require_single_chunk(name: str, num_chunks: int) -> None:
         )
 
 
+def require_two_chunks(name: str, num_stages: int, num_chunks: int) -> None:
+    """Raise SpecError unless a schedule that goes there and back has the stages and chunks to do so."""
+    if num_stages < 2 or num_chunks != 2:
+        raise SpecError(
+            f"schedule '{name}' needs at least 2 stages and exactly 2 chunks per stage, not {num_stages} and "
+            f"{num_chunks}: use pp >= 2 and vpp 2"
+        )
+
+
 def operations_from_positions(
     parts: list[tuple[int, NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]],
 ) -> StageOperations:
-    """Return operations from the place of each in its stage's order.
+    """Return operations from the place of each in its stage's order, the model looping over the stages.
 
     Parameters
     ----------
@@ -118,6 +156,7 @@ def operations_from_positions(
     """
     num_stages = parts[0][1].shape[0]
     num_operations = sum(position.shape[1] for _, position, _, _ in parts)
+    num_chunks = 1 + max(int(chunk.max()) for _, _, _, chunk in parts)
     kinds = np.empty((num_stages, num_operations), dtype=np.int8)
     micro_batches = np.empty((num_stages, num_operations), dtype=np.int32)
     chunks = np.empty((num_stages, num_operations), dtype=np.int32)
@@ -127,4 +166,9 @@ def operations_from_positions(
             kinds[stage, place] = kind
             micro_batches[stage, place] = micro_batch
             chunks[stage, place] = chunk
-    return StageOperations(kind=kinds, micro_batch=micro_batches, chunk=chunks)
+    return StageOperations(
+        kind=kinds,
+        micro_batch=micro_batches,
+        chunk=chunks,
+        placement=looping_placement(num_stages, num_chunks),
+    )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from meshwright.simcore.schedules.base import StageOperations, require_single_chunk, require_sizes
 from meshwright.simcore.schedules.one_f_one_b import alternating_operations
+from meshwright.simcore.schedules.placement import looping_placement
 
 __all__ = ["GPipe"]
 
@@ -18,11 +19,16 @@ class GPipe:
     """Fill and drain [Huang 2019]: bubble ``(p - 1)(F + B)``; keeps every micro-batch's activations."""
 
     name: str = "gpipe"
+    num_model_copies: int = 1
 
     def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
         """Raise SpecError unless there is one chunk per stage."""
         require_sizes(num_stages, num_chunks, num_micro_batches)
         require_single_chunk(self.name, num_chunks)
+
+    def placement(self, num_stages: int, num_chunks: int) -> NDArray[np.int32]:
+        """Return the virtual stage of each chunk of each stage, ``(num_stages, num_chunks)``."""
+        return looping_placement(num_stages, num_chunks)
 
     def operations(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> StageOperations:
         """Return the ordered operations of every stage; backwards run in the order of the forwards."""

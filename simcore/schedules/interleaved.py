@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from meshwright.errors import SpecError
 from meshwright.simcore.schedules.base import StageOperations, require_sizes
 from meshwright.simcore.schedules.one_f_one_b import alternating_operations
+from meshwright.simcore.schedules.placement import looping_placement
 
 __all__ = ["Interleaved"]
 
@@ -32,6 +33,7 @@ class Interleaved:
 
     micro_batch_group_size: int | None = None
     name: str = "interleaved_1f1b"
+    num_model_copies: int = 1
 
     def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
         """Raise SpecError where Megatron-Core refuses the numbers."""
@@ -54,6 +56,10 @@ class Interleaved:
                 f"schedule '{self.name}' cannot run {num_micro_batches} micro-batches in groups of {group_size}: "
                 f"the last group of {rest} is smaller than the {num_stages} stages; use {near} micro-batches"
             )
+
+    def placement(self, num_stages: int, num_chunks: int) -> NDArray[np.int32]:
+        """Return the virtual stage of each chunk of each stage, ``(num_stages, num_chunks)``."""
+        return looping_placement(num_stages, num_chunks)
 
     def operations(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> StageOperations:
         """Return the ordered operations of every stage."""

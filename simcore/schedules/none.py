@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from meshwright.errors import SpecError
 from meshwright.simcore.schedules.base import StageOperations, require_single_chunk, require_sizes
 from meshwright.simcore.schedules.one_f_one_b import alternating_operations
+from meshwright.simcore.schedules.placement import looping_placement
 
 __all__ = ["NoPipeline"]
 
@@ -19,6 +20,7 @@ class NoPipeline:
     """Gradient accumulation on a single stage: no bubble, one micro-batch in flight."""
 
     name: str = "none"
+    num_model_copies: int = 1
 
     def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
         """Raise SpecError unless there is one stage with one chunk."""
@@ -26,6 +28,10 @@ class NoPipeline:
         if num_stages != 1:
             raise SpecError(f"schedule 'none' has one stage, not {num_stages}: name a pipeline schedule")
         require_single_chunk(self.name, num_chunks)
+
+    def placement(self, num_stages: int, num_chunks: int) -> NDArray[np.int32]:
+        """Return the virtual stage of each chunk of each stage, ``(num_stages, num_chunks)``."""
+        return looping_placement(num_stages, num_chunks)
 
     def operations(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> StageOperations:
         """Return the ordered operations of the stage."""

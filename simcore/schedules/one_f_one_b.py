@@ -15,6 +15,7 @@ from meshwright.simcore.schedules.base import (
     require_single_chunk,
     require_sizes,
 )
+from meshwright.simcore.schedules.placement import looping_placement
 
 __all__ = ["OneForwardOneBackward", "alternating_operations"]
 
@@ -24,11 +25,16 @@ class OneForwardOneBackward:
     """PipeDream-flush, Megatron's default [Narayanan 2021, section 2.2]: bubble ``(p - 1)(F + B)``."""
 
     name: str = "1f1b"
+    num_model_copies: int = 1
 
     def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
         """Raise SpecError unless there is one chunk per stage."""
         require_sizes(num_stages, num_chunks, num_micro_batches)
         require_single_chunk(self.name, num_chunks)
+
+    def placement(self, num_stages: int, num_chunks: int) -> NDArray[np.int32]:
+        """Return the virtual stage of each chunk of each stage, ``(num_stages, num_chunks)``."""
+        return looping_placement(num_stages, num_chunks)
 
     def operations(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> StageOperations:
         """Return the ordered operations of every stage."""

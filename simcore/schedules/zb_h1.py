@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.simcore.schedules.base import StageOperations, require_single_chunk, require_sizes
+from meshwright.simcore.schedules.placement import looping_placement
 from meshwright.simcore.schedules.zero_bubble import split_backward_operations
 
 __all__ = ["ZeroBubbleH1"]
@@ -22,11 +23,16 @@ class ZeroBubbleH1:
     """
 
     name: str = "zb_h1"
+    num_model_copies: int = 1
 
     def check(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> None:
         """Raise SpecError unless there is one chunk per stage."""
         require_sizes(num_stages, num_chunks, num_micro_batches)
         require_single_chunk(self.name, num_chunks)
+
+    def placement(self, num_stages: int, num_chunks: int) -> NDArray[np.int32]:
+        """Return the virtual stage of each chunk of each stage, ``(num_stages, num_chunks)``."""
+        return looping_placement(num_stages, num_chunks)
 
     def operations(self, num_stages: int, num_chunks: int, num_micro_batches: int) -> StageOperations:
         """Return the ordered operations of every stage."""

@@ -16,8 +16,8 @@ __all__ = ["IterationCosts"]
 class IterationCosts:
     """Durations of the operations of one iteration.
 
-    Arrays named "virtual stage" have shape ``(num_stages * num_chunks,)`` in model order: virtual stage
-    ``i`` is chunk ``i // num_stages`` on stage ``i % num_stages``.
+    Arrays named "virtual stage" have shape ``(num_stages * num_chunks,)`` in model order, copy after copy
+    where the stages hold several; which stage and chunk a virtual stage is, the schedule's ``placement`` says.
 
     Parameters
     ----------
@@ -31,7 +31,8 @@ class IterationCosts:
     forward_communication_time, backward_communication_time : NDArray[np.float64]
         The part of forward and backward that is exposed communication, for attribution [s].
     send_time : NDArray[np.float64]
-        Activation from virtual stage ``i`` to ``i + 1``; the gradient takes as long back. Last entry 0 [s].
+        Activation from virtual stage ``i`` to ``i + 1``; the gradient takes as long back. 0 in the last entry
+        and between virtual stages of one stage [s].
     is_send_blocking : bool
         True: the sender's compute stream waits for its send (the operation lasts ``send_time`` longer).
         False: only the receiver waits.
@@ -47,6 +48,10 @@ class IterationCosts:
         Optimizer step of each stage, shape ``(num_stages,)`` [s].
     fixed_time : float
         Once per iteration: gradient norm, step launch, data and logging [s].
+    overlapped_time : NDArray[np.float64] | None
+        Backward of virtual stage ``i`` run jointly with the forward of the other chunk of its stage, virtual
+        stage ``num_stages * num_chunks - 1 - i``, where the schedule has such pairs (DualPipe's F&B), without
+        blocking sends; "virtual stage" [s]. None: as long as both one after the other.
     """
 
     num_stages: int
@@ -65,6 +70,7 @@ class IterationCosts:
     parameter_gather_overlap: float
     optimizer_time: NDArray[np.float64]
     fixed_time: float
+    overlapped_time: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         num_virtual_stages = self.num_stages * self.num_chunks
@@ -77,8 +83,11 @@ class IterationCosts:
             "send_time",
             "gradient_reduce_time",
             "parameter_gather_time",
+            "overlapped_time",
         ):
             values = getattr(self, name)
+            if values is None:
+                continue
             if values.shape != (num_virtual_stages,):
                 raise SpecError(f"{name} has shape {values.shape}, expected ({num_virtual_stages},)")
             if not np.all(np.isfinite(values)) or np.any(values < 0):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.simcore.schedules import StageOperations
+from meshwright.simcore.schedules import FORWARD, StageOperations
 from meshwright.simcore.training.attribution import IdleTime, idle_time
 from meshwright.simcore.training.costs import IterationCosts
-from meshwright.simcore.training.structure import IterationStructure, iteration_structure
+from meshwright.simcore.training.structure import IterationStructure, iteration_structure, joint_time
 
 __all__ = ["IterationResult", "iteration_time", "simulate_iteration", "steady_state_period"]
 
@@ -51,7 +51,8 @@ class IterationResult:
     operations : StageOperations
         What each stage ran.
     operation_start, operation_end : NDArray[np.float64]
-        When it ran, per operation [s].
+        When it ran, per operation [s]. Of a joint forward and backward, the backward has the time of both and
+        the forward none: it starts and ends where the pair starts.
     gather_start, gather_end : NDArray[np.float64]
         Parameter gathers on the communication stream, per virtual stage [s].
     reduce_start, reduce_end : NDArray[np.float64]
@@ -150,7 +151,9 @@ def simulate_iteration(costs: IterationCosts, schedule: str) -> IterationResult:
     bubble[~(operation_start[:, 1:] > operation_end[:, :-1]).any(axis=1)] = 0.0
     worst = int(bubble.argmax())
     idle = idle_time(structure, start, end, costs.fixed_time)
-    exposed = _communication_inside(costs) + idle.parameter_gather + idle.gradient_reduce
+    if structure.operations.is_overlapped is not None:
+        _start_together(structure.operations, operation_start, operation_end)
+    exposed = _communication_inside(structure, costs) + idle.parameter_gather + idle.gradient_reduce
     reduce_tasks = np.stack([structure.reduce_overlapped, structure.reduce_exposed], axis=1)
     return IterationResult(
         schedule=schedule,
@@ -181,12 +184,30 @@ def _structure(costs: IterationCosts, schedule: str) -> IterationStructure:
     return iteration_structure(schedule, costs.num_stages, costs.num_chunks, costs.num_micro_batches)
 
 
-def _communication_inside(costs: IterationCosts) -> NDArray[np.float64]:
-    """Return the communication that operations contain, per stage [s]."""
+def _start_together(
+    operations: StageOperations, operation_start: NDArray[np.float64], operation_end: NDArray[np.float64]
+) -> None:
+    """Move forwards of joint pairs, which wait for their activation only, to where the pair starts."""
+    stage, place = np.nonzero(operations.is_overlapped & (operations.kind == FORWARD))
+    operation_start[stage, place] = operation_end[stage, place] = operation_start[stage, place + 1]
+
+
+def _communication_inside(structure: IterationStructure, costs: IterationCosts) -> NDArray[np.float64]:
+    """Return the exposed communication that operations contain, per stage [s].
+
+    What a joint forward and backward save, they save by hiding each other's communication first.
+    """
     per_micro_batch = costs.forward_communication_time + costs.backward_communication_time
     if costs.is_send_blocking:
-        per_micro_batch[:-1] += costs.send_time[:-1]
-        per_micro_batch[1:] += costs.send_time[:-1]
-    by_chunk = per_micro_batch.reshape(costs.num_chunks, costs.num_stages)
-    per_stage: NDArray[np.float64] = by_chunk.sum(axis=0) * costs.num_micro_batches
+        send = structure.send_time(costs)
+        per_micro_batch[:-1] += send[:-1]
+        per_micro_batch[1:] += send[:-1]
+    num_passes = costs.num_micro_batches // structure.operations.num_model_copies
+    # Chunks first: sums over them keep their order, and with it their last bit.
+    virtual = np.ascontiguousarray(structure.operations.placement.T)
+    per_stage: NDArray[np.float64] = per_micro_batch[virtual].sum(axis=0) * num_passes
+    if structure.num_joint is not None:
+        saved = np.maximum(costs.backward_time + costs.forward_time[::-1] - joint_time(costs), 0.0)
+        inside = costs.backward_communication_time + costs.forward_communication_time[::-1]
+        per_stage -= (structure.num_joint * np.minimum(saved, inside))[virtual].sum(axis=0)
     return per_stage

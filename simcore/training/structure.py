@@ -8,6 +8,9 @@ the other. A task has two predecessors at most, so zero-length tasks stand where
   exposed part) -> ``done`` (also after the gather's overlapped part);
 - last backward of a virtual stage: ``ready`` (stream, gradient) -> backward; the overlapped part of the
   reduction starts with ``ready``, the rest after the backward.
+
+A forward that runs jointly with the backward after it is a zero-length task too: it waits for the activation,
+the backward for it and for the gradient, and both outputs exist when the backward, as long as the pair, ends.
 """
 
 from __future__ import annotations
@@ -19,19 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import SpecError, did_you_mean
-from meshwright.simcore.schedules import SCHEDULES, WEIGHT_GRADIENT, StageOperations
+from meshwright.simcore.schedules import BACKWARD, SCHEDULES, WEIGHT_GRADIENT, StageOperations
 from meshwright.simcore.task_graph import TaskGraph, build_task_graph
 from meshwright.simcore.training.costs import IterationCosts
 from meshwright.simcore.training.operation_links import linked_operations
 
-__all__ = ["IterationStructure", "iteration_structure"]
+__all__ = ["IterationStructure", "iteration_structure", "joint_time"]
 
 # Structures kept: 128 of up to 2**15 operations, 4 of up to 2**20; about 35 bytes per operation each.
 _SMALL, _LARGE = 2**15, 2**20
 # Blocks of task classes, in units of the number of virtual stages; block k < 4 is operation kind k.
 _FIRST_FORWARD, _LAST_BACKWARD, _FORWARD_READY, _BACKWARD_READY = 4, 5, 6, 7
 _GATHER_EXPOSED, _GATHER_OVERLAPPED, _REDUCE_OVERLAPPED, _REDUCE_EXPOSED = 8, 9, 10, 11
-_NUM_BLOCKS = 12
+_JOINT_FORWARD = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,6 +54,11 @@ class IterationStructure:
         Most live activations of each stage, in micro-batches on one chunk, shape ``(num_stages,)``.
     has_split_backward : bool
         Weight gradients are operations of their own.
+    ends_whole : NDArray[np.bool_] | None
+        The last gradient operation is a whole backward although others are split, per virtual stage; None
+        where that holds for none.
+    num_joint : NDArray[np.int64] | None
+        Backwards that run jointly with a forward, per virtual stage; None where no operations do.
     first_forward, last_backward : NDArray[np.int32]
         Task of the first forward and the last gradient operation, per virtual stage.
     forward_ready, forward_done, backward_ready : NDArray[np.int32]
@@ -65,6 +73,8 @@ class IterationStructure:
     graph: TaskGraph
     peak_in_flight: NDArray[np.int64]
     has_split_backward: bool
+    ends_whole: NDArray[np.bool_] | None
+    num_joint: NDArray[np.int64] | None
     first_forward: NDArray[np.int32]
     last_backward: NDArray[np.int32]
     forward_ready: NDArray[np.int32]
@@ -95,32 +105,47 @@ class IterationStructure:
             raise SpecError("weight_gradient_time exceeds backward_time, of which it is a part")
         backward = costs.backward_time.copy()
         if costs.is_send_blocking:
+            send = self.send_time(costs)
             for sending in (backward, input_gradient):
-                sending[1:] += costs.send_time[:-1]
-            forward[:-1] += costs.send_time[:-1]
+                sending[1:] += send[:-1]
+            forward[:-1] += send[:-1]
         last = costs.weight_gradient_time if self.has_split_backward else backward
+        if self.ends_whole is not None:
+            last = np.where(self.ends_whole, backward, last)
         zero = np.zeros_like(forward)
         gather, gather_share = costs.parameter_gather_time, costs.parameter_gather_overlap
         reduce, reduce_share = costs.gradient_reduce_time, costs.gradient_reduce_overlap
-        return np.concatenate(
-            [
-                forward,
-                backward,
-                input_gradient,
-                costs.weight_gradient_time,
-                forward,
-                last,
-                zero,
-                zero,
-                gather * (1.0 - gather_share),
-                gather * gather_share,
-                reduce * reduce_share,
-                reduce * (1.0 - reduce_share),
-                np.zeros(costs.num_stages),
-                costs.optimizer_time,
-                np.zeros(1),
-            ]
-        )
+        blocks = [
+            forward,
+            backward,
+            input_gradient,
+            costs.weight_gradient_time,
+            forward,
+            last,
+            zero,
+            zero,
+            gather * (1.0 - gather_share),
+            gather * gather_share,
+            reduce * reduce_share,
+            reduce * (1.0 - reduce_share),
+        ]
+        if self.num_joint is not None:
+            joint = joint_time(costs).copy()
+            if costs.is_send_blocking:
+                # The pair ends with both of its sends.
+                joint[1:] += send[:-1]
+                joint[1:] += send[:-1][::-1]
+            blocks += [zero, joint]
+        return np.concatenate([*blocks, np.zeros(costs.num_stages), costs.optimizer_time, np.zeros(1)])
+
+    def send_time(self, costs: IterationCosts) -> NDArray[np.float64]:
+        """Return the time of each send, zero from one copy of the model to the next, per virtual stage [s]."""
+        copies = self.operations.num_model_copies
+        if copies == 1:
+            return costs.send_time
+        send = costs.send_time.copy()
+        send.reshape(copies, -1)[:, -1] = 0.0
+        return send
 
     def lags(
         self, costs: IterationCosts, release: NDArray[np.float64] | None = None
@@ -134,11 +159,22 @@ class IterationStructure:
         zero = np.zeros(len(costs.send_time))
         to_next, from_next = zero.copy(), zero.copy()
         if not costs.is_send_blocking:
-            to_next[1:] = from_next[:-1] = costs.send_time[:-1]
+            to_next[1:] = from_next[:-1] = self.send_time(costs)[:-1]
         last = zero if self.has_split_backward else from_next
+        if self.ends_whole is not None:
+            last = np.where(self.ends_whole, from_next, last)
         blocks = [to_next, from_next, from_next, zero, zero, zero, to_next, last, zero, zero, zero, zero]
+        if self.num_joint is not None:
+            blocks += [to_next, from_next]
         begin = np.zeros(costs.num_stages) if release is None else release
         return np.concatenate([*blocks, begin, np.zeros(costs.num_stages + 1)])
+
+
+def joint_time(costs: IterationCosts) -> NDArray[np.float64]:
+    """Return how long each backward and the forward it may run jointly with take, per virtual stage [s]."""
+    if costs.overlapped_time is not None:
+        return costs.overlapped_time
+    return costs.backward_time + costs.forward_time[::-1]
 
 
 def iteration_structure(
@@ -163,7 +199,9 @@ def iteration_structure(
 
 def _build(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: int) -> IterationStructure:
     operations = SCHEDULES[schedule].operations(num_stages, num_chunks, num_micro_batches)
-    num_virtual = num_stages * num_chunks
+    placement, num_virtual = operations.placement, num_stages * num_chunks
+    num_blocks = _JOINT_FORWARD if operations.is_overlapped is None else _JOINT_FORWARD + 2
+    tail = num_blocks * num_virtual
     num_operations = num_stages * operations.num_operations
     extra = num_operations + np.arange(2 * num_stages + 7 * num_virtual, dtype=np.int32)
     begin, optimizer = extra[:num_stages], extra[num_stages : 2 * num_stages]
@@ -171,7 +209,7 @@ def _build(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: i
     ready, done, backward_ready, exposed, overlapped, reduce_overlapped, reduce_exposed = blocks
 
     first, second, task_class, first_forward, last_backward = linked_operations(
-        operations, num_virtual, done, len(extra)
+        operations, done, len(extra), _JOINT_FORWARD, tail + 2 * num_stages
     )
     first[first_forward + 1] = done
     for block, task, guard in (
@@ -186,16 +224,21 @@ def _build(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: i
     first[overlapped] = exposed
     second[reduce_overlapped] = backward_ready
     first[reduce_exposed], second[reduce_exposed] = reduce_overlapped, last_backward
-    _link_communication(first, begin, first_forward, last_backward, blocks)
+    _link_communication(first, begin, first_forward, last_backward, blocks, placement)
     first[optimizer] = np.arange(1, num_stages + 1) * operations.num_operations - 1
-    second[optimizer] = _last_reduction(last_backward, reduce_exposed, num_stages)
+    last_chunk = last_backward[placement].argmax(axis=1)
+    second[optimizer] = reduce_exposed[placement[np.arange(num_stages), last_chunk]]
 
-    _set_classes(task_class, begin, optimizer, blocks)
+    _set_classes(task_class, tail, begin, optimizer, blocks)
+    has_split_backward = bool((operations.kind == WEIGHT_GRADIENT).any())
+    ends_whole = operations.kind.ravel()[last_backward] == BACKWARD
     return IterationStructure(
         operations=operations,
-        graph=build_task_graph(first, second, task_class, _NUM_BLOCKS * num_virtual + 2 * num_stages + 1),
+        graph=build_task_graph(first, second, task_class, tail + 2 * num_stages + 1),
         peak_in_flight=operations.peak_in_flight(),
-        has_split_backward=bool((operations.kind[0] == WEIGHT_GRADIENT).any()),
+        has_split_backward=has_split_backward,
+        ends_whole=ends_whole if has_split_backward and ends_whole.any() else None,
+        num_joint=_count_joint(operations),
         first_forward=first_forward,
         last_backward=last_backward,
         forward_ready=ready,
@@ -213,8 +256,17 @@ _small = functools.lru_cache(maxsize=128)(_build)
 _large = functools.lru_cache(maxsize=4)(_build)
 
 
+def _count_joint(operations: StageOperations) -> NDArray[np.int64] | None:
+    if operations.is_overlapped is None:
+        return None
+    stage, place = np.nonzero(operations.is_overlapped & (operations.kind == BACKWARD))
+    virtual = operations.placement[stage, operations.chunk[stage, place]]
+    return np.bincount(virtual, minlength=operations.placement.size)
+
+
 def _set_classes(
     task_class: NDArray[np.int32],
+    tail: int,
     begin: NDArray[np.int32],
     optimizer: NDArray[np.int32],
     blocks: NDArray[np.int32],
@@ -222,7 +274,6 @@ def _set_classes(
     """Write the classes of the tasks that are no operations."""
     ready, done, backward_ready, exposed, overlapped, reduce_overlapped, reduce_exposed = blocks
     num_stages, num_virtual = len(begin), len(ready)
-    tail = _NUM_BLOCKS * num_virtual
     task_class[begin] = tail + np.arange(num_stages)
     task_class[optimizer] = tail + num_stages + np.arange(num_stages)
     task_class[done] = tail + 2 * num_stages
@@ -243,24 +294,14 @@ def _link_communication(
     first_forward: NDArray[np.int32],
     last_backward: NDArray[np.int32],
     blocks: NDArray[np.int32],
+    placement: NDArray[np.int32],
 ) -> None:
     """Chain each stage's gathers, then its reductions, in the order in which its chunks need them."""
     _, _, _, exposed, overlapped, reduce_overlapped, reduce_exposed = blocks
-    num_stages = len(begin)
-    for stage in range(num_stages):
-        virtual = np.arange(stage, len(first_forward), num_stages)
+    for stage, virtual in enumerate(placement):
         gathers = virtual[np.argsort(first_forward[virtual])]
         reductions = virtual[np.argsort(last_backward[virtual])]
         first[exposed[gathers[0]]] = begin[stage]
         first[exposed[gathers[1:]]] = overlapped[gathers[:-1]]
         first[reduce_overlapped[reductions[0]]] = overlapped[gathers[-1]]
         first[reduce_overlapped[reductions[1:]]] = reduce_exposed[reductions[:-1]]
-
-
-def _last_reduction(
-    last_backward: NDArray[np.int32], reduce_exposed: NDArray[np.int32], num_stages: int
-) -> NDArray[np.int32]:
-    by_chunk = last_backward.reshape(-1, num_stages)
-    chunk = by_chunk.argmax(axis=0)
-    last: NDArray[np.int32] = reduce_exposed[chunk * num_stages + np.arange(num_stages)]
-    return last

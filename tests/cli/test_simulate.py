@@ -141,3 +141,138 @@ def test_a_given_calibration_is_used_and_named(meshwright, plans, folder):
     reason = json.loads(outcome.stdout)["calibration"]["reason"]
     assert reason.startswith("given as mine.yaml; what it lacks: ")
     assert "borrows that of l40s" in reason
+
+
+# --- jitter -------------------------------------------------------------------------------------------------
+
+
+def jitter_of(meshwright, *arguments):
+    """Return the jitter of a simulation as JSON, and its prediction."""
+    outcome = meshwright("simulate", *arguments, "--json")
+    assert outcome.code == 0, outcome.stderr
+    result = json.loads(outcome.stdout)
+    return result["jitter"], result["prediction"]
+
+
+def test_jitter_is_shown_as_a_distribution(meshwright, pipeline_plan):
+    outcome = meshwright("simulate", pipeline_plan, "--jitter", "2%", "--rank-spread", "1%", "--seeds", 20)
+    assert outcome.code == 0, outcome.stderr
+    for words in (
+        "Iteration time with jitter",
+        "P5 ",
+        "P50",
+        "P95",
+        "Lost to stragglers",
+        "Drawn: 20 seeds from 0",
+    ):
+        assert words in outcome.stdout
+    assert "Straggler of the critical path: most often stage " in outcome.stdout
+    assert "seeds: 0 of 20" in outcome.stderr
+
+
+def test_without_its_flags_there_is_no_jitter(meshwright, pipeline_plan):
+    assert "jitter" not in meshwright("simulate", pipeline_plan).stdout
+    assert "jitter" not in json.loads(meshwright("simulate", pipeline_plan, "--json").stdout)
+
+
+def test_no_jitter_takes_the_predicted_time_exactly(meshwright, pipeline_plan):
+    jitter, prediction = jitter_of(meshwright, pipeline_plan, "--jitter", "0%")
+    assert jitter["iteration_time_seconds"] == [prediction["iteration_time_seconds"]]
+    assert jitter["jitter_free_seconds"] == prediction["iteration_time_seconds"]
+    assert jitter["straggler_stages"] == {}
+    assert (
+        "Nobody on the critical path is slow."
+        in meshwright("simulate", pipeline_plan, "--jitter", "0%").stdout
+    )
+
+
+def test_the_figures_are_those_of_the_seeds(meshwright, pipeline_plan):
+    jitter, prediction = jitter_of(meshwright, pipeline_plan, "--jitter", "2%", "--seeds", 21, "--seed", 5)
+    times = sorted(jitter["iteration_time_seconds"])
+    assert len(times) == 21
+    assert jitter["first_seed"] == 5
+    assert [jitter[f"iteration_time_p{percent}_seconds"] for percent in (5, 50, 95)] == [
+        times[1],
+        times[10],
+        times[19],
+    ]
+    assert jitter["iteration_time_mean_seconds"] == pytest.approx(sum(times) / 21)
+    assert jitter["slowdown"] == pytest.approx(sum(times) / 21 / prediction["iteration_time_seconds"])
+    assert jitter["slowdown"] > 1.0
+    assert sum(jitter["straggler_stages"].values()) == sum(jitter["straggler_replicas"].values()) == 21
+
+
+def test_seeds_are_a_hundred_unless_said_otherwise_and_repeat(meshwright, pipeline_plan):
+    first, _ = jitter_of(meshwright, pipeline_plan, "--jitter", "2%")
+    again, _ = jitter_of(meshwright, pipeline_plan, "--jitter", "2%")
+    other, _ = jitter_of(meshwright, pipeline_plan, "--jitter", "2%", "--seed", 50)
+    assert first == again
+    assert first["num_seeds"] == 100
+    assert other["iteration_time_seconds"][:50] == first["iteration_time_seconds"][50:]
+
+
+def test_a_slow_rank_is_named_and_a_slow_node_is_all_its_ranks(meshwright, pipeline_plan):
+    plan = yaml.safe_load(pipeline_plan.read_text())["plan"]
+    per_stage = plan["tp"] * plan["dp"]
+    rank, _ = jitter_of(meshwright, pipeline_plan, "--slow-rank", f"{2 * per_stage - 1}=50%")
+    assert rank["num_seeds"] == 1
+    assert rank["slow_ranks"] == [{"rank": 2 * per_stage - 1, "factor": 1.5}]
+    assert rank["straggler_stages"] == {"1": 1}
+    assert rank["straggler_replicas"] == {str(plan["dp"] - 1): 1}
+    # The cluster is one node of eight.
+    node, _ = jitter_of(meshwright, pipeline_plan, "--slow-node", "0=50%")
+    assert [each["rank"] for each in node["slow_ranks"]] == list(range(8))
+    assert node["slowdown"] > rank["slowdown"] > 1.0
+
+
+def test_ranks_that_fsdp_binds_in_every_micro_batch_are_in_lock_step(meshwright, plans, folder):
+    plan = yaml.safe_load((plans / "1.yaml").read_text())
+    plan["plan"] |= {"tp": 1, "pp": 1, "dp": 8, "vpp": 1, "sequence_parallel": False, "micro_batch_size": 1}
+    plan["plan"] |= {"schedule": "none", "layers_per_stage": [16]}
+    groups = {}
+    for sharding in ("zero1", "zero3"):
+        plan["plan"]["sharding"] = sharding
+        (folder / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+        jitter, _ = jitter_of(meshwright, "plan.yaml", "--jitter", "2%", "--seeds", 2)
+        groups[sharding] = jitter["num_replicas"], jitter["ranks_in_lock_step"]
+    assert groups == {"zero1": (8, 1), "zero3": (1, 8)}
+
+
+def test_the_written_result_holds_the_jitter(meshwright, pipeline_plan, folder):
+    assert meshwright("simulate", pipeline_plan, "--jitter", "2%", "--seeds", 3, "--out", "result").code == 0
+    result = json.loads((folder / "result" / "result.json").read_text())
+    assert len(result["jitter"]["iteration_time_seconds"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--jitter", "2"), "--jitter: '2' has no unit; write for example '5 %'"),
+        (("--jitter", "-2%"), "--jitter: '-2%' must be a finite quantity, not negative"),
+        (("--jitter", "100.1%"), "--jitter: '100.1%' is more than 100%"),
+        (("--jitter", "nan%"), "--jitter: 'nan%' is not a quantity"),
+        (("--jitter", ""), "--jitter: '' is not a quantity"),
+        (("--rank-spread", "-1%"), "--rank-spread: '-1%' must be"),
+        (("--rank-spread", "200%"), "--rank-spread: '200%' is more than 100%"),
+        (("--jitter", "2%", "--seeds", "0"), "Invalid value for '--seeds': 0 is not in the range"),
+        (("--jitter", "2%", "--seeds", "-5"), "Invalid value for '--seeds'"),
+        (("--jitter", "2%", "--seeds", "9" * 30), "Invalid value for '--seeds'"),
+        (("--jitter", "2%", "--seed", "-1"), "seeds start at 0, not at -1"),
+        (("--seeds", "10"), "--seeds draws iterations with jitter: give --jitter"),
+        (("--slow-rank", "3"), "--slow-rank: '3' is not RANK=EXTRA; write for example 3=20%"),
+        (("--slow-rank", "-1=20%"), "--slow-rank: '-1=20%' is not RANK=EXTRA"),
+        (("--slow-rank", "8=20%"), "--slow-rank: rank 8 does not exist; the plan uses ranks 0 to 7"),
+        (("--slow-rank", f"{'9' * 5000}=20%"), "does not exist; the plan uses ranks 0 to 7"),
+        (("--slow-rank", "3=-20%"), "--slow-rank: '-20%' must be"),
+        (("--slow-rank", "3=1e9%"), "--slow-rank: '1e9%' is more than 99900%"),
+        (("--slow-node", "1=20%"), "--slow-node: node 1 does not exist; the plan uses nodes 0 to 0"),
+    ],
+)
+def test_a_mistake_in_a_jitter_flag(meshwright, pipeline_plan, folder, arguments, says):
+    outcome = meshwright("simulate", pipeline_plan, *arguments, "--out", "out")
+    assert outcome.code == 2
+    assert outcome.stdout == ""
+    assert outcome.stderr.startswith("error: ")
+    assert outcome.stderr.count("error:") == 1
+    assert says in outcome.stderr
+    assert list(folder.iterdir()) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -52,6 +54,69 @@ def test_json_gives_coverage_and_errors(meshwright, rows, folder):
     assert report["time"][0]["num_scorable"] == 6
     assert report["time"][0]["num_scored"] == 5
     assert report["skipped"] == {rows[0]["id"]: "recompute is not stated"}
+
+
+def test_json_has_order_interval_and_pools(meshwright, rows, folder):
+    for row in rows[:2]:
+        row["quality"] = "recalled"
+    report = json.loads(meshwright("validate", write(folder / "runs.csv", rows), "--json").stdout)
+    by_quality = {each["quality"]: each for each in report["time"]}
+    assert list(by_quality) == ["ok", "recalled"]
+    assert by_quality["ok"]["coverage"] == 1.0
+    assert 0.0 <= by_quality["ok"]["in_interval"] <= 1.0
+    order = {each["quality"]: each for each in report["ranking"]}["ok"]
+    assert -1.0 <= order["tau"] <= 1.0
+    assert (order["num_groups"], order["mean_regret"], order["max_regret"]) == (0, None, None)
+    ok, more = report["pooled"]
+    assert (ok["quality"], ok["time"]["num_scored"], ok["is_claimed"]) == ("ok", 4, True)
+    assert ok["macro_median"] == pytest.approx(by_quality["ok"]["median"])
+    assert (more["quality"], more["time"]["num_scored"]) == ("ok+recalled", 6)
+
+
+def test_recalled_rows_are_pooled_beside_the_headline(meshwright, rows, folder):
+    alone = meshwright("validate", write(folder / "runs.csv", rows)).stdout
+    assert "recalled" not in alone
+    for row in rows[:2]:
+        row["quality"] = "recalled"
+    both = meshwright("validate", write(folder / "runs.csv", rows)).stdout
+    assert "quality ok: 4 of 4 timed rows scored (100%), mean error" in both
+    assert "quality ok + recalled: 6 of 6 timed rows scored (100%), mean of the medians of 1 sources" in both
+    assert [line.split()[1] for line in both.splitlines() if line.startswith(" all ")].count(
+        "ok+recalled"
+    ) == 2
+
+
+def test_regret_of_a_group_is_shown(meshwright, rows, folder):
+    # Four micro-batches of one job; where all run alike, no choice costs anything.
+    for index, row in enumerate(rows[:4]):
+        row |= {**rows[0], "id": row["id"], "micro_batch": str(2**index)}
+    table = write(folder / "runs.csv", rows[:4])
+    order = json.loads(meshwright("validate", table, "--json").stdout)["ranking"][0]
+    assert (order["num_groups"], order["num_grouped"], order["max_regret"]) == (1, 4, 0.0)
+    assert "Order of plans: Kendall's tau, and regret of the plan predicted best" in (
+        meshwright("validate", table).stdout
+    )
+
+
+@pytest.mark.parametrize("width", [100, 160])
+def test_tables_keep_every_figure_at_their_width(rows, width):
+    from rich.console import Console
+
+    from meshwright.cli.render import validation as render
+    from meshwright.profiler.measured_runs import read_measured_runs
+    from meshwright.profiler.validation import score_runs
+
+    scored = score_runs(read_measured_runs(TABLE)[-40:], (), lambda *state: None)
+    stream = io.StringIO()
+    with mock.patch.object(render, "stdout_console", return_value=Console(file=stream, width=width)):
+        render.print_validation(TABLE, scored, None)
+    tables = stream.getvalue().split("quality ok")[0]
+    assert max(map(len, tables.splitlines())) <= width
+    # A cell that does not fit is cut with this sign.
+    assert "\u2026" not in tables
+    assert "in 80 %" in tables
+    assert "regret" in tables
+    assert "no fit" in tables
 
 
 def test_no_headline_is_claimed_below_95_percent_coverage(meshwright, rows, folder):

@@ -159,6 +159,26 @@ BAD_CLUSTERS = {
         "2: fabric.kind: unknown kind 'infinband'; did you mean 'infiniband'?"
         " Known: infiniband, roce, ethernet, efa, slingshot.",
     ),
+    "unknown host key": (
+        "node: {base: dgx-h100, host: {nvme_reed: 40 GB/s}}",
+        "1: node.host.nvme_reed: unknown key; did you mean 'nvme_read'?",
+    ),
+    "host bandwidth without a unit": (
+        "node: {base: dgx-h100, host: {memory_bandwidth: 600}}",
+        "1: node.host.memory_bandwidth: '600' has no unit; write for example '3.35 TB/s or 400 Gbit/s'",
+    ),
+    "host without drives to read": (
+        "node: {base: dgx-h100, host: {nvme: 0 TB}}",
+        "1: node.host.nvme: must be above zero",
+    ),
+    "half a core": (
+        "node: {base: dgx-h100, host: {num_cores: 0}}",
+        "1: node.host.num_cores: must be at least 1, not 0",
+    ),
+    "a host that is a word": (
+        "node: {base: dgx-h100, host: xeon}",
+        "1: node.host: expected keys and values below it, got the text 'xeon'",
+    ),
     "unknown default fabric": (
         "node: {base: dgx-h100, default_fabric: carrier-pigeon}",
         "1: node.default_fabric: unknown fabric 'carrier-pigeon'. Run 'meshwright specs list' for all.",
@@ -249,6 +269,34 @@ def test_null_removes_what_the_base_has() -> None:
     assert cluster.gpu.scale_up is None
     assert cluster.gpu.price_dollars_per_hour is None
     assert cluster.node.intra_link == cluster.gpu.host_link
+
+
+def test_a_host_changes_single_keys_of_its_base_and_null_removes_them() -> None:
+    base = load_node("dgx-h100")
+    assert base.host is not None
+    cluster = _read("node: {base: dgx-h100, host: {num_cores: 96, nvme: null, gpus_per_link: 2}}")
+    host = cluster.node.host
+    assert host == replace(base.host, num_cores=96, nvme_bytes=None, gpus_per_link=2)
+    assert cluster.node.host_link_bandwidth_per_gpu == 32e9
+    assert "host.num_cores" not in cluster.node.sources
+    assert "host.nvme" not in cluster.node.sources
+    assert cluster.node.sources["host.memory_bandwidth"] == base.sources["host.memory_bandwidth"]
+
+
+def test_a_host_may_be_left_out_removed_or_written_out() -> None:
+    assert _read(CUSTOM).node.host is None
+    removed = _read("node: {base: dgx-h100, host: null}").node
+    assert removed.host is None
+    assert not [key for key in removed.sources if key.startswith("host.")]
+    assert removed.host_link_bandwidth_per_gpu == removed.gpu.host_link.bandwidth_bytes_per_second
+    own = _read(
+        CUSTOM.replace("count", "  host: {memory_bandwidth: 300 GB/s, link_bandwidth: 16 GB/s}\ncount")
+    )
+    assert own.node.host is not None
+    assert own.node.host.memory_bandwidth_bytes_per_second == 300e9
+    assert (own.node.host.num_cores, own.node.host.gpus_per_link) == (None, 1)
+    assert own.node.host_link_bandwidth_per_gpu == 16e9
+    assert _read(dump_yaml(cluster_to_mapping(own))) == own
 
 
 def test_a_node_without_power_or_fabric_gets_sourced_estimates() -> None:

@@ -168,10 +168,79 @@ def test_scale_up_bandwidth_is_links_times_one_link(identity: str) -> None:
     assert link.bandwidth_bytes_per_second == pytest.approx(count * each * 1e9)
 
 
+# Hosts whose memory channels are known: sockets x channels x transfers per second [GT/s] x 8 bytes.
+MEMORY_CHANNELS = {
+    "dgx-1v": (2, 4, 2.133),
+    "dgx-a100": (2, 8, 3.2),
+    "dgx-h100": (2, 8, 4.4),
+    "dgx-b300": (2, 8, 5.2),
+    "aws-p4d": (2, 6, 2.933),
+    "aws-p5": (2, 8, 3.2),
+    "aws-p5en": (2, 8, 4.8),
+    "aws-p6-b200": (2, 8, 5.6),
+    "azure-ndm-a100-v4": (2, 8, 3.2),
+    "azure-nd-h200-v5": (2, 8, 4.8),
+    "frontier": (1, 8, 3.2),
+    "mi300x-8": (2, 12, 4.8),
+    "mi355x-8": (2, 12, 6.0),
+}
+HOSTS = [identity for identity in NODES if load_node(identity).host is not None]
+
+
+@pytest.mark.parametrize("identity", HOSTS)
+def test_host_is_plausible(identity: str) -> None:
+    node = load_node(identity)
+    host = node.host
+    assert host is not None
+    assert host.memory_bandwidth_bytes_per_second is not None
+    assert node.host_memory_bytes is not None
+    assert host.num_sockets is not None
+    # One socket has 4 to 12 memory channels of DDR4-2133 to DDR5-6400, or the LPDDR5X of a Grace.
+    assert 68e9 <= host.memory_bandwidth_bytes_per_second / host.num_sockets <= 614.4e9
+    assert host.num_cores is None or 18 <= host.num_cores / host.num_sockets <= 96
+    assert node.num_gpus % host.gpus_per_link == 0
+    assert 4e9 <= node.host_link_bandwidth_per_gpu <= node.gpu.host_link.bandwidth_bytes_per_second
+    assert host.nvme_bytes is None or 1e12 <= host.nvme_bytes <= 300e12
+    # Read and write bandwidth come together and with a capacity; drives read faster than they write.
+    assert (host.nvme_read_bytes_per_second is None) == (host.nvme_write_bytes_per_second is None)
+    if host.nvme_read_bytes_per_second and host.nvme_write_bytes_per_second:
+        assert host.nvme_bytes is not None
+        assert 1.0 < host.nvme_read_bytes_per_second / host.nvme_write_bytes_per_second <= 3.0
+        assert 0.1 <= host.nvme_bytes / host.nvme_read_bytes_per_second / 1000.0 <= 2.0
+
+
+@pytest.mark.parametrize("identity", HOSTS)
+def test_every_number_of_a_host_keeps_its_source(identity: str) -> None:
+    node = load_node(identity)
+    named = _raw("node", identity)["host"]
+    assert isinstance(named, dict)
+    assert {f"host.{key}" for key in named} <= set(node.sources)
+
+
+@pytest.mark.parametrize("identity", MEMORY_CHANNELS)
+def test_host_memory_bandwidth_is_channels_times_transfers(identity: str) -> None:
+    sockets, channels, transfers = MEMORY_CHANNELS[identity]
+    host = load_node(identity).host
+    assert host is not None
+    assert host.memory_bandwidth_bytes_per_second == pytest.approx(
+        sockets * channels * transfers * 8e9, rel=1e-3
+    )
+
+
+def test_gpus_behind_one_switch_share_its_link() -> None:
+    # DGX A100: two GPUs on one PCIe 4.0 x16 uplink; p4d: on a PCIe 3.0 one; DGX H100: one x16 each.
+    assert load_node("dgx-a100").host_link_bandwidth_per_gpu == 16e9
+    assert load_node("aws-p4d").host_link_bandwidth_per_gpu == 8e9
+    assert load_node("dgx-h100").host_link_bandwidth_per_gpu == 64e9
+    assert load_node("h100-96-8").host_link_bandwidth_per_gpu == 64e9
+    assert load_node("gb200-nvl72").gpu.host_link.kind == "nvlink-c2c"
+    assert load_node("gh200-1").host_link_bandwidth_per_gpu == 450e9
+
+
 @pytest.mark.parametrize("identity", NODES)
 def test_node_is_plausible(identity: str) -> None:
     node = load_node(identity)
-    assert node.num_gpus in (4, 8, 72)
+    assert node.num_gpus in (1, 4, 8, 72)
     assert (node.topology == "pcie") == (node.gpu.scale_up is None)
     assert 1e9 <= node.nic_bandwidth_per_gpu <= 100e9
     assert 1.0 <= node.power_watts / (node.num_gpus * node.gpu.power_watts) <= 2.5

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,6 +15,7 @@ from meshwright.profiler.validation import (
     score_runs,
     summarise,
 )
+from meshwright.simcore.domain.plan import ScheduleName
 
 MakeRun = Callable[..., MeasuredRun]
 GPUS = [
@@ -27,6 +29,7 @@ PRECISIONS = ["fp32", "tf32", "fp16", "bf16", "fp8", "fp8_block", "mxfp8", "nvfp
 def assert_scored_or_explained(row: ScoredRun) -> None:
     if row.status == "skipped":
         assert row.prediction is None
+        assert row.setup is None
         assert row.reason
         assert "\n" not in row.reason
     else:
@@ -61,13 +64,16 @@ def test_no_cell_makes_scoring_fail(make_run: MakeRun, text: str) -> None:
             assert_scored_or_explained(score_run(make_run(**{column: text})))
 
 
-@pytest.mark.parametrize(
-    ("schedule", "reason"), [("dualpipe", "cannot be simulated"), ("zb_v", "cannot be simulated")]
-)
-def test_a_schedule_that_is_not_simulated_is_a_reason(make_run: MakeRun, schedule: str, reason: str) -> None:
-    row = score_run(make_run(pp=2, vpp=2, schedule=schedule))
+@pytest.mark.parametrize("schedule", get_args(ScheduleName))
+@pytest.mark.parametrize("vpp", [1, 2, 3])
+def test_every_schedule_scores_or_says_why_not(make_run: MakeRun, schedule: str, vpp: int) -> None:
+    assert_scored_or_explained(score_run(make_run(pp=2, vpp=vpp, schedule=schedule)))
+
+
+def test_an_unknown_schedule_is_a_reason(make_run: MakeRun) -> None:
+    row = score_run(make_run(pp=2, vpp=2, schedule="1f1"))
     assert (row.status, row.prediction) == ("skipped", None)
-    assert reason in row.reason
+    assert "unknown value '1f1'; did you mean '1f1b'?" in row.reason
 
 
 def test_interleaving_with_a_partial_group_is_a_reason(make_run: MakeRun) -> None:
@@ -158,9 +164,34 @@ def test_a_summary_counts_and_averages(make_run: MakeRun) -> None:
     assert summary.p90 == pytest.approx(0.36)
 
 
+def test_the_interval_holds_a_share_of_the_scored_rows(make_run: MakeRun) -> None:
+    predicted = score_run(make_run()).prediction
+    assert predicted is not None
+    inside = [predicted.low, predicted.iteration_time, predicted.high]
+    outside = [predicted.low * 0.999]
+    rows = [score_run(make_run(measured_seconds=seconds)) for seconds in inside + outside]
+    assert [row.is_in_interval for row in rows] == [True, True, True, False]
+    unscored = [
+        score_run(make_run(recompute="")),
+        score_run(make_run(measured="memory", measured_memory_gib=40)),
+    ]
+    assert [row.is_in_interval for row in unscored] == [None, None]
+    assert summarise("a", rows + unscored, "time").in_interval == 0.75
+    assert summarise("a", rows, "memory").in_interval is None
+
+
+def test_a_run_that_ran_and_is_predicted_not_to_fit_is_counted(make_run: MakeRun) -> None:
+    ran = [score_run(make_run(sharding=sharding)) for sharding in ("none", "zero3")]
+    failed = score_run(make_run(measured="oom", measured_seconds="", sharding="none"))
+    assert [row.is_wrongly_infeasible for row in (*ran, failed)] == [True, False, False]
+    assert summarise("a", [*ran, failed], "memory").num_wrongly_infeasible == 1
+    assert summarise("a", [failed], "time").num_wrongly_infeasible == 0
+
+
 def test_a_group_without_anything_to_score_has_no_errors(make_run: MakeRun) -> None:
     empty = summarise("a", [], "memory")
     assert (empty.num_scorable, empty.coverage, empty.mean, empty.p90) == (0, 1.0, None, None)
+    assert summarise("a", [], "time").in_interval is None
     skipped = summarise("b", [score_run(make_run(recompute=""))], "time")
     assert (skipped.num_scored, skipped.num_scorable, skipped.coverage) == (0, 1, 0.0)
     assert skipped.median is None

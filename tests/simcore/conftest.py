@@ -1,8 +1,14 @@
-"""Costs of an iteration, from a few numbers."""
+"""Costs of an iteration, from a few numbers; lets the tests of this folder import ``schedule_shapes``.
+
+Pytest's importlib mode adds no folder to the path.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +19,15 @@ from meshwright.simcore.training import IterationCosts
 # The first example of a session compiles the kernels.
 settings.register_profile("compiles", deadline=None)
 settings.load_profile("compiles")
+
+_SPEC = importlib.util.spec_from_file_location(
+    "schedule_shapes", Path(__file__).with_name("schedule_shapes.py")
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+_MODULE = importlib.util.module_from_spec(_SPEC)
+sys.modules["schedule_shapes"] = _MODULE
+_SPEC.loader.exec_module(_MODULE)
 
 MakeCosts = Callable[..., IterationCosts]
 

@@ -28,7 +28,8 @@ for num_tasks in (1, 10, 1000):
             digest.update(str(array.dtype).encode() + array.tobytes())
         digest.update(repr(graph.makespan(durations, chosen)).encode())
 for schedule, stages, chunks in (("none", 1, 1), ("gpipe", 4, 1), ("1f1b", 4, 1), ("interleaved_1f1b", 4, 3),
-                                 ("zb_h1", 4, 1), ("zb_h2", 4, 1)):
+                                 ("zb_h1", 4, 1), ("zb_h2", 4, 1), ("zb_v", 4, 2), ("v_half", 4, 2),
+                                 ("v_min", 4, 2), ("dualpipe", 4, 2), ("dualpipe_v", 4, 2)):
     for is_blocking in (False, True):
         each = stages * chunks
         weight = rng.random(each)

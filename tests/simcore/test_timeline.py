@@ -9,13 +9,24 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from schedule_shapes import DUAL, V_SHAPED
 
 from meshwright.simcore.chrome_trace import write_chrome_trace
 from meshwright.simcore.timeline import timeline_svg, timeline_text
 from meshwright.simcore.training import IterationCosts, IterationResult, simulate_iteration
 
 MakeCosts = Callable[..., IterationCosts]
-SHAPES = [("none", 1, 1, 4), ("1f1b", 4, 1, 8), ("interleaved_1f1b", 4, 2, 8), ("zb_h2", 4, 1, 8)]
+SHAPES = [
+    ("none", 1, 1, 4),
+    ("1f1b", 4, 1, 8),
+    ("interleaved_1f1b", 4, 2, 8),
+    ("zb_h2", 4, 1, 8),
+    ("zb_v", 4, 2, 8),
+    ("v_half", 3, 2, 8),
+    ("v_min", 4, 2, 8),
+    ("dualpipe", 4, 2, 10),
+    ("dualpipe_v", 3, 2, 9),
+]
 
 
 @pytest.fixture(params=SHAPES, ids=[shape[0] for shape in SHAPES])
@@ -54,8 +65,12 @@ def test_every_arrow_of_a_trace_has_both_ends(result: IterationResult, tmp_path:
         if event["ph"] in arrows:
             assert event["id"] not in arrows[event["ph"]]
             arrows[event["ph"]][event["id"]] = event["ts"]
-    costs = result.costs
-    sends = 2 * (costs.num_stages * costs.num_chunks - 1) * costs.num_micro_batches
+    num_virtual = result.operations.placement.size
+    # There and back between neighbours, but not at the turn: there either both are on one stage, or the second
+    # copy of DualPipe's model begins, whose micro-batches are the other half.
+    has_turn = result.schedule in (*V_SHAPED, *DUAL)
+    batches = result.costs.num_micro_batches // result.operations.num_model_copies
+    sends = 2 * (num_virtual - 1 - has_turn) * batches
     assert arrows["s"].keys() == arrows["f"].keys()
     assert len(arrows["s"]) == sends
     assert all(begin <= arrows["f"][number] for number, begin in arrows["s"].items())
@@ -100,6 +115,25 @@ def test_text_chart_shows_the_schedule(make_costs: MakeCosts) -> None:
     assert lines[1].startswith("stage 0 |F0F1F2F3" + 12 * "." + "B0==F4B1==")
     assert lines[4].startswith("stage 3 |......F0B0==F1B1==F2B2==")
     assert all(line.endswith(" 73%") for line in lines[1:5])
+
+
+def test_charts_show_joint_pairs_as_one(make_costs: MakeCosts, tmp_path: Path) -> None:
+    # 66 s: two columns a second.
+    result = simulate_iteration(make_costs(8, 2, 20, 2.0, 4.0, 2.0), "dualpipe")
+    text = timeline_text(result, width=132 + 15)
+    assert text.splitlines()[1].startswith(
+        "stage 0 |F0F1F2F3F4F5F6F-B=W~F-B=W~F-B=W~F-F7B13+......F14B0+F8B14+"
+    )
+    assert "B backward or input gradient" in text
+    assert "& F and B at once" in text
+    path = tmp_path / "trace.json.gz"
+    write_chrome_trace(result, path)
+    names = [event["name"] for event in events_of(path) if event["ph"] == "X" and event["pid"] == 0]
+    assert names[:9] == [*(f"F m{batch} c0" for batch in range(7)), "F m10 c1", "B m10 c1"]
+    assert names[17:19] == ["F m7 c0 & B m13 c1", "F m14 c1 & B m0 c0"]
+    assert timeline_text(simulate_iteration(make_costs(4, 2, 8), "zb_v")).count("&") == 0
+    wide = timeline_svg(simulate_iteration(make_costs(4, 2, 800), "dualpipe"))
+    assert wide.count("Z\"") == 3 * 4
 
 
 def test_charts_of_any_width_are_aligned(result: IterationResult) -> None:

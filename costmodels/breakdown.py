@@ -1,0 +1,231 @@
+"""Where an iteration's time goes: terms of every pipeline stage that add up to the iteration time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.micro_batch import LayerCost, MicroBatchTimes, layers_backward, micro_batch_times
+from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
+from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Recomputes, Shardings
+from meshwright.costmodels.stage import leading_per_stage
+from meshwright.simcore.domain.plan import ParallelPlan
+from meshwright.simcore.schedules import BACKWARD, FORWARD, INPUT_GRADIENT
+from meshwright.simcore.training.attribution import IdleTime
+from meshwright.simcore.training.iteration import IterationResult
+
+__all__ = ["GROUPS", "TERMS", "Breakdown", "iteration_breakdown"]
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "compute": ("compute",),
+    "recompute": ("recompute",),
+    "embedding and head": ("embedding_and_head",),
+    "tensor parallel": ("tensor_parallel",),
+    "context parallel": ("context_parallel",),
+    "expert parallel": ("expert_parallel",),
+    "data parallel": ("sharded_data_parallel", "parameter_gather", "gradient_reduce"),
+    "pipeline sends": ("pipeline_send", "vocabulary_exchange"),
+    "pipeline bubble": ("warm_up", "activation_wait", "gradient_wait", "cool_down", "optimizer_barrier"),
+    "optimizer": ("optimizer",),
+    "fixed": ("fixed",),
+}
+"""Terms by what a user can change; in the order they are shown."""
+
+TERMS: tuple[str, ...] = tuple(term for terms in GROUPS.values() for term in terms)
+"""Every term. Those of the bubble, ``parameter_gather``, ``gradient_reduce`` and ``fixed`` are idle time of the compute
+stream; the others are work or exposed communication on it."""
+
+_AXES = {
+    "tp": "tensor_parallel",
+    "cp": "context_parallel",
+    "ep": "expert_parallel",
+    "dp": "sharded_data_parallel",
+}
+# What a forward and a backward that run jointly hide, in the order in which it is taken off.
+_HIDDEN_FIRST = ("expert_parallel", "tensor_parallel", "context_parallel", "sharded_data_parallel", "compute")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Breakdown:
+    """One iteration by stage and term.
+
+    Parameters
+    ----------
+    iteration_time : float
+        One optimizer step [s].
+    terms : Mapping[str, FloatColumn]
+        Seconds of each of :data:`TERMS`, shape ``(num_stages,)``; of every stage they add up to ``iteration_time``.
+    busiest_stage : int
+        Stage with the most work: the critical one.
+    """
+
+    iteration_time: float
+    terms: Mapping[str, FloatColumn]
+    busiest_stage: int
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return len(self.terms["compute"])
+
+    def stage(self, stage: int) -> dict[str, float]:
+        """Return every term of one stage [s]."""
+        return {term: float(values[stage]) for term, values in self.terms.items()}
+
+    def grouped(self, stage: int) -> dict[str, float]:
+        """Return the groups of one stage, in the order of :data:`GROUPS` [s]."""
+        terms = self.stage(stage)
+        return {group: sum(terms[term] for term in members) for group, members in GROUPS.items()}
+
+
+def iteration_breakdown(context: CostContext, plan: ParallelPlan, result: IterationResult) -> Breakdown:
+    """Return where the time of a simulated iteration goes.
+
+    Parameters
+    ----------
+    context : CostContext
+        Job and software.
+    plan : ParallelPlan
+        The plan.
+    result : IterationResult
+        Its simulation under the same context.
+
+    Notes
+    -----
+    Work and exposed communication of each virtual stage come from the cost model and are counted once per operation
+    that ran; sends are those that hold the compute stream. What schedules that run a forward and a backward jointly
+    hide is taken off the communication it hides. Idle time is attributed by the simulation.
+    """
+    columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
+    times = micro_batch_times(context, columns)
+    forward, backward = _virtual_stage_terms(context, plan, columns, times)
+    if result.costs.is_send_blocking:
+        send = result.costs.send_time.copy()
+        # Nothing is sent from one copy of the model to the next.
+        send.reshape(result.operations.num_model_copies, -1)[:, -1] = 0.0
+        forward["pipeline_send"] = send
+        backward["pipeline_send"] = np.concatenate([[0.0], send[:-1]])
+    forwards, backwards = _operation_counts(result)
+    nothing = np.zeros(result.costs.num_stages)
+    terms = {term: nothing.copy() for term in TERMS}
+    for counts, per_operation in ((forwards, forward), (backwards, backward)):
+        for term, seconds in per_operation.items():
+            terms[term] = terms[term] + counts @ seconds
+    terms["optimizer"] = result.costs.optimizer_time.copy()
+    _take_off_hidden(terms, result)
+    for cause in fields(IdleTime):
+        terms[cause.name] = getattr(result.idle_time, cause.name).copy()
+    return Breakdown(
+        iteration_time=result.iteration_time, terms=terms, busiest_stage=int(result.busy_time.argmax())
+    )
+
+
+def _virtual_stage_terms(
+    context: CostContext, plan: ParallelPlan, columns: PlanColumns, times: MicroBatchTimes
+) -> tuple[dict[str, FloatColumn], dict[str, FloatColumn]]:
+    """Return the terms of one micro-batch's forward and backward, shape ``(pp * vpp,)`` each [s]."""
+    layers = np.array(plan.layers_per_stage, dtype=np.float64)
+    leading = leading_per_stage(context, plan.layers_per_stage)
+    recomputed = np.minimum(layers, float(columns.recompute_layers[0]))
+    kinds = ((layers - leading, times.layer), (leading, times.dense_layer))
+    forward: dict[str, FloatColumn] = {"compute": np.zeros(len(layers))}
+    backward: dict[str, FloatColumn] = {"compute": np.zeros(len(layers))}
+    for count, cost in kinds:
+        forward["compute"] += count * (cost.forward - cost.forward_communication)
+        backward["compute"] += count * (cost.backward - cost.backward_communication)
+        for axis, term in _AXES.items():
+            for terms, axes in ((forward, cost.forward_axes), (backward, cost.backward_axes)):
+                terms[term] = terms.get(term, np.zeros(len(layers))) + count * axes.get(axis, 0.0)
+    zero = np.zeros(len(layers))
+    everything = layers_backward(times, layers, leading, recomputed)
+    recompute = everything - layers_backward(times, layers, leading, zero)
+    for count, cost in _recomputed_kinds(leading, recomputed, times):
+        for term, seconds in _recompute_axes(columns, cost).items():
+            backward[term] += count * seconds
+            recompute -= count * seconds
+    backward["recompute"] = recompute
+    _add_boundary(context, plan, columns, times, forward, backward)
+    return forward, backward
+
+
+def _recomputed_kinds(
+    leading: FloatColumn, recomputed: FloatColumn, times: MicroBatchTimes
+) -> tuple[tuple[FloatColumn, LayerCost], ...]:
+    dense = np.minimum(leading, recomputed)
+    return ((recomputed - dense, times.layer), (dense, times.dense_layer))
+
+
+def _recompute_axes(columns: PlanColumns, cost: LayerCost) -> dict[str, FloatColumn]:
+    """Return the exposed communication that recomputing a layer repeats, by term [s].
+
+    Whole layers repeat their forward exchanges; of modules only the experts communicate; the software's own
+    selective policy gathers sequence parallel inputs again.
+    """
+    if columns.recompute[0] == Recomputes.FULL:
+        return {term: cost.forward_axes[axis] for axis, term in _AXES.items() if axis != "dp"}
+    term = "expert_parallel" if columns.recompute_modules[0] else "tensor_parallel"
+    return {term: cost.recompute_communication}
+
+
+def _add_boundary(
+    context: CostContext,
+    plan: ParallelPlan,
+    columns: PlanColumns,
+    times: MicroBatchTimes,
+    forward: dict[str, FloatColumn],
+    backward: dict[str, FloatColumn],
+) -> None:
+    """Add embedding and head: on the first and last virtual stage, or a slice on each with vocabulary parallelism."""
+    num_virtual = len(plan.layers_per_stage)
+    if plan.vocab_parallel in ("vocab_1", "vocab_2", "interlaced"):
+        # The slices carry the boundary's own communication too; only the exchange over stages stands apart.
+        nothing = np.zeros(len(columns))
+        slices = vocab_parallel_time(context, columns, times.boundary_forward, times.boundary_backward)
+        exchanges = vocab_parallel_time(context, columns, nothing, nothing)
+        for terms, part, exchange in zip((forward, backward), slices, exchanges, strict=True):
+            terms["embedding_and_head"] = np.full(num_virtual, part[0] - exchange[0])
+            terms["vocabulary_exchange"] = np.full(num_virtual, exchange[0])
+        return
+    # Without sharding only tensor parallelism is left of the embedding's communication.
+    unsharded = replace(columns, sharding=np.full_like(columns.sharding, Shardings.NONE))
+    split = float(micro_batch_times(context, unsharded).embedding_communication[0])
+    forward["tensor_parallel"][0] += split
+    forward["sharded_data_parallel"][0] += times.embedding_communication[0] - split
+    backward["sharded_data_parallel"][0] += times.root_backward_communication[0]
+    backward["tensor_parallel"][-1] += times.head_communication[0]
+    ends_forward, ends_backward = np.zeros(num_virtual), np.zeros(num_virtual)
+    ends_forward[0] += times.embedding_forward[0] - times.embedding_communication[0]
+    ends_forward[-1] += times.head_forward[0]
+    ends_backward[0] += times.embedding_backward[0] - times.root_backward_communication[0]
+    ends_backward[-1] += times.head_backward[0] - times.head_communication[0]
+    forward["embedding_and_head"], backward["embedding_and_head"] = ends_forward, ends_backward
+
+
+def _operation_counts(result: IterationResult) -> tuple[FloatColumn, FloatColumn]:
+    """Return how often each stage ran each virtual stage forward and backward, shape ``(pp, pp * vpp)`` each."""
+    operations = result.operations
+    virtual = np.take_along_axis(operations.placement, operations.chunk, axis=1)
+    counts = []
+    for is_counted in (
+        operations.kind == FORWARD,
+        (operations.kind == BACKWARD) | (operations.kind == INPUT_GRADIENT),
+    ):
+        count = np.zeros((operations.num_stages, len(result.costs.forward_time)))
+        stage = np.broadcast_to(np.arange(operations.num_stages)[:, None], virtual.shape)
+        np.add.at(count, (stage[is_counted], virtual[is_counted]), 1.0)
+        counts.append(count)
+    return counts[0], counts[1]
+
+
+def _take_off_hidden(terms: dict[str, FloatColumn], result: IterationResult) -> None:
+    """Take off what operations that run jointly hide, communication first."""
+    if result.operations.is_overlapped is None:
+        return
+    hidden = np.maximum(sum(terms.values()) - result.busy_time, 0.0)
+    for term in _HIDDEN_FIRST:
+        taken = np.minimum(terms[term], hidden)
+        terms[term] = terms[term] - taken
+        hidden = hidden - taken

@@ -1,0 +1,149 @@
+"""A job whose machines, workload or software depart from the real ones, and the context that costs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from meshwright.costmodels.calibration_scaling import scaled_calibration
+from meshwright.costmodels.context import CostContext, cost_context
+from meshwright.errors import SpecError
+from meshwright.hardware_specs.specs import GpuSpec, LinkSpec, NodeSpec
+from meshwright.simcore.domain.job import TrainingJob
+
+__all__ = [
+    "Scenario",
+    "scenario_context",
+    "with_cluster",
+    "with_gpu",
+    "with_link_bandwidth",
+    "with_link_latency",
+    "with_node",
+    "with_peak",
+    "with_workload",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A job and how its calibration departs from that of its devices.
+
+    Parameters
+    ----------
+    job : TrainingJob
+        Model, machines, workload and software.
+    calibration_paths : tuple[Path, ...]
+        The user's calibration files.
+    constants : Mapping[str, float]
+        Constants of the software in place of its own, by field.
+    collective_latency, attention_rate, launch_time : float
+        Factors on measured absolute figures, as :func:`meshwright.costmodels.calibration_scaling.scaled_calibration`
+        takes them.
+    """
+
+    job: TrainingJob
+    calibration_paths: tuple[Path, ...] = ()
+    constants: Mapping[str, float] = field(default_factory=dict)
+    collective_latency: float = 1.0
+    attention_rate: float = 1.0
+    launch_time: float = 1.0
+
+    @property
+    def node(self) -> NodeSpec:
+        """The cluster's node."""
+        return self.job.cluster.node
+
+    @property
+    def gpu(self) -> GpuSpec:
+        """The cluster's accelerator."""
+        return self.job.cluster.gpu
+
+
+def scenario_context(scenario: Scenario) -> CostContext:
+    """Return the context of a scenario.
+
+    Raises
+    ------
+    SpecError
+        If the device lacks the precision.
+    CalibrationError
+        If the device has no calibration.
+    """
+    context = cost_context(scenario.job, calibration_paths=scenario.calibration_paths)
+    calibration = scaled_calibration(
+        context.calibration,
+        collective_latency=scenario.collective_latency,
+        attention_rate=scenario.attention_rate,
+        launch_time=scenario.launch_time,
+    )
+    software = replace(context.software, **scenario.constants)  # type: ignore[arg-type]  # keys are number fields
+    return replace(context, calibration=calibration, software=software)
+
+
+def with_cluster(scenario: Scenario, **changes: Any) -> Scenario:
+    """Return the scenario with other fields of its cluster."""
+    return replace(scenario, job=replace(scenario.job, cluster=replace(scenario.job.cluster, **changes)))
+
+
+def with_node(scenario: Scenario, **changes: Any) -> Scenario:
+    """Return the scenario with other fields of its node."""
+    return with_cluster(scenario, node=replace(scenario.node, **changes))
+
+
+def with_gpu(scenario: Scenario, **changes: Any) -> Scenario:
+    """Return the scenario with other fields of its GPU."""
+    return with_node(scenario, gpu=replace(scenario.gpu, **changes))
+
+
+def with_workload(scenario: Scenario, **changes: Any) -> Scenario:
+    """Return the scenario with other fields of its workload."""
+    return replace(scenario, job=replace(scenario.job, workload=replace(scenario.job.workload, **changes)))
+
+
+def with_peak(scenario: Scenario, precision: str, flops_per_second: float) -> Scenario:
+    """Return the scenario with another dense peak; fused attention, measured in FLOP/s, follows the 16-bit one.
+
+    Raises
+    ------
+    SpecError
+        If the GPU has no such format.
+    """
+    peaks = dict(scenario.gpu.peak_flops_per_second)
+    if precision not in peaks:
+        raise SpecError(f"{scenario.gpu.id} has no {precision} units; it offers {', '.join(peaks)}")
+    rate = scenario.attention_rate
+    if precision == ("bf16" if "bf16" in peaks else "fp16"):
+        rate *= flops_per_second / peaks[precision]
+    peaks[precision] = flops_per_second
+    return replace(with_gpu(scenario, peak_flops_per_second=peaks), attention_rate=rate)
+
+
+def with_link_bandwidth(scenario: Scenario, bytes_per_second: float) -> Scenario:
+    """Return the scenario with another bandwidth between the GPUs of a node."""
+    link = scenario.node.intra_link
+    return _with_link(scenario, replace(link, bandwidth_bytes_per_second=bytes_per_second))
+
+
+def with_link_latency(scenario: Scenario, seconds: float) -> Scenario:
+    """Return the scenario with another latency between the GPUs of a node; collectives start in proportion.
+
+    Raises
+    ------
+    SpecError
+        If the latency is not above zero.
+    """
+    if seconds <= 0.0:
+        raise SpecError("must be above zero")
+    link = scenario.node.intra_link
+    factor = seconds / link.latency if link.latency > 0.0 else 1.0
+    changed = _with_link(scenario, replace(link, latency=seconds))
+    return replace(changed, collective_latency=scenario.collective_latency * factor)
+
+
+def _with_link(scenario: Scenario, link: LinkSpec) -> Scenario:
+    """Replace what the GPUs of a node talk over: NVLink and its like, or the host link where there is none."""
+    if scenario.gpu.scale_up is not None:
+        return with_gpu(scenario, scale_up=link)
+    return with_gpu(scenario, host_link=link)
