@@ -25,6 +25,12 @@ class LazyGroup(click.Group):
             "Search every way to run a job; rank, explain and write the best plans.",
         ),
         "simulate": ("meshwright.cli.simulate", "Simulate a plan's exact schedule; draw its timeline."),
+        "explain": ("meshwright.cli.explain", "Say where a plan's time and memory go, and why."),
+        "diff": ("meshwright.cli.diff", "Compare two plans field by field and term by term."),
+        "whatif": (
+            "meshwright.cli.whatif",
+            "Change machines, workload or software; the same plan and the best plan then.",
+        ),
         "export": (
             "meshwright.cli.export",
             "Write the files that launch a plan on Megatron-LM or DeepSpeed.",

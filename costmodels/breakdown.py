@@ -101,7 +101,8 @@ def iteration_breakdown(context: CostContext, plan: ParallelPlan, result: Iterat
     """
     columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
     times = micro_batch_times(context, columns)
-    forward, backward = _virtual_stage_terms(context, plan, columns, times)
+    copies = result.operations.num_model_copies
+    forward, backward = _virtual_stage_terms(context, plan, columns, times, copies)
     if result.costs.is_send_blocking:
         send = result.costs.send_time.copy()
         # Nothing is sent from one copy of the model to the next.
@@ -124,11 +125,11 @@ def iteration_breakdown(context: CostContext, plan: ParallelPlan, result: Iterat
 
 
 def _virtual_stage_terms(
-    context: CostContext, plan: ParallelPlan, columns: PlanColumns, times: MicroBatchTimes
+    context: CostContext, plan: ParallelPlan, columns: PlanColumns, times: MicroBatchTimes, copies: int
 ) -> tuple[dict[str, FloatColumn], dict[str, FloatColumn]]:
-    """Return the terms of one micro-batch's forward and backward, shape ``(pp * vpp,)`` each [s]."""
-    layers = np.array(plan.layers_per_stage, dtype=np.float64)
-    leading = leading_per_stage(context, plan.layers_per_stage)
+    """Return the terms of one micro-batch's forward and backward, shape ``(pp * vpp * copies,)`` each [s]."""
+    layers = np.array(plan.layers_per_stage * copies, dtype=np.float64)
+    leading = np.tile(leading_per_stage(context, plan.layers_per_stage), copies)
     recomputed = np.minimum(layers, float(columns.recompute_layers[0]))
     kinds = ((layers - leading, times.layer), (leading, times.dense_layer))
     forward: dict[str, FloatColumn] = {"compute": np.zeros(len(layers))}
@@ -179,7 +180,7 @@ def _add_boundary(
     backward: dict[str, FloatColumn],
 ) -> None:
     """Add embedding and head: on the first and last virtual stage, or a slice on each with vocabulary parallelism."""
-    num_virtual = len(plan.layers_per_stage)
+    num_virtual = len(forward["compute"])
     if plan.vocab_parallel in ("vocab_1", "vocab_2", "interlaced"):
         # The slices carry the boundary's own communication too; only the exchange over stages stands apart.
         nothing = np.zeros(len(columns))
@@ -192,15 +193,18 @@ def _add_boundary(
     # Without sharding only tensor parallelism is left of the embedding's communication.
     unsharded = replace(columns, sharding=np.full_like(columns.sharding, Shardings.NONE))
     split = float(micro_batch_times(context, unsharded).embedding_communication[0])
-    forward["tensor_parallel"][0] += split
-    forward["sharded_data_parallel"][0] += times.embedding_communication[0] - split
-    backward["sharded_data_parallel"][0] += times.root_backward_communication[0]
-    backward["tensor_parallel"][-1] += times.head_communication[0]
+    # The ends of every copy of the model.
+    first = slice(0, None, len(plan.layers_per_stage))
+    last = slice(len(plan.layers_per_stage) - 1, None, len(plan.layers_per_stage))
+    forward["tensor_parallel"][first] += split
+    forward["sharded_data_parallel"][first] += times.embedding_communication[0] - split
+    backward["sharded_data_parallel"][first] += times.root_backward_communication[0]
+    backward["tensor_parallel"][last] += times.head_communication[0]
     ends_forward, ends_backward = np.zeros(num_virtual), np.zeros(num_virtual)
-    ends_forward[0] += times.embedding_forward[0] - times.embedding_communication[0]
-    ends_forward[-1] += times.head_forward[0]
-    ends_backward[0] += times.embedding_backward[0] - times.root_backward_communication[0]
-    ends_backward[-1] += times.head_backward[0] - times.head_communication[0]
+    ends_forward[first] += times.embedding_forward[0] - times.embedding_communication[0]
+    ends_forward[last] += times.head_forward[0]
+    ends_backward[first] += times.embedding_backward[0] - times.root_backward_communication[0]
+    ends_backward[last] += times.head_backward[0] - times.head_communication[0]
     forward["embedding_and_head"], backward["embedding_and_head"] = ends_forward, ends_backward
 
 

@@ -1,4 +1,4 @@
-"""A calibration carried to faster or slower parts of the same kind: what measured absolute figures are scaled by."""
+"""A calibration for parts that do not exist: the same shares of another data sheet, other latencies."""
 
 from __future__ import annotations
 
@@ -7,29 +7,62 @@ from dataclasses import replace
 
 import numpy as np
 
-from meshwright.costmodels.calibration import (
-    AttentionCurve,
-    CollectiveCurve,
-    CollectiveTable,
-    DeviceCalibration,
-)
+from meshwright.costmodels.calibration import CollectiveCurve, CollectiveTable, DeviceCalibration
+from meshwright.costmodels.calibration_document import device_rates
+from meshwright.hardware_specs.specs import GpuSpec
 
-__all__ = ["scaled_calibration"]
+__all__ = ["carried_calibration", "scaled_calibration"]
 
 # Bytes over each rank's link per byte of the buffer: an all-reduce passes twice (nccl-tests, doc/PERFORMANCE.md).
 _ALL_REDUCE_PASSES = 2.0
 
 
-def scaled_calibration(
-    calibration: DeviceCalibration,
-    *,
-    collective_latency: float = 1.0,
-    attention_rate: float = 1.0,
-    launch_time: float = 1.0,
-) -> DeviceCalibration:
-    """Return the calibration with what was measured as absolute figures scaled.
+def carried_calibration(calibration: DeviceCalibration, measured: GpuSpec, gpu: GpuSpec) -> DeviceCalibration:
+    """Return the calibration of a device for one with other numbers, at the same shares of the data sheet.
 
-    Rooflines and link efficiencies are shares of the data sheet and follow it by themselves; these three do not.
+    Fused attention, measured in FLOP/s, follows the 16-bit peak. Where peak, memory bandwidth or links differ, a
+    calibration of the device becomes a prior of the same generation.
+
+    Parameters
+    ----------
+    calibration : DeviceCalibration
+        That of the measured device.
+    measured, gpu : GpuSpec
+        The measured device, and the one to price.
+    """
+    if _rates(measured) == _rates(gpu):
+        return calibration
+    scale = _sixteen_bit_peak(gpu) / _sixteen_bit_peak(measured)
+    is_calibrated = calibration.basis == "calibrated"
+    return replace(
+        calibration,
+        is_estimate=True,
+        basis="prior of the same generation" if is_calibrated else calibration.basis,
+        operators={
+            name: replace(model, rates=device_rates(gpu, model.operator.name, model.precision))
+            for name, model in calibration.operators.items()
+        },
+        attention={
+            name: replace(curve, peak_flops_per_second=curve.peak_flops_per_second * scale)
+            for name, curve in calibration.attention.items()
+        },
+    )
+
+
+def _rates(gpu: GpuSpec) -> tuple[object, ...]:
+    links = (gpu.scale_up, gpu.host_link)
+    return dict(gpu.peak_flops_per_second), gpu.memory_bandwidth_bytes_per_second, links
+
+
+def _sixteen_bit_peak(gpu: GpuSpec) -> float:
+    peaks = gpu.peak_flops_per_second
+    return peaks.get("bf16") or peaks["fp16"]
+
+
+def scaled_calibration(
+    calibration: DeviceCalibration, *, collective_latency: float = 1.0, launch_time: float = 1.0
+) -> DeviceCalibration:
+    """Return the calibration with latencies, which no data sheet states, scaled.
 
     Parameters
     ----------
@@ -38,32 +71,21 @@ def scaled_calibration(
     collective_latency : float
         Factor on the start-up of collectives inside a node. Measured tables keep what they deviate from the p-norm of
         latency and transfer by.
-    attention_rate : float
-        Factor on the FLOP/s of fused attention.
     launch_time : float
         Factor on the device's launch time of a kernel.
     """
-    return replace(
-        calibration,
-        collectives=(
-            _with_latency(calibration.collectives, collective_latency)
-            if collective_latency != 1.0
-            else calibration.collectives
-        ),
-        attention={
-            name: AttentionCurve(
-                peak_flops_per_second=curve.peak_flops_per_second * attention_rate,
-                half_length=curve.half_length,
-            )
-            for name, curve in calibration.attention.items()
-        },
-        operators={
+    if collective_latency != 1.0:
+        collectives = _with_latency(calibration.collectives, collective_latency)
+        calibration = replace(calibration, collectives=collectives)
+    if launch_time != 1.0:
+        operators = {
             name: replace(
                 model, curve=replace(model.curve, launch_time=model.curve.launch_time * launch_time)
             )
             for name, model in calibration.operators.items()
-        },
-    )
+        }
+        calibration = replace(calibration, operators=operators)
+    return calibration
 
 
 def _with_latency(collectives: Mapping[str, CollectiveCurve], factor: float) -> dict[str, CollectiveCurve]:

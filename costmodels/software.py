@@ -81,6 +81,9 @@ class SoftwareGeneration:
         Slowdown of compute per second of hidden expert all-to-all: the share of SMs its kernels hold.
     fp8_cast_bytes : float
         Traffic of quantising one element of a GEMM input for fp8 [B].
+    vocab_pass_time : float
+        What one pass of vocabulary parallelism costs besides its work: the barrier of all stages, small
+        collectives and launches [s].
     fixed_time : float
         Once per iteration [s].
     host_launch_latency : float
@@ -129,6 +132,8 @@ class SoftwareGeneration:
     # 20 of 132 SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.2.2).
     expert_overlap_contention: float = 0.15
     fp8_cast_bytes: float = 2.3
+    # Once per pass, whatever the vocabulary: 40 published rows of the vocabulary-parallel artifact.
+    vocab_pass_time: float = 0.4e-3
     fixed_time: float = 0.0
     host_launch_latency: float = 4e-6
     fsdp_keeps_parameters: bool = False
@@ -144,7 +149,13 @@ NUMBER_FIELDS = tuple(each.name for each in fields(SoftwareGeneration) if each.t
 """Fields that are plain numbers, which a calibration may replace."""
 
 # Keys of the YAML files by how they are read; everything else is a plain number.
-_SECONDS = ("fsdp_step_latency", "broadcast_step_latency", "fixed_time", "host_launch_latency")
+_SECONDS = (
+    "vocab_pass_time",
+    "fsdp_step_latency",
+    "broadcast_step_latency",
+    "fixed_time",
+    "host_launch_latency",
+)
 _FLAGS = (
     "is_gradient_accumulation_fused",
     "is_send_blocking",

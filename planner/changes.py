@@ -147,7 +147,11 @@ def _number(text: str) -> float:
 
 
 def _new_cluster(scenario: Scenario, name: str) -> Scenario:
-    return replace(scenario, job=replace(scenario.job, cluster=resolve_cluster(name)))
+    return replace(scenario, job=replace(scenario.job, cluster=resolve_cluster(name)), measured_gpu=None)
+
+
+def _new_gpu(scenario: Scenario, name: str) -> Scenario:
+    return replace(with_node(scenario, gpu=load_gpu(name)), measured_gpu=None)
 
 
 def _new_software(scenario: Scenario, name: str) -> Scenario:
@@ -248,7 +252,7 @@ _ALL: tuple[Change, ...] = (
         meaning="another GPU in the same nodes",
         kind="word",
         read=lambda scenario: scenario.gpu.id,
-        write=lambda scenario, value: with_node(scenario, gpu=load_gpu(value)),
+        write=_new_gpu,
     ),
     _gpu("memory", "usable memory", "bytes", "memory_bytes"),
     _gpu("memory_bandwidth", "memory bandwidth", "bytes_per_second", "memory_bandwidth_bytes_per_second"),

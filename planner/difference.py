@@ -19,8 +19,9 @@ __all__ = [
     "term_differences",
 ]
 
-# Where numbers come from says nothing about what they do.
-_IGNORED = frozenset({"sources", "aliases", "name"})
+# Where numbers come from and how things are printed says nothing about what they do.
+_IGNORED = frozenset({"sources", "aliases"})
+_PRINTED_NAMES = ("node.name", "node.gpu.name", "node.gpu.vendor", "fabric.name")
 # A term that differs by less than this share of the iteration is not named in the sentence.
 _SMALLEST_SHARE = 0.002
 
@@ -64,11 +65,8 @@ def field_differences(first: PlanDocument, second: PlanDocument) -> tuple[FieldD
         mine, others = dict(_flat(one)), dict(_flat(other))
         for key in (*mine, *(key for key in others if key not in mine)):
             values = mine.get(key), others.get(key)
-            if values[0] != values[1]:
+            if values[0] != values[1] and not (section == "cluster" and key in _PRINTED_NAMES):
                 found.append(FieldDifference(section=section, key=key, first=values[0], second=values[1]))
-    if first.job.model.name != second.job.model.name:
-        names = first.job.model.name, second.job.model.name
-        found.append(FieldDifference(section="model", key="name", first=names[0], second=names[1]))
     if first.job.software != second.job.software:
         found.append(
             FieldDifference(

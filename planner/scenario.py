@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from meshwright.costmodels.calibration_scaling import scaled_calibration
+from meshwright.costmodels.calibration_scaling import carried_calibration, scaled_calibration
 from meshwright.costmodels.context import CostContext, cost_context
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.specs import GpuSpec, LinkSpec, NodeSpec
@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A job and how its calibration departs from that of its devices.
+    """A job and how its devices depart from those that were measured.
 
     Parameters
     ----------
@@ -36,18 +36,20 @@ class Scenario:
         Model, machines, workload and software.
     calibration_paths : tuple[Path, ...]
         The user's calibration files.
+    measured_gpu : GpuSpec | None
+        The GPU whose calibration applies, before any of its numbers changed; None when none did.
     constants : Mapping[str, float]
         Constants of the software in place of its own, by field.
-    collective_latency, attention_rate, launch_time : float
+    collective_latency, launch_time : float
         Factors on measured absolute figures, as :func:`meshwright.costmodels.calibration_scaling.scaled_calibration`
         takes them.
     """
 
     job: TrainingJob
     calibration_paths: tuple[Path, ...] = ()
+    measured_gpu: GpuSpec | None = None
     constants: Mapping[str, float] = field(default_factory=dict)
     collective_latency: float = 1.0
-    attention_rate: float = 1.0
     launch_time: float = 1.0
 
     @property
@@ -64,6 +66,9 @@ class Scenario:
 def scenario_context(scenario: Scenario) -> CostContext:
     """Return the context of a scenario.
 
+    A GPU with changed numbers reaches the same shares of its data sheet as the measured one; it counts as another
+    device of its generation once anything changed that kernels and collectives run at.
+
     Raises
     ------
     SpecError
@@ -71,15 +76,16 @@ def scenario_context(scenario: Scenario) -> CostContext:
     CalibrationError
         If the device has no calibration.
     """
-    context = cost_context(scenario.job, calibration_paths=scenario.calibration_paths)
+    measured = scenario.measured_gpu or scenario.gpu
+    real = with_node(scenario, gpu=measured).job
+    context = cost_context(real, calibration_paths=scenario.calibration_paths)
     calibration = scaled_calibration(
-        context.calibration,
+        carried_calibration(context.calibration, measured, scenario.gpu),
         collective_latency=scenario.collective_latency,
-        attention_rate=scenario.attention_rate,
         launch_time=scenario.launch_time,
     )
     software = replace(context.software, **scenario.constants)  # type: ignore[arg-type]  # keys are number fields
-    return replace(context, calibration=calibration, software=software)
+    return replace(context, cluster=scenario.job.cluster, calibration=calibration, software=software)
 
 
 def with_cluster(scenario: Scenario, **changes: Any) -> Scenario:
@@ -93,8 +99,9 @@ def with_node(scenario: Scenario, **changes: Any) -> Scenario:
 
 
 def with_gpu(scenario: Scenario, **changes: Any) -> Scenario:
-    """Return the scenario with other fields of its GPU."""
-    return with_node(scenario, gpu=replace(scenario.gpu, **changes))
+    """Return the scenario with other numbers of its GPU, whose calibration stays that of the real one."""
+    measured = scenario.measured_gpu or scenario.gpu
+    return replace(with_node(scenario, gpu=replace(scenario.gpu, **changes)), measured_gpu=measured)
 
 
 def with_workload(scenario: Scenario, **changes: Any) -> Scenario:
@@ -103,7 +110,7 @@ def with_workload(scenario: Scenario, **changes: Any) -> Scenario:
 
 
 def with_peak(scenario: Scenario, precision: str, flops_per_second: float) -> Scenario:
-    """Return the scenario with another dense peak; fused attention, measured in FLOP/s, follows the 16-bit one.
+    """Return the scenario with another dense peak.
 
     Raises
     ------
@@ -113,11 +120,8 @@ def with_peak(scenario: Scenario, precision: str, flops_per_second: float) -> Sc
     peaks = dict(scenario.gpu.peak_flops_per_second)
     if precision not in peaks:
         raise SpecError(f"{scenario.gpu.id} has no {precision} units; it offers {', '.join(peaks)}")
-    rate = scenario.attention_rate
-    if precision == ("bf16" if "bf16" in peaks else "fp16"):
-        rate *= flops_per_second / peaks[precision]
     peaks[precision] = flops_per_second
-    return replace(with_gpu(scenario, peak_flops_per_second=peaks), attention_rate=rate)
+    return with_gpu(scenario, peak_flops_per_second=peaks)
 
 
 def with_link_bandwidth(scenario: Scenario, bytes_per_second: float) -> Scenario:

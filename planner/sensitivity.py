@@ -163,6 +163,9 @@ def sensitivities(
     best_today = best_plan(scenario, context, question, progress)
     effects = []
     for lever in LEVERS:
+        if lever.keys == ("gpu.host_bandwidth",) and scenario.gpu.scale_up is None:
+            # GPUs talk over the host link: it is the intra-node bandwidth already.
+            continue
         is_searched = searches_all or lever.moves_the_best
         outcomes: list[Outcome] = []
         best: list[Outcome | None] = []

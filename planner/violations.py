@@ -43,8 +43,8 @@ class Violation:
 
     @property
     def text(self) -> str:
-        """Constraint, demand and numbers in one line."""
-        return f"{self.constraint}: {self.sentence}; {self.numbers}"
+        """Constraint, demand and numbers in one clause."""
+        return f"by constraint '{self.constraint}' ({self.sentence}): {self.numbers}"
 
 
 def find_violation(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> Violation | None:

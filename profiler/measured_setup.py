@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from meshwright.costmodels.context import KNOWN_FEATURES
+from meshwright.costmodels.plan_columns import V_SHAPED
 from meshwright.costmodels.software import AttentionKernel, list_software
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.catalog import load_fabric, load_gpu, load_node, resolve_cluster
 from meshwright.hardware_specs.specs import ClusterSpec, NodeSpec
 from meshwright.profiler.measured_runs import MeasuredRun
 from meshwright.simcore.domain.job import TrainingJob
-from meshwright.simcore.domain.model import ModelSpec
+from meshwright.simcore.domain.model import ModelSpec, MoeSpec
 from meshwright.simcore.domain.model_catalog import load_model
 from meshwright.simcore.domain.plan import (
     ParallelPlan,
@@ -141,7 +142,7 @@ def measured_setup(run: MeasuredRun) -> MeasuredSetup:
 def unknown_features(runs: tuple[MeasuredRun, ...]) -> tuple[str, ...]:
     """Return the features of a table that no cost model knows, each once, sorted."""
     words = {word for run in runs for word in _features(run)}
-    return tuple(sorted(words - KNOWN_FEATURES - {"parallel_block"}))
+    return tuple(sorted(words - KNOWN_FEATURES - {"balanced_routing", "parallel_block"}))
 
 
 def _features(run: MeasuredRun) -> tuple[str, ...]:
@@ -203,11 +204,7 @@ _LLAMA = replace(
 
 
 def _model(run: MeasuredRun, remarks: list[str]) -> ModelSpec:
-    if run.cell("n_experts") not in ("", "0", "1"):
-        raise IncompleteRowError("mixture-of-experts layers are not costed yet")
     preset = _preset(run.cell("model").lower())
-    if preset is not None and (preset.moe or preset.mla):
-        raise IncompleteRowError(f"model {preset.name} has layers that are not costed yet")
     base = preset or (_LLAMA if _flag(run, "gated_mlp", False) else _GPT)
     heads = _integer(run, "n_heads", preset.num_attention_heads if preset else None)
     hidden = _integer(run, "hidden", preset.hidden_size if preset else None)
@@ -227,7 +224,22 @@ def _model(run: MeasuredRun, remarks: list[str]) -> ModelSpec:
         max_position_embeddings=max(base.max_position_embeddings, _integer(run, "seq_len")),
         is_gated_mlp=_flag(run, "gated_mlp", base.is_gated_mlp),
         has_tied_embeddings=_flag(run, "tied_embeddings", base.has_tied_embeddings),
+        moe=_experts(run, base.moe),
     )
+
+
+def _experts(run: MeasuredRun, base: MoeSpec | None) -> MoeSpec | None:
+    """Return the row's mixture of experts over the preset's; None for a dense model."""
+    num_experts = (
+        0 if run.cell("n_experts") == "0" else _integer(run, "n_experts", base.num_experts if base else 1)
+    )
+    if num_experts <= 1:
+        return None
+    top_k = _integer(run, "topk", base.top_k if base else None)
+    width = _integer(run, "moe_ffn", base.moe_ffn_hidden_size if base else None)
+    if base is None:
+        return MoeSpec(num_experts=num_experts, top_k=top_k, moe_ffn_hidden_size=width)
+    return replace(base, num_experts=num_experts, top_k=top_k, moe_ffn_hidden_size=width)
 
 
 def _preset(name: str) -> ModelSpec | None:
@@ -285,6 +297,7 @@ def _plan(run: MeasuredRun, model: ModelSpec, num_gpus: int) -> ParallelPlan:
         raise IncompleteRowError("sharding is not stated")
     vocab_parallel = cast("VocabParallel", run.cell("vocab_parallel") or "none")
     recompute = cast("Recompute", run.cell("recompute"))
+    ep = _integer(run, "ep", 1) if model.moe is not None else 1
     layers = partition_layers(model.num_layers, pp * vpp)
     if vocab_parallel == "redistributed":
         layers = _redistributed_layers(model, pp)
@@ -294,6 +307,9 @@ def _plan(run: MeasuredRun, model: ModelSpec, num_gpus: int) -> ParallelPlan:
         pp=pp,
         vpp=vpp,
         cp=cp,
+        ep=ep,
+        # Megatron splits experts like everything else unless they are spread; rows never say otherwise.
+        etp=tp if model.moe is not None and ep == 1 else 1,
         sequence_parallel=_flag(run, "sequence_parallel", False) and tp > 1,
         micro_batch_size=_integer(run, "micro_batch"),
         schedule=schedule,
@@ -332,7 +348,7 @@ def _schedule(run: MeasuredRun, pp: int) -> tuple[ScheduleName, int]:
     stated = run.cell("vpp")
     if name in ("", "interleaved_1f1b") and not stated:
         raise IncompleteRowError("vpp is not stated for an interleaved or unnamed schedule")
-    vpp = _integer(run, "vpp", 1)
+    vpp = 2 if name in V_SHAPED else _integer(run, "vpp", 1)
     if not name or name == "none":
         name = "interleaved_1f1b" if vpp > 1 else "1f1b"
     if name == "interleaved_1f1b" and vpp == 1:
@@ -341,20 +357,21 @@ def _schedule(run: MeasuredRun, pp: int) -> tuple[ScheduleName, int]:
 
 
 def _redistributed_layers(model: ModelSpec, pp: int) -> tuple[int, ...]:
-    """Move layers from the last stage to the others until the LM head's FLOPs balance theirs.
+    """Move layers from the last stage to those before it, so that the LM head's weights make up for them.
 
-    The first stage keeps its even share, as the published redistribution does (its memory equals the
-    baseline's); the middle stages take what the last gives up.
+    The vocabulary-parallel artifact (artifact/test_one_host.csv: 4, 4, 4, 5, 5, 5, 5, 0 for 32 layers and a head of
+    6.25) lets the last stage hold head and layers of about one layer more than the even share, and gives what it
+    moves to the stages before it, one each; its other vocabularies take the times and memories of the same rule.
     """
-    layer = model.num_layer_parameters + model.hidden_size  # FLOPs per token go with weights
-    head = model.hidden_size * model.vocab_size / layer
+    head = model.vocab_size * model.hidden_size / model.num_layer_parameters
     even = model.num_layers // pp
     if pp < 3 or model.num_layers % pp:
         return partition_layers(model.num_layers, pp)
-    best = min(range(even + 1), key=lambda last: max(last + head, even + -(-(even - last) // (pp - 2))))
-    moved = even - best
-    middle = [even + moved // (pp - 2) + (1 if index < moved % (pp - 2) else 0) for index in range(pp - 2)]
-    return (even, *middle, best)
+    last = min(max(round(even + 1 - head), 0), even)
+    moved = even - last
+    every, rest = divmod(moved, pp - 1)
+    others = [even + every + (stage >= pp - 1 - rest) for stage in range(pp - 1)]
+    return (*others, last)
 
 
 def _software(run: MeasuredRun, remarks: list[str]) -> str:

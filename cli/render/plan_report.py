@@ -102,7 +102,7 @@ def print_report(
     console.print(f"Why: {winning_reason(result, request.objective)}", soft_wrap=True)
     winner = result.ranked[0].prediction
     console.print(
-        f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration. "
+        f"80 % interval of the winner: {winner.low:.4g} to {winner.high:.4g} s per iteration ({winner.basis}). "
         f"MFU: {FLOPS_WORDS[flops]}.",
         soft_wrap=True,
     )

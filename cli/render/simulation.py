@@ -57,7 +57,7 @@ def print_simulation(
         (("figure", False), ("value", True)),
     )
     figures.add_row("iteration time", f"{prediction.iteration_time:.4g} s")
-    figures.add_row("80 % interval", f"{prediction.low:.4g} to {prediction.high:.4g} s")
+    figures.add_row(f"80 % interval, {prediction.basis}", f"{prediction.low:.4g} to {prediction.high:.4g} s")
     figures.add_row("tokens/s/GPU", f"{prediction.tokens_per_second_per_gpu:,.0f}")
     figures.add_row(f"MFU ({FLOPS_WORDS[flops]})", f"{prediction.mfu:.1%}")
     figures.add_row("HFU", f"{prediction.hfu:.1%}")

@@ -65,28 +65,36 @@ def terms_table(breakdown: Breakdown) -> Table:
     """Return the terms by stage, with the share of the busiest; those that are zero everywhere are left out."""
     stages = shown_stages(breakdown.num_stages, breakdown.busiest_stage)
     headers = [
-        f"stage {stage} *" if stage == breakdown.busiest_stage and breakdown.num_stages > 1 else f"stage {stage}"
+        f"stage {stage} *"
+        if stage == breakdown.busiest_stage and breakdown.num_stages > 1
+        else f"stage {stage}"
         for stage in stages
     ]
     table = make_table(
         "Where the time goes" + (", * the busiest stage" if breakdown.num_stages > 1 else ""),
         (("", False), *((header, True) for header in headers), ("share", True)),
     )
+
+    def seconds(value: float) -> str:
+        # Terms of one table share their decimals, so that columns can be added by eye.
+        return f"{value:.{decimals}f} s"
+
+    decimals = max(0, 4 - len(f"{int(breakdown.iteration_time)}")) + 1
     grouped = [breakdown.grouped(stage) for stage in stages]
     critical = breakdown.grouped(breakdown.busiest_stage)
     for group, members in GROUPS.items():
         if not any(breakdown.terms[term].any() for term in members):
             continue
         share = critical[group] / breakdown.iteration_time
-        table.add_row(group, *(_seconds(each[group]) for each in grouped), f"{share:.1%}")
+        table.add_row(group, *(seconds(each[group]) for each in grouped), f"{share:.1%}")
         for term in members if len(members) > 1 else ():
             values = breakdown.terms[term]
             if values.any():
                 share = float(values[breakdown.busiest_stage]) / breakdown.iteration_time
-                cells = (_seconds(float(values[stage])) for stage in stages)
+                cells = (seconds(float(values[stage])) for stage in stages)
                 table.add_row(f"  {term.replace('_', ' ')}", *cells, f"{share:.1%}", style="dim")
     table.add_section()
-    table.add_row("iteration", *(_seconds(breakdown.iteration_time) for _ in stages), "100.0%")
+    table.add_row("iteration", *(seconds(breakdown.iteration_time) for _ in stages), "100.0%")
     return table
 
 
@@ -140,9 +148,7 @@ def memory_bar(prediction: Prediction, width: int) -> Text:
     return text
 
 
-def _append_bar(
-    text: Text, parts: Sequence[tuple[str, str, float]], total: float, columns: int
-) -> None:
+def _append_bar(text: Text, parts: Sequence[tuple[str, str, float]], total: float, columns: int) -> None:
     """Append parts as runs of their letter; rounding is settled by the largest remainders, so the bar is full."""
     exact = [max(0.0, value) / total * columns if total > 0.0 else 0.0 for _, _, value in parts]
     counts = [int(value) for value in exact]
@@ -174,7 +180,7 @@ def second_cells(differences: Sequence[TermDifference]) -> dict[str, tuple[str, 
         each.name: (
             _seconds(each.first),
             _seconds(each.second),
-            "" if each.change is None else f"{each.change:+.4g} s",
+            _second_change(each),
         )
         for each in differences
     }
@@ -190,7 +196,7 @@ def byte_cells(differences: Sequence[TermDifference]) -> dict[str, tuple[str, st
     for each in differences:
         change = ""
         if each.change is not None:
-            sign = "-" if each.change < 0.0 else "+"
+            sign = "-" if each.change < 0.0 else "+" if each.change else ""
             change = f"{sign}{format_quantity(abs(each.change), 'bytes', 3)}"
         cells[each.name] = (shown(each.first), shown(each.second), change)
     return cells
@@ -213,6 +219,15 @@ def figure_cells(differences: Sequence[TermDifference]) -> dict[str, tuple[str, 
             change = f"{each.change / each.first:+.1%}"
         cells[each.name] = (shown(each, each.first), shown(each, each.second), change)
     return cells
+
+
+def _second_change(difference: TermDifference) -> str:
+    change = difference.change
+    if change is None:
+        return ""
+    # Sums of equal terms may differ in their last bits.
+    is_noise = abs(change) < 1e-9 * max(abs(difference.first or 0.0), abs(difference.second or 0.0))
+    return "0 s" if is_noise else f"{change:+.4g} s"
 
 
 def _seconds(value: float | None) -> str:

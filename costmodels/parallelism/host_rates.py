@@ -48,7 +48,7 @@ class HostEfficiency:
 # ml-engineering). adam: DeepSpeed CPU-Adam at 30 B a parameter on DGX-2 (ZeRO-Offload, table 4: 10 billion
 # parameters in 2.57 s of 256 GB/s) and on an EPYC host (Deep Optimizer States, runs of Polaris). Cores: 70 to 94
 # million parameters a second on 96, 48 and 32 of them there; this is the value whose worst error over the three
-# is least (14 %). nvme: 10 of 13 GB/s (DeepNVMe, 2024).
+# is least (16 %). nvme: 10 of 13 GB/s (DeepNVMe, 2024).
 SERVER = HostEfficiency(link=0.82, copy=0.88, adam=0.45, adam_parameters_per_second=82e6, nvme=0.8)
 # One processor a GPU and no second socket: CPU-Adam updates 8 billion parameters in 0.769 s on 72 cores and
 # 512 GB/s (SuperOffload, arXiv 2509.21271, table of Adam latencies).

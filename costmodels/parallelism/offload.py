@@ -176,11 +176,14 @@ def best_offload_fraction(
     if not is_offloaded.any():
         return np.zeros(len(kind))
     rates = host_rates(context, needs_nvme=bool((kind == Offloads.NVME).any()), efficiency=efficiency)
-    ends = (
-        _update_paths(context, rates, num_parameters_per_rank, kind, np.zeros_like(kind), share, np.zeros(()))
-        for share in (np.zeros(len(kind)), np.ones(len(kind)))
+    whole = np.ones(len(kind))
+    paths = _update_paths(
+        context, rates, num_parameters_per_rank, kind, np.zeros_like(kind), whole, np.zeros(())
     )
-    balanced = _lowest_maximum(*ends)
+    # Every path but the device's is proportional to the share, and the device's to what is left.
+    host = paths[:-1].max(axis=0)
+    device = _ADAM_BYTES * num_parameters_per_rank / rates.device
+    balanced = np.divide(device, device + host, out=np.zeros_like(host), where=host > 0.0)
     states = np.maximum(_STATE_BYTES * num_parameters_per_rank, 1.0)
     needed = np.clip(1.0 - device_bytes / states, 0.0, 1.0)
     return np.where(is_offloaded, np.maximum(balanced, needed), 0.0)
@@ -197,7 +200,8 @@ def best_streamed_share(
     """Return the share of the offloaded states that the device had best update, by streaming them.
 
     Deep Optimizer States interleave subgroups so that processors, both directions of the link and the device work
-    at once; the best share is where the falling times (cores, host memory) meet the rising ones.
+    at once; the best share is where the falling times (cores, host memory) meet the rising ones. Published runs
+    stream up to half of the states; shares beyond extrapolate.
 
     Parameters
     ----------
@@ -333,6 +337,7 @@ def _update_paths(
     up = up + np.where(rests_on_host, 0.0, weight) * by_processors
     down = _STATE_BYTES * streamed + np.where(rests_on_host, weight, 0.0) * by_device
     read = np.where(kind == Offloads.NVME, _STATE_BYTES, 0.0) * (by_processors + streamed)
+    # Every state that was read is written back; weights that rest on the drives are written only.
     written = read + np.where(parameter_kind == Offloads.NVME, weight, 0.0) * num_parameters
     drives = np.zeros_like(up)
     if rates.nvme_read > 0.0 and rates.nvme_write > 0.0:

@@ -117,14 +117,6 @@ class _Ends:
     backward: NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Layouts:
-    """How strategies hold activations: an index each, and the times of changing between them [s]."""
-
-    of_strategy: NDArray[np.int64]
-    times: NDArray[np.float64]
-
-
 class PipelineSpace:
     """Every layer strategy of one number of GPUs and stages, for every micro-batch.
 
@@ -158,7 +150,10 @@ class PipelineSpace:
         self._members = [int(np.flatnonzero(self.group == index)[0]) for index in range(len(pairs))]
         self._kept = self.memory.kept
         self._fixed = fixed_time(context, columns)
-        self._relayouts: dict[int, _Layouts] = {}
+        words = [(plan.tp, plan.sequence_parallel) for plan in plans]
+        self._layouts = list(dict.fromkeys(words))
+        self._layout = np.array([self._layouts.index(word) for word in words])
+        self._relayouts: dict[int, NDArray[np.float64]] = {}
         self._tours: dict[tuple[int, int], RelayoutTours] = {}
 
     def configurations(self) -> Iterator[Configuration]:
@@ -205,37 +200,27 @@ class PipelineSpace:
             layer_time=np.column_stack([self.times.forward[rows], self.times.backward[rows]]),
             layer_memory=self._kept[rows, stage],
             working_memory=self.memory.working[rows],
-            layout=self._layouts(rows).of_strategy,
+            layout=self._layout[rows],
             group=self.group[rows],
             sync_time=sync,
             boundary_time=np.array([boundary.forward[ends], boundary.backward[ends]]),
             boundary_working_memory=float(boundary.memory.working[ends]),
             memory_budget=self.capacity - float(boundary.memory.held.total[ends]),
-            tours=self._tours_from(rows, ends),
+            tours=self._tours_from(ends),
         )
 
     def fixed_time(self, ends: int) -> float:
         """Return what an iteration takes besides its stages [s]."""
         return float(self._fixed[ends])
 
-    def _layouts(self, rows: NDArray[np.int64]) -> _Layouts:
-        """Return how the strategies of one micro-batch hold activations."""
-        key = int(rows[0])
-        if key not in self._relayouts:
-            words = [(self.plans[row].tp, self.plans[row].sequence_parallel) for row in rows]
-            distinct = list(dict.fromkeys(words))
-            self._relayouts[key] = _Layouts(
-                of_strategy=np.array([distinct.index(word) for word in words]),
-                times=relayout_times(self.context, self.plans[key], distinct),
-            )
-        return self._relayouts[key]
-
-    def _tours_from(self, rows: NDArray[np.int64], ends: int) -> RelayoutTours:
-        layouts = self._layouts(rows)
-        start = int(layouts.of_strategy[int(np.searchsorted(rows, ends))])
-        key = (int(rows[0]), start)
+    def _tours_from(self, ends: int) -> RelayoutTours:
+        """Return the tours through the layouts at one micro-batch, from that of embedding and head."""
+        plan, start = self.plans[ends], int(self._layout[ends])
+        key = (plan.dp * plan.micro_batch_size, start)
         if key not in self._tours:
-            self._tours[key] = RelayoutTours(layouts.times, start)
+            if key[0] not in self._relayouts:
+                self._relayouts[key[0]] = relayout_times(self.context, plan, self._layouts)
+            self._tours[key] = RelayoutTours(self._relayouts[key[0]], start)
         return self._tours[key]
 
     @cached_property

@@ -159,10 +159,7 @@ class StageProblem:
         floor = self.boundary_working_memory
         thresholds = np.unique(np.maximum(self.working_memory, floor)) if self.num_layers else [floor]
         for threshold in thresholds:
-            usable = (
-                np.flatnonzero(self.working_memory <= threshold) if self.num_layers else np.array([], int)
-            )
-            part = _Pass(self, usable, self.memory_budget - float(threshold), weights, projection)
+            part = _Pass(self, float(threshold), weights, projection)
             options = part.run(limit, most_labels)
             if options is None:
                 return None
@@ -252,21 +249,18 @@ class _Pass:
     """Fill the stage strategy by strategy under one threshold of working memory."""
 
     def __init__(
-        self,
-        problem: StageProblem,
-        usable: IntArray,
-        budget: float,
-        weights: FloatArray,
-        projection: FloatArray,
+        self, problem: StageProblem, threshold: float, weights: FloatArray, projection: FloatArray
     ) -> None:
-        self.problem, self.budget = problem, budget
+        self.problem, self.threshold = problem, threshold
+        self.budget = problem.memory_budget - threshold
         self.projection = projection
         # What a projected cost weighs: 1 where the projection has weighed it already.
         self.scale = np.ones(1) if projection.shape[1] == 1 else weights
         self.weights = weights
         self.prices = problem._prices(weights)
         self.slopes = problem._slopes(weights)
-        self.usable = usable
+        is_usable = problem.working_memory <= threshold if problem.num_layers else []
+        self.usable = np.flatnonzero(is_usable)
         self.cost = problem.layer_time @ projection[:REDUCE]
         self.sync = problem.sync_time @ projection[REDUCE:]
 
@@ -300,7 +294,13 @@ class _Pass:
         if self.budget < 0.0:
             return empty
         limit = limit + _ROUNDING * abs(limit)
-        order = self._ordered(self._promising(limit))
+        promising = self._promising(limit)
+        if self.threshold > problem.boundary_working_memory and not np.any(
+            problem.working_memory[promising] == self.threshold
+        ):
+            # Without a layer that needs so much, a lower threshold leaves more memory to the same assignments.
+            return empty
+        order = self._ordered(promising)
         labels = self._start()
         for place, strategy in enumerate(order):
             rest = order[place + 1 :]
@@ -359,10 +359,9 @@ class _Pass:
 
     def _pruned(self, labels: _Labels) -> _Labels:
         """Drop labels that another with as many layers placed beats in memory and every cost."""
-        state = np.stack([labels.used, labels.in_group, labels.mask])
-        _, group = np.unique(state, axis=1, return_inverse=True)
-        keep = non_dominated(group.reshape(-1), np.column_stack([labels.cost, labels.memory]))
-        return labels.take(keep)
+        depth = self.problem.num_layers + 1
+        state = (labels.mask * depth + labels.used) * depth + labels.in_group
+        return labels.take(non_dominated(state, np.column_stack([labels.cost, labels.memory])))
 
     def _finished(self, labels: _Labels, limit: float) -> StageOptions:
         problem = self.problem

@@ -133,7 +133,7 @@ def test_charts_show_joint_pairs_as_one(make_costs: MakeCosts, tmp_path: Path) -
     assert names[17:19] == ["F m7 c0 & B m13 c1", "F m14 c1 & B m0 c0"]
     assert timeline_text(simulate_iteration(make_costs(4, 2, 8), "zb_v")).count("&") == 0
     wide = timeline_svg(simulate_iteration(make_costs(4, 2, 800), "dualpipe"))
-    assert wide.count("Z\"") == 3 * 4
+    assert wide.count('Z"') == 3 * 4
 
 
 def test_charts_of_any_width_are_aligned(result: IterationResult) -> None:

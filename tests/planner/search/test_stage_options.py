@@ -15,9 +15,7 @@ MOST_LABELS = 1_000_000
 
 def random_tours(rng: np.random.Generator, num_layouts: int) -> RelayoutTours:
     """Return tours over random re-layout times, closed under chaining."""
-    times = rng.uniform(0.0, 0.3, (num_layouts, num_layouts)) * rng.integers(
-        0, 2, (num_layouts, num_layouts)
-    )
+    times = rng.uniform(0.0, 0.3, (num_layouts, num_layouts)) * rng.integers(0, 2, (num_layouts, num_layouts))
     np.fill_diagonal(times, 0.0)
     for via in range(num_layouts):
         times = np.minimum(times, times[:, [via]] + times[[via]])

@@ -110,7 +110,7 @@ def test_v_schedules_have_the_published_bubbles(make_costs: MakeCosts, stages: i
     costs = make_costs(stages, 2, 2 * stages + more, 2.0, 4.0, 2.0)
     result = {name: simulate_iteration(costs, name) for name in V_SHAPED}
     bubble = {name: round(result[name].bubble_time, 9) for name in V_SHAPED}
-    # No bubble inside a span at the memory of 1F1B, whose bubble is 6 (p - 1) [Qi 2024, section 6].
+    # No bubble inside a span at the memory of 1F1B, whose bubble is 6 (p - 1) [Qi 2024].
     assert bubble["zb_v"] == 0.0
     assert result["zb_v"].iteration_time == 6 * (2 * stages + more) + stages - 1
     assert result["zb_v"].peak_in_flight.max() == 2 * stages
