@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from meshwright.costmodels.micro_batch import LayerCost, MicroBatchTimes, layers
 from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Recomputes, Shardings
 from meshwright.costmodels.stage import leading_per_stage
+from meshwright.simcore.domain.layer_groups import groups_by_stage, uniform_plan
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.schedules import BACKWARD, FORWARD, INPUT_GRADIENT
 from meshwright.simcore.training.attribution import IdleTime
@@ -23,7 +24,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "compute": ("compute",),
     "recompute": ("recompute",),
     "embedding and head": ("embedding_and_head",),
-    "tensor parallel": ("tensor_parallel",),
+    "tensor parallel": ("tensor_parallel", "layout_change"),
     "context parallel": ("context_parallel",),
     "expert parallel": ("expert_parallel",),
     "data parallel": ("sharded_data_parallel", "parameter_gather", "gradient_reduce"),
@@ -44,6 +45,15 @@ _AXES = {
     "ep": "expert_parallel",
     "dp": "sharded_data_parallel",
 }
+# Terms of one operation; sends are added where they hold the compute stream.
+_WORK = (
+    "compute",
+    "recompute",
+    "embedding_and_head",
+    *_AXES.values(),
+    "layout_change",
+    "vocabulary_exchange",
+)
 # What a forward and a backward that run jointly hide, in the order in which it is taken off.
 _HIDDEN_FIRST = ("expert_parallel", "tensor_parallel", "context_parallel", "sharded_data_parallel", "compute")
 
@@ -99,10 +109,7 @@ def iteration_breakdown(context: CostContext, plan: ParallelPlan, result: Iterat
     that ran; sends are those that hold the compute stream. What schedules that run a forward and a backward jointly
     hide is taken off the communication it hides. Idle time is attributed by the simulation.
     """
-    columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
-    times = micro_batch_times(context, columns)
-    copies = result.operations.num_model_copies
-    forward, backward = _virtual_stage_terms(context, plan, columns, times, copies)
+    forward, backward = _virtual_stage_terms(context, plan, result)
     if result.costs.is_send_blocking:
         send = result.costs.send_time.copy()
         # Nothing is sent from one copy of the model to the next.
@@ -125,31 +132,65 @@ def iteration_breakdown(context: CostContext, plan: ParallelPlan, result: Iterat
 
 
 def _virtual_stage_terms(
-    context: CostContext, plan: ParallelPlan, columns: PlanColumns, times: MicroBatchTimes, copies: int
+    context: CostContext, plan: ParallelPlan, result: IterationResult
 ) -> tuple[dict[str, FloatColumn], dict[str, FloatColumn]]:
     """Return the terms of one micro-batch's forward and backward, shape ``(pp * vpp * copies,)`` each [s]."""
-    layers = np.array(plan.layers_per_stage * copies, dtype=np.float64)
-    leading = np.tile(leading_per_stage(context, plan.layers_per_stage), copies)
-    recomputed = np.minimum(layers, float(columns.recompute_layers[0]))
-    kinds = ((layers - leading, times.layer), (leading, times.dense_layer))
-    forward: dict[str, FloatColumn] = {"compute": np.zeros(len(layers))}
-    backward: dict[str, FloatColumn] = {"compute": np.zeros(len(layers))}
-    for count, cost in kinds:
+    num_virtual = len(result.costs.forward_time)
+    forward = {term: np.zeros(num_virtual) for term in _WORK}
+    backward = {term: np.zeros(num_virtual) for term in _WORK}
+    for part, layers, leading in _layer_parts(context, plan, result.operations.num_model_copies):
+        _add_layers(context, part, layers, leading, forward, backward)
+    _add_boundary(context, plan, forward, backward)
+    if plan.layer_groups:
+        # Between groups of layers nothing but the change of layout communicates.
+        for terms, inside in (
+            (forward, result.costs.forward_communication_time),
+            (backward, result.costs.backward_communication_time),
+        ):
+            terms["layout_change"] = inside - sum(terms[term] for term in _AXES.values())
+    return forward, backward
+
+
+def _layer_parts(
+    context: CostContext, plan: ParallelPlan, copies: int
+) -> Iterator[tuple[ParallelPlan, FloatColumn, FloatColumn]]:
+    """Yield uniform plans with the layers of each virtual stage that run so, and the leading dense ones of them."""
+    if not plan.layer_groups:
+        layers = np.array(plan.layers_per_stage * copies, dtype=np.float64)
+        yield plan, layers, np.tile(leading_per_stage(context, plan.layers_per_stage), copies)
+        return
+    for stage, groups in enumerate(groups_by_stage(plan)):
+        for group in groups:
+            layers = np.zeros(plan.pp)
+            layers[stage] = group.num_layers
+            yield uniform_plan(plan, group), layers, np.zeros(plan.pp)
+
+
+def _add_layers(
+    context: CostContext,
+    plan: ParallelPlan,
+    layers: FloatColumn,
+    leading: FloatColumn,
+    forward: dict[str, FloatColumn],
+    backward: dict[str, FloatColumn],
+) -> None:
+    """Add some layers of each virtual stage, of which the first ``leading`` are a MoE model's dense ones."""
+    columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
+    times = micro_batch_times(context, columns)
+    for count, cost in ((layers - leading, times.layer), (leading, times.dense_layer)):
         forward["compute"] += count * (cost.forward - cost.forward_communication)
         backward["compute"] += count * (cost.backward - cost.backward_communication)
         for axis, term in _AXES.items():
-            for terms, axes in ((forward, cost.forward_axes), (backward, cost.backward_axes)):
-                terms[term] = terms.get(term, np.zeros(len(layers))) + count * axes.get(axis, 0.0)
-    zero = np.zeros(len(layers))
-    everything = layers_backward(times, layers, leading, recomputed)
-    recompute = everything - layers_backward(times, layers, leading, zero)
+            forward[term] += count * cost.forward_axes.get(axis, 0.0)
+            backward[term] += count * cost.backward_axes.get(axis, 0.0)
+    recomputed = np.minimum(layers, float(columns.recompute_layers[0]))
+    whole = layers_backward(times, layers, leading, recomputed)
+    recompute = whole - layers_backward(times, layers, leading, np.zeros_like(layers))
     for count, cost in _recomputed_kinds(leading, recomputed, times):
         for term, seconds in _recompute_axes(columns, cost).items():
             backward[term] += count * seconds
-            recompute -= count * seconds
-    backward["recompute"] = recompute
-    _add_boundary(context, plan, columns, times, forward, backward)
-    return forward, backward
+            recompute = recompute - count * seconds
+    backward["recompute"] += recompute
 
 
 def _recomputed_kinds(
@@ -174,21 +215,20 @@ def _recompute_axes(columns: PlanColumns, cost: LayerCost) -> dict[str, FloatCol
 def _add_boundary(
     context: CostContext,
     plan: ParallelPlan,
-    columns: PlanColumns,
-    times: MicroBatchTimes,
     forward: dict[str, FloatColumn],
     backward: dict[str, FloatColumn],
 ) -> None:
     """Add embedding and head: on the first and last virtual stage, or a slice on each with vocabulary parallelism."""
-    num_virtual = len(forward["compute"])
+    columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
+    times = micro_batch_times(context, columns)
     if plan.vocab_parallel in ("vocab_1", "vocab_2", "interlaced"):
         # The slices carry the boundary's own communication too; only the exchange over stages stands apart.
         nothing = np.zeros(len(columns))
         slices = vocab_parallel_time(context, columns, times.boundary_forward, times.boundary_backward)
         exchanges = vocab_parallel_time(context, columns, nothing, nothing)
         for terms, part, exchange in zip((forward, backward), slices, exchanges, strict=True):
-            terms["embedding_and_head"] = np.full(num_virtual, part[0] - exchange[0])
-            terms["vocabulary_exchange"] = np.full(num_virtual, exchange[0])
+            terms["embedding_and_head"] += part[0] - exchange[0]
+            terms["vocabulary_exchange"] += exchange[0]
         return
     # Without sharding only tensor parallelism is left of the embedding's communication.
     unsharded = replace(columns, sharding=np.full_like(columns.sharding, Shardings.NONE))
@@ -200,16 +240,15 @@ def _add_boundary(
     forward["sharded_data_parallel"][first] += times.embedding_communication[0] - split
     backward["sharded_data_parallel"][first] += times.root_backward_communication[0]
     backward["tensor_parallel"][last] += times.head_communication[0]
-    ends_forward, ends_backward = np.zeros(num_virtual), np.zeros(num_virtual)
-    ends_forward[first] += times.embedding_forward[0] - times.embedding_communication[0]
-    ends_forward[last] += times.head_forward[0]
-    ends_backward[first] += times.embedding_backward[0] - times.root_backward_communication[0]
-    ends_backward[last] += times.head_backward[0] - times.head_communication[0]
-    forward["embedding_and_head"], backward["embedding_and_head"] = ends_forward, ends_backward
+    ends = forward["embedding_and_head"], backward["embedding_and_head"]
+    ends[0][first] += times.embedding_forward[0] - times.embedding_communication[0]
+    ends[0][last] += times.head_forward[0]
+    ends[1][first] += times.embedding_backward[0] - times.root_backward_communication[0]
+    ends[1][last] += times.head_backward[0] - times.head_communication[0]
 
 
 def _operation_counts(result: IterationResult) -> tuple[FloatColumn, FloatColumn]:
-    """Return how often each stage ran each virtual stage forward and backward, shape ``(pp, pp * vpp)`` each."""
+    """Return how often each stage ran each virtual stage forward and backward, per stage and virtual stage."""
     operations = result.operations
     virtual = np.take_along_axis(operations.placement, operations.chunk, axis=1)
     counts = []

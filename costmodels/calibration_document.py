@@ -92,6 +92,7 @@ def device_rates(gpu: GpuSpec, operator: str, precision: str) -> DeviceRates:
         bandwidth_bytes_per_second=bandwidth,
         num_sms=gpu.num_sms,
         l2_bytes=gpu.l2_bytes,
+        is_nominal=gpu.architecture == "cpu",
     )
 
 

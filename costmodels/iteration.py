@@ -41,6 +41,11 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
     SpecError
         If the batch does not divide into the plan's micro-batches.
     """
+    if plan.layer_groups:
+        # Layer-wise plans are made of uniform ones: that module builds on this one.
+        from meshwright.costmodels.layer_groups import layer_group_costs
+
+        return layer_group_costs(context, plan)
     columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
     times = micro_batch_times(context, columns)
     # DualPipe's stages hold the model twice, without the plan splitting it any finer.

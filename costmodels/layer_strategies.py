@@ -242,7 +242,8 @@ def group_sync_times(
         Shape ``(num_plans, 3)``; 0 for ranks that hold nothing [s].
     """
     sync = sync_times(context, columns, parameters)
-    steps = optimizer_time(context, columns, parameters)
+    # Nothing is offloaded, so the step waits for no gradient on its way to the host.
+    steps = optimizer_time(context, columns, parameters, np.zeros(len(columns)))
     times = np.column_stack([sync.gradient_reduce, sync.parameter_gather, steps])
     result: NDArray[np.float64] = np.where(parameters.total[:, np.newaxis] > 0.0, times, 0.0)
     return result

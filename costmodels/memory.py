@@ -317,6 +317,11 @@ def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
 
 def plan_memory(context: CostContext, plan: ParallelPlan) -> MemoryColumns:
     """Return the memory breakdown of every physical stage of one plan, shape ``(pp,)``."""
+    if plan.layer_groups:
+        # Layer-wise plans are made of uniform ones: that module builds on this one.
+        from meshwright.costmodels.layer_groups import layer_group_memory
+
+        return layer_group_memory(context, plan)
     columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
     stages = columns.take(np.zeros(plan.pp, dtype=np.int64))
     layers = np.array(stage_layers(plan.layers_per_stage, plan.pp, plan.schedule), dtype=np.float64)

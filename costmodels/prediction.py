@@ -113,15 +113,29 @@ def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "
         usable_memory_bytes=context.gpu.memory_bytes,
         tokens_per_second_per_gpu=tokens_per_second / plan.num_gpus,
         mfu=model_flops(model, workload.num_tokens, workload.sequence_length, flops) / peak,
-        hfu=hardware_flops(
-            model,
-            workload.num_tokens,
-            workload.sequence_length,
-            plan.recompute,
-            flops,
-            recomputes_operators=context.software.selective_recompute == "operators",
+        hfu=sum(
+            share
+            * hardware_flops(
+                model,
+                workload.num_tokens,
+                workload.sequence_length,
+                recompute,
+                flops,
+                recomputes_operators=context.software.selective_recompute == "operators",
+            )
+            for recompute, share in _recompute_shares(plan).items()
         )
         / peak,
         dollars_per_trillion_tokens=dollars,
         joules_per_token=node.power_watts * num_nodes / tokens_per_second,
     )
+
+
+def _recompute_shares(plan: ParallelPlan) -> dict[str, float]:
+    """Return the share of the layers under each recompute policy."""
+    if not plan.layer_groups:
+        return {plan.recompute: 1.0}
+    shares: dict[str, float] = {}
+    for group in plan.layer_groups:
+        shares[group.recompute] = shares.get(group.recompute, 0.0) + group.num_layers / plan.num_layers
+    return shares

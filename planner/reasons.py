@@ -12,8 +12,12 @@ __all__ = ["degrees_text", "winning_reason"]
 def degrees_text(plan: ParallelPlan) -> str:
     """Return the degrees of a plan in one short phrase.
 
-    Degrees of 1 are left out.
+    Degrees of 1 are left out. The tp of a layer-wise plan are those of its groups.
     """
+    if plan.layer_groups:
+        tp = "/".join(str(degree) for degree in sorted({group.tp for group in plan.layer_groups}))
+        stages = f" x pp {plan.pp}" if plan.pp > 1 else ""
+        return f"layer-wise tp {tp}{stages} on {plan.num_gpus} GPUs"
     parts = [
         f"{axis} {getattr(plan, axis)}" for axis in ("tp", "pp", "vpp", "cp", "dp") if getattr(plan, axis) > 1
     ]
@@ -33,9 +37,10 @@ def winning_reason(result: SearchResult, objective: Objective = "throughput") ->
         return f"{degrees_text(winner.plan)} is the only combination of degrees among the plans simulated; {certificate}."
     gain = _value(rival, objective) / _value(winner, objective) - 1.0
     better = "faster" if objective == "throughput" else "cheaper in GPU time"
+    others = "uniform plan" if winner.plan.layer_groups else "plan with other degrees"
     margin = f"is {gain:.1%} {better} than" if gain >= 0.0005 else "ties with"
     return (
-        f"{degrees_text(winner.plan)} {margin} the best plan with other degrees "
+        f"{degrees_text(winner.plan)} {margin} the best {others} "
         f"({degrees_text(rival.plan)}): {_difference(winner, rival, objective)}; {certificate}."
     )
 

@@ -31,7 +31,14 @@ from meshwright.simcore.domain.plan import (
 )
 from meshwright.simcore.domain.workload import Precision, TrainingWorkload
 
-__all__ = ["DEFAULT_VOCAB_SIZE", "IncompleteRowError", "MeasuredSetup", "measured_setup", "unknown_features"]
+__all__ = [
+    "DEFAULT_VOCAB_SIZE",
+    "IncompleteRowError",
+    "MeasuredSetup",
+    "UnstatedError",
+    "measured_setup",
+    "unknown_features",
+]
 
 # GPT-2's vocabulary padded to a multiple of 128, what Megatron trains with when a paper does not say.
 DEFAULT_VOCAB_SIZE = 50_304
@@ -82,6 +89,10 @@ _FALLBACK_SOFTWARE = "megatron-core"
 
 class IncompleteRowError(Exception):
     """A row does not state what its prediction needs; the message is the reason printed for it."""
+
+
+class UnstatedError(IncompleteRowError):
+    """A row leaves blank what its prediction needs: context for a reader, nothing that could be scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +164,7 @@ def _integer(run: MeasuredRun, column: str, default: int | None = None) -> int:
     text = run.cell(column)
     if not text:
         if default is None:
-            raise IncompleteRowError(f"{column} is not stated")
+            raise UnstatedError(f"{column} is not stated")
         return default
     try:
         value = float(text)
@@ -290,11 +301,11 @@ def _plan(run: MeasuredRun, model: ModelSpec, num_gpus: int) -> ParallelPlan:
         raise IncompleteRowError(f"tp x pp x cp x dp = {tp * pp * cp * dp}, but the row says {num_gpus} GPUs")
     schedule, vpp = _schedule(run, pp)
     if not run.cell("recompute"):
-        raise IncompleteRowError("recompute is not stated")
+        raise UnstatedError("recompute is not stated")
     # ParallelPlan checks the words themselves and names the known ones.
     sharding = cast("Sharding", run.cell("sharding") or "none")
     if not run.cell("sharding") and dp > 1:
-        raise IncompleteRowError("sharding is not stated")
+        raise UnstatedError("sharding is not stated")
     vocab_parallel = cast("VocabParallel", run.cell("vocab_parallel") or "none")
     recompute = cast("Recompute", run.cell("recompute"))
     ep = _integer(run, "ep", 1) if model.moe is not None else 1
@@ -347,7 +358,7 @@ def _schedule(run: MeasuredRun, pp: int) -> tuple[ScheduleName, int]:
     name = run.cell("schedule")
     stated = run.cell("vpp")
     if name in ("", "interleaved_1f1b") and not stated:
-        raise IncompleteRowError("vpp is not stated for an interleaved or unnamed schedule")
+        raise UnstatedError("vpp is not stated for an interleaved or unnamed schedule")
     vpp = 2 if name in V_SHAPED else _integer(run, "vpp", 1)
     if not name or name == "none":
         name = "interleaved_1f1b" if vpp > 1 else "1f1b"

@@ -13,7 +13,12 @@ from meshwright.costmodels.context import cost_context
 from meshwright.costmodels.prediction import Prediction, predict
 from meshwright.errors import MeshwrightError
 from meshwright.profiler.measured_runs import MeasuredRun
-from meshwright.profiler.measured_setup import IncompleteRowError, MeasuredSetup, measured_setup
+from meshwright.profiler.measured_setup import (
+    IncompleteRowError,
+    MeasuredSetup,
+    UnstatedError,
+    measured_setup,
+)
 
 __all__ = [
     "RESULT_COLUMNS",
@@ -45,18 +50,24 @@ RESULT_COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredRun:
-    """One row with what it was taken to mean and its prediction, or the reason why there is none."""
+    """One row with what it was taken to mean and its prediction, or the reason why there is none.
+
+    ``is_complete`` is False where the row leaves blank what a prediction needs.
+    """
 
     run: MeasuredRun
     status: Status
     reason: str
     setup: MeasuredSetup | None
     prediction: Prediction | None
+    is_complete: bool = True
 
     @property
     def is_scorable(self) -> bool:
-        """Whether the row states a time, a memory or an out-of-memory to compare with."""
+        """Whether the row states its plan, and a time, a memory or an out-of-memory to compare with."""
         run = self.run
+        if not self.is_complete:
+            return False
         if run.measured == "time":
             return run.measured_seconds is not None
         return run.measured == "oom" or (run.measured == "memory" and run.measured_memory_bytes is not None)
@@ -133,7 +144,14 @@ def score_run(run: MeasuredRun, calibration_paths: Sequence[Path] = ()) -> Score
         )
         prediction = predict(context, setup.plan)
     except (IncompleteRowError, MeshwrightError) as error:
-        return ScoredRun(run=run, status="skipped", reason=str(error), setup=None, prediction=None)
+        return ScoredRun(
+            run=run,
+            status="skipped",
+            reason=str(error),
+            setup=None,
+            prediction=None,
+            is_complete=not isinstance(error, UnstatedError),
+        )
     remarks = list(setup.remarks)
     if context.calibration.is_estimate:
         remarks.append(context.calibration.reason)

@@ -114,12 +114,13 @@ def print_validation(path: Path, scored: Sequence[ScoredRun], out: Path | None) 
     for pool in pools[1:]:
         console.print(_with_recalled(pool), soft_wrap=True)
     _print_fits(console, scored)
-    reasons: dict[str, list[str]] = {}
-    for row in scored:
-        if row.status == "skipped" and row.is_scorable:
-            reasons.setdefault(row.reason, []).append(row.run.id)
-    for reason, ids in reasons.items():
-        console.print(f"Skipped {len(ids)}: {reason} ({_first(ids)})", markup=False, soft_wrap=True)
+    for title, is_complete in (("Skipped", True), ("Not scorable", False)):
+        reasons: dict[str, list[str]] = {}
+        for row in scored:
+            if row.status == "skipped" and row.is_complete == is_complete:
+                reasons.setdefault(row.reason, []).append(row.run.id)
+        for reason, ids in reasons.items():
+            console.print(f"{title} {len(ids)}: {reason} ({_first(ids)})", markup=False, soft_wrap=True)
     ignored = unknown_features(tuple(row.run for row in scored))
     if ignored:
         console.print(f"Ignored features: {', '.join(ignored)}", markup=False, soft_wrap=True)

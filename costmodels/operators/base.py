@@ -49,12 +49,15 @@ class DeviceRates:
         Streaming multiprocessors (compute units, cores) that share the work.
     l2_bytes : float
         Last-level cache they share [B].
+    is_nominal : bool
+        Whether peak and bandwidth are rough guesses, as a CPU's are: only then may a fitted efficiency pass 1.
     """
 
     peak_flops_per_second: float
     bandwidth_bytes_per_second: float
     num_sms: int
     l2_bytes: float = 0.0
+    is_nominal: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

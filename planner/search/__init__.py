@@ -2,7 +2,8 @@
 
 from meshwright.planner.search.base import RankedPlan, Search, SearchRequest, SearchResult
 from meshwright.planner.search.exhaustive import ExhaustiveSearch
+from meshwright.planner.search.layerwise import LayerwiseSearch
 
 __all__ = ["SEARCHES", "RankedPlan", "Search", "SearchRequest", "SearchResult"]
 
-SEARCHES: dict[str, Search] = {"exhaustive": ExhaustiveSearch()}
+SEARCHES: dict[str, Search] = {"exhaustive": ExhaustiveSearch(), "layerwise": LayerwiseSearch()}

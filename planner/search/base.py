@@ -59,6 +59,8 @@ class SearchResult:
     is_certified : bool
         True when every plan that was not simulated has a bound above the winner's simulated time: the winner
         is the optimum of the space under the model.
+    notes : tuple[str, ...]
+        What else the search has to say, one sentence each.
     """
 
     ranked: tuple[RankedPlan, ...]
@@ -68,6 +70,7 @@ class SearchResult:
     num_simulated: int
     rejections: Mapping[str, int]
     is_certified: bool
+    notes: tuple[str, ...] = ()
 
 
 class Search(Protocol):

@@ -27,27 +27,36 @@ from meshwright.costmodels.layer_strategies import (
 from meshwright.costmodels.memory import layer_activations
 from meshwright.costmodels.micro_batch import MicroBatchTimes, micro_batch_times
 from meshwright.costmodels.parameters import RankParameters
+from meshwright.costmodels.partition import balanced_ends, boundary_layers
 from meshwright.costmodels.plan_columns import PlanColumns
 from meshwright.costmodels.stage import fixed_time, overlaps
+from meshwright.planner.axes import divisors
 from meshwright.planner.constraints import CONSTRAINTS
 from meshwright.planner.search.relayout_tours import RelayoutTours
 from meshwright.planner.search.stage_options import REDUCE, StageProblem, stage_weights
-from meshwright.planner.space import SearchLimits, divisors
+from meshwright.planner.space import SearchLimits
 from meshwright.simcore.domain.layer_groups import GROUP_RECOMPUTES, GROUP_SHARDINGS, LayerGroup
-from meshwright.simcore.domain.plan import ParallelPlan, can_partition, partition_layers
+from meshwright.simcore.domain.plan import (
+    ParallelPlan,
+    can_partition,
+    partition_layers,
+    partition_with_ends,
+)
 from meshwright.simcore.training.costs import IterationCosts
 
 __all__ = ["Configuration", "PipelineSpace", "pipeline_spaces"]
 
 # Constraints that a layer strategy meets or not on its own: memory is that of the whole stage, and no export target
 # has layer-wise plans.
-_STRATEGY_CONSTRAINTS = tuple(each for each in CONSTRAINTS if each.name not in ("memory", "target"))
+_STRATEGY_CONSTRAINTS = tuple(
+    each for each in CONSTRAINTS if each.name not in ("memory", "host_memory", "target")
+)
 
 
 def pipeline_spaces(
     context: CostContext, limits: SearchLimits, frame: ParallelPlan, num_gpus: int
 ) -> Iterator[PipelineSpace]:
-    """Yield the layer-wise space of every number of stages.
+    """Yield the layer-wise space of every number of stages and split of the layers over them.
 
     Parameters
     ----------
@@ -60,33 +69,56 @@ def pipeline_spaces(
     num_gpus : int
         World size.
     """
-    model, batch = context.model, context.workload.global_batch_size
+    batch = context.workload.global_batch_size
     for pp in divisors(num_gpus // frame.cp) if num_gpus % frame.cp == 0 else ():
-        if not can_partition(model.num_layers, pp):
-            continue
         ranks = num_gpus // (frame.cp * pp)
-        pipeline = replace(
-            frame,
-            pp=pp,
-            vpp=1,
-            schedule="none" if pp == 1 else "1f1b",
-            layers_per_stage=partition_layers(model.num_layers, pp),
+        for layers in _layouts(context, pp, divisors(ranks)):
+            pipeline = replace(
+                frame, pp=pp, vpp=1, schedule="none" if pp == 1 else "1f1b", layers_per_stage=layers
+            )
+            plans = [
+                plan
+                for sequences in divisors(batch)
+                for tp in divisors(ranks)
+                for plan in _strategies(pipeline, tp, ranks // tp, sequences)
+            ]
+            if not plans:
+                continue
+            columns = PlanColumns.from_plans(plans, batch)
+            keep = np.ones(len(plans), dtype=np.bool_)
+            for constraint in _STRATEGY_CONSTRAINTS:
+                keep &= constraint.holds(context, columns, limits)
+            if keep.any():
+                chosen = np.flatnonzero(keep)
+                yield PipelineSpace(context, limits, [plans[row] for row in chosen], columns.take(chosen))
+
+
+def _layouts(context: CostContext, pp: int, degrees: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the splits of the layers that uniform plans have: the frameworks' own, and those that balance the ends.
+
+    ``degrees`` are the tensor parallel degrees for which embedding and head are balanced.
+    """
+    num_layers = context.model.num_layers
+    if not can_partition(num_layers, pp):
+        return []
+    own = partition_layers(num_layers, pp)
+    if pp == 1:
+        return [own]
+    plans = [
+        ParallelPlan(
+            dp=1,
+            tp=tp,
+            micro_batch_size=1,
+            schedule="none",
+            sequence_parallel=tp > 1,
+            layers_per_stage=(num_layers,),
         )
-        plans = [
-            plan
-            for sequences in divisors(batch)
-            for tp in divisors(ranks)
-            for plan in _strategies(pipeline, tp, ranks // tp, sequences)
-        ]
-        if not plans:
-            continue
-        columns = PlanColumns.from_plans(plans, batch)
-        keep = np.ones(len(plans), dtype=np.bool_)
-        for constraint in _STRATEGY_CONSTRAINTS:
-            keep &= constraint.holds(context, columns, limits)
-        if keep.any():
-            chosen = np.flatnonzero(keep)
-            yield PipelineSpace(context, limits, [plans[row] for row in chosen], columns.take(chosen))
+        for tp in degrees
+    ]
+    embedding, head = boundary_layers(context, PlanColumns.from_plans(plans, 1))
+    ends = [balanced_ends(num_layers, pp, float(e), float(h)) for e, h in zip(embedding, head, strict=True)]
+    others = [partition_with_ends(num_layers, pp, *each) for each in ends]
+    return list(dict.fromkeys([own, *others]))
 
 
 def _strategies(pipeline: ParallelPlan, tp: int, dp: int, sequences: int) -> Iterator[ParallelPlan]:

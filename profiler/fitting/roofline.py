@@ -11,10 +11,11 @@ from meshwright.profiler.measurements import OperatorSamples
 
 __all__ = ["fit_roofline"]
 
-# Bounds of launch time [s], compute and memory efficiency, exponent. A CPU's nominal peak is a rough guess, so its
-# efficiencies may pass 1 by far.
+# Bounds of launch time [s], compute and memory efficiency, exponent. Nothing passes a data sheet; what is only nominal,
+# as a CPU's peak, may be passed by far.
 _LOW = np.array([1e-9, 1e-3, 1e-3, 0.4])
-_HIGH = np.array([1.0, 50.0, 50.0, 12.0])
+_HIGH = np.array([1.0, 1.0, 1.0, 12.0])
+_HIGH_NOMINAL = np.array([1.0, 50.0, 50.0, 12.0])
 _START = (0.7, 0.8, 2.0)
 # Log errors beyond this count linearly: a few shapes fall to another kernel and must not bend the roofline.
 _ROBUST_SCALE = 0.5
@@ -48,7 +49,8 @@ def fit_roofline(
     start = np.log([min(max(operator.launch_time, 1e-8), fastest), *_START])
     start = np.concatenate([start, [parameter.initial for parameter in operator.parameters]])
     low = np.concatenate([np.log(_LOW), [parameter.low for parameter in operator.parameters]])
-    high = np.concatenate([np.log(_HIGH), [parameter.high for parameter in operator.parameters]])
+    bounds = _HIGH_NOMINAL if rates.is_nominal else _HIGH
+    high = np.concatenate([np.log(bounds), [parameter.high for parameter in operator.parameters]])
     log_measured = np.log(samples.seconds)
 
     def log_errors(point: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -129,6 +129,12 @@ def check_layer_groups(plan: ParallelPlan) -> None:
         raise SpecError(
             "plan.layer_groups state the recompute of their layers: leave out recompute_layers and recompute_modules"
         )
+    if plan.optimizer_offload != "none" or plan.parameter_offload != "none" or plan.activation_offload:
+        raise SpecError(
+            "plan.layer_groups go without offload: set optimizer, parameter and activation offload to none"
+        )
+    if plan.schedule not in ("none", "gpipe", "1f1b"):
+        raise SpecError(f"plan.layer_groups go with schedule none, gpipe or 1f1b, not with {plan.schedule}")
     groups_by_stage(plan)
     ranks, sequences = plan.tp * plan.dp, plan.dp * plan.micro_batch_size
     for group in plan.layer_groups:

@@ -47,13 +47,14 @@ def test_results_hold_one_line_per_run(meshwright, rows, folder):
 
 
 def test_json_gives_coverage_and_errors(meshwright, rows, folder):
-    rows[0]["recompute"] = ""
+    rows[0]["gpu"] = "H100-79GB"
     outcome = meshwright("validate", write(folder / "runs.csv", rows), "--json")
     report = json.loads(outcome.stdout)
     assert report["schema_version"] == 1
     assert report["time"][0]["num_scorable"] == 6
     assert report["time"][0]["num_scored"] == 5
-    assert report["skipped"] == {rows[0]["id"]: "recompute is not stated"}
+    assert list(report["skipped"]) == [rows[0]["id"]]
+    assert "unknown GPU 'H100-79GB'" in report["skipped"][rows[0]["id"]]
 
 
 def test_json_has_order_interval_and_pools(meshwright, rows, folder):
@@ -120,7 +121,7 @@ def test_tables_keep_every_figure_at_their_width(rows, width):
 
 
 def test_no_headline_is_claimed_below_95_percent_coverage(meshwright, rows, folder):
-    rows[0]["recompute"] = ""
+    rows[0]["gpu"] = "H100-79GB"
     outcome = meshwright("validate", write(folder / "runs.csv", rows))
     assert "5 of 6 timed rows scored (83%), below 95 %: no headline error is claimed." in outcome.stdout
 
@@ -156,7 +157,7 @@ def test_a_results_file_is_replaced_and_a_foreign_one_is_not(meshwright, rows, f
         ("sharding", "zero9", "plan.sharding: unknown value 'zero9'"),
         ("recompute", "some", "plan.recompute: unknown value 'some'"),
         ("tied_embeddings", "maybe", "tied_embeddings: 'maybe' is neither y nor n"),
-        ("n_experts", "8", "mixture-of-experts layers are not costed yet"),
+        ("n_experts", "8", "topk is not stated"),
     ],
 )
 def test_a_row_that_cannot_be_predicted_is_skipped_with_its_reason(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from meshwright.profiler.measured_runs import MeasuredRun
 from meshwright.profiler.measured_setup import (
     DEFAULT_VOCAB_SIZE,
     IncompleteRowError,
+    _redistributed_layers,
     measured_setup,
     unknown_features,
 )
@@ -256,7 +258,7 @@ def test_features_are_switches_and_unknown_ones_are_listed_once(make_run: MakeRu
     setup = measured_setup(run)
     assert setup.features == {"eager", "async_tp"}
     assert setup.job.model.has_parallel_block
-    assert unknown_features((run, run, make_run(features="zesty;compile"))) == ("balanced_routing", "zesty")
+    assert unknown_features((run, run, make_run(features="zesty;compile"))) == ("zesty",)
 
 
 def test_a_torchtitan_local_batch_runs_as_one_micro_batch_per_stage(make_run: MakeRun) -> None:
@@ -280,13 +282,37 @@ def test_redistribution_moves_layers_from_the_last_stage_to_the_middle(make_run:
     assert layers[0] == 4
     assert layers[-1] < 4
     assert max(layers[1:-1]) == 5
+    # The artifact's own file, stage by stage.
+    model = replace(
+        load_model("gpt3-175b"), num_layers=32, hidden_size=3072, ffn_hidden_size=12288,
+        num_attention_heads=24, num_query_groups=24, vocab_size=256_000,
+    )  # fmt: skip
+    assert _redistributed_layers(model, 8) == (4, 4, 4, 5, 5, 5, 5, 0)
+
+
+def test_experts_come_from_the_row_then_from_the_preset(make_run: MakeRun) -> None:
+    named = measured_setup(make_run(n_experts=8, topk=2, moe_ffn=4096, ep=2))
+    moe = named.job.model.moe
+    assert moe is not None
+    assert (moe.num_experts, moe.top_k, moe.moe_ffn_hidden_size, named.plan.ep) == (8, 2, 4096, 2)
+    preset = load_model("mixtral-8x7b")
+    cells = {
+        "n_layers": 32,
+        "hidden": 4096,
+        "ffn_hidden": 14336,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab": 32000,
+    }
+    of_preset = measured_setup(make_run(model="mixtral-8x7b", ep=8, **cells)).job.model
+    assert of_preset.moe == preset.moe
 
 
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ({"n_experts": 8}, "mixture-of-experts layers are not costed yet"),
-        ({"model": "mixtral-8x7b"}, "model mixtral-8x7b has layers that are not costed yet"),
+        ({"n_experts": 8}, "topk is not stated"),
+        ({"n_experts": 8, "topk": 2}, "moe_ffn is not stated"),
         ({"gpu": "H100-79GB"}, "unknown GPU 'H100-79GB'"),
         ({"gpu": ""}, "unknown GPU ''"),
         ({"sharding": "fsdp"}, "plan.sharding: unknown value 'fsdp'"),

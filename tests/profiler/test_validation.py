@@ -124,6 +124,13 @@ def test_other_measurements_and_blanks_are_not_scorable(make_run: MakeRun) -> No
     assert not score_run(make_run(measured="memory", measured_memory_gib="")).is_scorable
 
 
+def test_a_row_that_leaves_its_plan_blank_is_no_gap_in_the_coverage(make_run: MakeRun) -> None:
+    blank = score_run(make_run(micro_batch=""))
+    assert (blank.status, blank.is_scorable, blank.reason) == ("skipped", False, "micro_batch is not stated")
+    wrong = score_run(make_run(gpu="H100-79GB"))
+    assert (wrong.status, wrong.is_scorable) == ("skipped", True)
+
+
 def test_assumptions_are_among_the_reasons(make_run: MakeRun) -> None:
     row = score_run(make_run(vocab="", software="", gpu="MI300X"))
     assert "vocab 50304 assumed" in row.reason
@@ -155,7 +162,7 @@ def test_a_summary_counts_and_averages(make_run: MakeRun) -> None:
     # Measured so that the prediction is 10 % below, 20 % above and 40 % above.
     measured = [predicted.iteration_time / factor for factor in (0.9, 1.2, 1.4)]
     rows = [score_run(make_run(measured_seconds=seconds)) for seconds in measured]
-    rows += [score_run(make_run(recompute="")), score_run(make_run(measured="other"))]
+    rows += [score_run(make_run(gpu="H100-79GB")), score_run(make_run(measured="other"))]
     summary = summarise("a", rows, "time")
     assert (summary.num_scored, summary.num_scorable, summary.coverage) == (3, 4, 0.75)
     assert summary.mean == pytest.approx((0.1 + 0.2 + 0.4) / 3)
@@ -192,7 +199,7 @@ def test_a_group_without_anything_to_score_has_no_errors(make_run: MakeRun) -> N
     empty = summarise("a", [], "memory")
     assert (empty.num_scorable, empty.coverage, empty.mean, empty.p90) == (0, 1.0, None, None)
     assert summarise("a", [], "time").in_interval is None
-    skipped = summarise("b", [score_run(make_run(recompute=""))], "time")
+    skipped = summarise("b", [score_run(make_run(gpu="H100-79GB"))], "time")
     assert (skipped.num_scored, skipped.num_scorable, skipped.coverage) == (0, 1, 0.0)
     assert skipped.median is None
 
