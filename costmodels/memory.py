@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.layers.activations import activation_parts, stored_bytes
 from meshwright.costmodels.layers.cases import CASE_FIELDS, cases_of
+from meshwright.costmodels.layers.transients import backward_bytes
 from meshwright.costmodels.parallelism.data import expert_shard_ranks, is_fsdp_per_micro_batch, shard_ranks
 from meshwright.costmodels.parallelism.offload_memory import (
     HostDemand,
@@ -53,7 +54,8 @@ __all__ = [
 class MemoryColumns:
     """Bytes of one rank by use; arrays of one shape, ``(num_plans,)`` or ``(num_stages,)``.
 
-    ``working_set`` is the layer being recomputed and what FSDP holds gathered.
+    ``working_set`` is what the layer at work holds beyond its stored activations (gradients, what it recomputes) and
+    what FSDP holds gathered.
     """
 
     weights: FloatColumn
@@ -89,7 +91,7 @@ class LayerActivations:
     whole : FloatColumn
         Bytes kept by a layer that is not recomputed.
     recomputed : FloatColumn
-        Bytes that recomputing a whole layer holds; 0 without full recompute.
+        Bytes that a layer's backward holds: its gradients, and with full recompute the whole layer.
     parameters : RankParameters
         The layer's parameters.
     """
@@ -141,6 +143,7 @@ def _kind_activations(
 ) -> tuple[FloatColumn, FloatColumn, FloatColumn]:
     parts = activation_parts(context, cases_of(rows), is_moe=is_moe)
     recomputed = np.where(rows.recompute == Recomputes.FULL, parts.whole, 0.0)
+    recomputed = recomputed + backward_bytes(context, cases_of(rows), is_moe=is_moe)
     return stored_bytes(context, parts, rows), parts.whole, recomputed
 
 
