@@ -61,6 +61,8 @@ class SoftwareGeneration:
         Share of tensor parallel collectives hidden by compute; the second with the feature ``async_tp``.
     gradient_reduce_overlap, parameter_gather_overlap : float
         Share of the data parallel communication that may run beside the backward and forward pass.
+    overlap_contention : float
+        Slowdown of compute per second of gradient reduction or weight gather hidden beside it.
     fsdp_contention : float
         Slowdown of compute per second of hidden FSDP communication (SMs and HBM taken by collectives).
     fsdp_step_latency : float
@@ -77,6 +79,8 @@ class SoftwareGeneration:
         Pipeline sends are split over tensor parallel ranks (Narayanan et al. 2021, section 4.1).
     deduplicates_dispatch : bool
         The expert dispatch sends a token once per node (DeepEP), not once per expert.
+    applies_router_weights_early : bool
+        The router's weights are applied within the experts' activation, so that their output need not be stored.
     expert_overlap_contention : float
         Slowdown of compute per second of hidden expert all-to-all: the share of SMs its kernels hold.
     fp8_cast_bytes : float
@@ -121,6 +125,8 @@ class SoftwareGeneration:
     async_tp_overlap: float = 0.25
     gradient_reduce_overlap: float = 0.0
     parameter_gather_overlap: float = 0.0
+    # NCCL's ring kernels hold 16 to 24 of the 108 or 132 SMs.
+    overlap_contention: float = 0.15
     fsdp_contention: float = 0.5
     fsdp_step_latency: float = 1.5e-6
     broadcast_step_latency: float = 0.0
@@ -129,6 +135,7 @@ class SoftwareGeneration:
     overlaps_interleaved_sends: bool = False
     has_scatter_gather: bool = True
     deduplicates_dispatch: bool = False
+    applies_router_weights_early: bool = False
     # 20 of 132 SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.2.2).
     expert_overlap_contention: float = 0.15
     fp8_cast_bytes: float = 2.3
@@ -164,6 +171,7 @@ _FLAGS = (
     "overlaps_interleaved_sends",
     "accumulates_bf16_in_fp32",
     "deduplicates_dispatch",
+    "applies_router_weights_early",
 )
 
 

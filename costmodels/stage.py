@@ -8,7 +8,7 @@ import numpy as np
 
 from meshwright.costmodels.collectives import send_time
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.parallelism.data import expert_shard_ranks, shard_ranks
+from meshwright.costmodels.parallelism.data import expert_shard_ranks, overlap_shares, shard_ranks
 from meshwright.costmodels.parallelism.offload import optimizer_offload_time
 from meshwright.costmodels.parameters import (
     RankParameters,
@@ -35,9 +35,6 @@ __all__ = [
 _OPTIMIZER_BYTES = 30.0
 # Gradient norm and clipping read the gradients once more.
 _NORM_BYTES = 4.0
-# Share of a bucketed reduction or gather that runs beside compute once a run switches the overlap on: all but
-# the first or last of about ten buckets (Megatron-Core's default share as well).
-_SWITCHED_ON = 0.9
 
 
 def first_stage_parameters(context: CostContext, columns: PlanColumns, layers: IntColumn) -> RankParameters:
@@ -155,13 +152,7 @@ def fixed_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
 
 
 def overlaps(context: CostContext) -> tuple[float, float]:
-    """Return the shares of gradient reduction and weight gather that may run beside compute."""
-    software, features = context.software, context.features
-    if "no_overlap" in features:
-        return 0.0, 0.0
-    # A run that names the switch has it on, whatever its generation's default.
-    reduce = max(software.gradient_reduce_overlap, _SWITCHED_ON if "overlap_grad_reduce" in features else 0.0)
-    gather = max(
-        software.parameter_gather_overlap, _SWITCHED_ON if "overlap_param_gather" in features else 0.0
-    )
-    return reduce, gather
+    """Return the shares of gradient reduction and weight gather, as :func:`sync_times` stretches them, that overlap."""
+    contention = context.software.overlap_contention
+    reduce, gather = overlap_shares(context)
+    return reduce / (1.0 + contention * reduce), gather / (1.0 + contention * gather)

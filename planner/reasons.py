@@ -19,7 +19,9 @@ def degrees_text(plan: ParallelPlan) -> str:
         stages = f" x pp {plan.pp}" if plan.pp > 1 else ""
         return f"layer-wise tp {tp}{stages} on {plan.num_gpus} GPUs"
     parts = [
-        f"{axis} {getattr(plan, axis)}" for axis in ("tp", "pp", "vpp", "cp", "dp") if getattr(plan, axis) > 1
+        f"{axis} {getattr(plan, axis)}"
+        for axis in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")
+        if getattr(plan, axis) > 1
     ]
     return " x ".join(parts) or "one GPU"
 

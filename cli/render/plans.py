@@ -10,10 +10,10 @@ from meshwright.cli.render.console import make_table
 from meshwright.costmodels.prediction import Prediction
 from meshwright.planner.objectives import Objective
 from meshwright.planner.search.base import RankedPlan
-from meshwright.simcore.domain.plan import ParallelPlan
+from meshwright.simcore.domain.plan import ParallelPlan, partition_layers
 from meshwright.units import format_quantity
 
-__all__ = ["FLOPS_WORDS", "memory_table", "plan_row", "ranked_table"]
+__all__ = ["FLOPS_WORDS", "memory_table", "offload_text", "plan_row", "ranked_table", "recompute_text"]
 
 # How the printed MFU counts attention; every figure says so.
 FLOPS_WORDS = {"causal": "causal attention counted half", "full-attention": "attention counted in full"}
@@ -24,12 +24,16 @@ _COLUMNS = (
     ("tp", True),
     ("pp", True),
     ("vpp", True),
+    ("cp", True),
     ("dp", True),
+    ("ep", True),
     ("schedule", False),
+    ("layers", False),
     ("micro", True),
     ("SP", False),
     ("recompute", False),
     ("sharding", False),
+    ("offload", False),
     ("iteration", True),
     ("tok/s/GPU", True),
     ("MFU", True),
@@ -40,15 +44,30 @@ _COLUMNS = (
 )
 
 
+# Columns that are shown only where some plan of the table makes use of them.
+_RARE_COLUMNS = ("cp", "ep", "layers", "offload")
+_UNUSED = "-"
+
+
 def ranked_table(title: str, ranked: Sequence[RankedPlan], objective: Objective) -> Table:
-    """Return the table of the best plans, best first; with the objective's own figure when it is not time."""
+    """Return the table of the best plans, best first; with the objective's own figure when it is not time.
+
+    Context and expert parallelism, uneven stages and offload have a column where a plan uses them.
+    """
     figure = _OBJECTIVE_COLUMNS.get(objective)
-    table = make_table(title, _COLUMNS if figure is None else (*_COLUMNS, (figure, True)))
+    columns = _COLUMNS if figure is None else (*_COLUMNS, (figure, True))
+    rows = []
     for place, entry in enumerate(ranked, start=1):
-        cells = plan_row(entry.plan, entry.prediction)
-        if figure is not None:
-            cells = (*cells, _objective_cell(entry.prediction, objective))
-        table.add_row(str(place), *cells, style="bold green" if place == 1 else None)
+        cells = (str(place), *plan_row(entry.plan, entry.prediction))
+        rows.append(cells if figure is None else (*cells, _objective_cell(entry.prediction, objective)))
+    shown = [
+        index
+        for index, (name, _) in enumerate(columns)
+        if name not in _RARE_COLUMNS or any(row[index] != _UNUSED for row in rows)
+    ]
+    table = make_table(title, tuple(columns[index] for index in shown))
+    for place, row in enumerate(rows):
+        table.add_row(*(row[index] for index in shown), style="bold green" if place == 0 else None)
     return table
 
 
@@ -69,12 +88,16 @@ def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
         str(plan.tp),
         str(plan.pp),
         str(plan.vpp),
+        f"{plan.cp} {plan.cp_method}" if plan.cp > 1 else _UNUSED,
         str(plan.dp),
+        _expert_cell(plan),
         plan.schedule,
+        _layers_cell(plan),
         str(plan.micro_batch_size),
         "yes" if plan.sequence_parallel else "-",
-        plan.recompute,
+        recompute_text(plan),
         sharding,
+        offload_text(plan) or _UNUSED,
         f"{prediction.iteration_time:.4g} s",
         f"{prediction.tokens_per_second_per_gpu:,.0f}",
         f"{prediction.mfu:.1%}",
@@ -83,6 +106,40 @@ def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
         f"{result.bubble_fraction:.1%}",
         f"{exposed:.1%}",
     )
+
+
+def recompute_text(plan: ParallelPlan) -> str:
+    """Return what is recomputed: the word, the modules, or how many layers of each virtual stage."""
+    if plan.recompute_modules:
+        return "+".join(plan.recompute_modules)
+    return plan.recompute if plan.recompute_layers is None else f"{plan.recompute} x {plan.recompute_layers}"
+
+
+def offload_text(plan: ParallelPlan) -> str:
+    """Return what rests off the device, in a few words; empty where nothing does."""
+    parts = []
+    if plan.optimizer_offload != "none":
+        share = "" if plan.optimizer_offload_fraction == 1.0 else f" {plan.optimizer_offload_fraction:.0%}"
+        parts.append(f"optimizer{share} {plan.optimizer_offload}")
+    if plan.parameter_offload != "none":
+        parts.append(f"weights {plan.parameter_offload}")
+    if plan.activation_offload:
+        parts.append("activations cpu")
+    return ", ".join(parts)
+
+
+def _expert_cell(plan: ParallelPlan) -> str:
+    if plan.ep == plan.etp == 1:
+        return _UNUSED
+    return str(plan.ep) if plan.etp == 1 else f"{plan.ep} x {plan.etp}"
+
+
+def _layers_cell(plan: ParallelPlan) -> str:
+    """Return first, most and last layers of the virtual stages where they differ from the frameworks' own split."""
+    layers = plan.layers_per_stage
+    if len(layers) < 2 or layers == partition_layers(plan.num_layers, len(layers)):
+        return _UNUSED
+    return f"{layers[0]}/{max(layers[1:-1], default=layers[0])}/{layers[-1]}"
 
 
 def memory_table(prediction: Prediction) -> Table:

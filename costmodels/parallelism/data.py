@@ -27,10 +27,14 @@ __all__ = [
     "expert_shard_ranks",
     "fsdp_times",
     "is_fsdp_per_micro_batch",
+    "overlap_shares",
     "shard_ranks",
     "sync_times",
 ]
 
+# Share of a bucketed reduction or gather that runs beside compute once a run switches the overlap on: all but
+# the first or last of about ten buckets (Megatron-Core's default share as well).
+_SWITCHED_ON = 0.9
 # Weights travel in 16 bits.
 _WEIGHT_BYTES = 2.0
 # Gather forward, gather backward, reduce backward: the ring latencies FSDP pays per layer.
@@ -87,6 +91,19 @@ class _Groups:
     across: GroupPlacement
 
 
+def overlap_shares(context: CostContext) -> tuple[float, float]:
+    """Return the shares of gradient reduction and weight gather that may run beside compute."""
+    software, features = context.software, context.features
+    if "no_overlap" in features:
+        return 0.0, 0.0
+    # A run that names the switch has it on, whatever its generation's default.
+    reduce = max(software.gradient_reduce_overlap, _SWITCHED_ON if "overlap_grad_reduce" in features else 0.0)
+    gather = max(
+        software.parameter_gather_overlap, _SWITCHED_ON if "overlap_param_gather" in features else 0.0
+    )
+    return reduce, gather
+
+
 def sync_times(context: CostContext, columns: PlanColumns, parameters: RankParameters) -> SyncTimes:
     """Return the once-per-iteration gradient reduction and weight gather of a stage's parameters.
 
@@ -102,8 +119,22 @@ def sync_times(context: CostContext, columns: PlanColumns, parameters: RankParam
     Returns
     -------
     SyncTimes
-        Whole durations; the overlap is the software's and is applied by whoever schedules them.
+        Whole durations, with what they slow the compute beside them; the overlap is applied by whoever schedules
+        them.
     """
+    reduce_share, gather_share = overlap_shares(context)
+    contention = context.software.overlap_contention
+    times = _unhindered_sync_times(context, columns, parameters)
+    # The hidden share s takes c s of its own length from the compute beside it: exposed (1 - s) + c s.
+    return SyncTimes(
+        gradient_reduce=times.gradient_reduce * (1.0 + contention * reduce_share),
+        parameter_gather=times.parameter_gather * (1.0 + contention * gather_share),
+    )
+
+
+def _unhindered_sync_times(
+    context: CostContext, columns: PlanColumns, parameters: RankParameters
+) -> SyncTimes:
     dense = _group_sync_times(
         context, columns, parameters.dense, parameters.dense_trained, _dense_groups(context, columns)
     )
