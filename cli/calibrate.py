@@ -107,7 +107,7 @@ def _measurements(
 
 
 def _from_measurements(measurements: Measurements, out: Path, common: CommonOptions) -> None:
-    from meshwright.cli.render.calibration import calibration_mapping, print_calibration
+    from meshwright.cli.render.calibration import fit_mapping, print_fit
     from meshwright.cli.render.console import print_json, stderr_console
     from meshwright.costmodels.calibration_writing import calibration_text
     from meshwright.hardware_specs.catalog import load_gpu
@@ -128,9 +128,9 @@ def _from_measurements(measurements: Measurements, out: Path, common: CommonOpti
         for note in result.notes:
             stderr_console().print(f"left out: {note}", soft_wrap=True)
     if common.as_json:
-        print_json(calibration_mapping((result.document,)))
+        print_json(fit_mapping(result))
         return
-    print_calibration((result.document,))
+    print_fit(result)
     click.echo(f"Wrote {out}")
 
 

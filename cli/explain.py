@@ -48,14 +48,19 @@ def command(
     from meshwright.planner.plan_file import read_plan
     from meshwright.planner.space import SearchLimits
     from meshwright.planner.variant import force_fields, parse_fields
+    from meshwright.planner.violations import tolerated_constraints
     from meshwright.planner.whatif import Question, given_plan
     from meshwright.units import parse_quantity
 
     forced = parse_fields(against) if against is not None else None
     limits = SearchLimits(memory_headroom=parse_quantity(memory_headroom, "fraction"))
-    question = Question(limits=limits, flops=flops)  # type: ignore[arg-type]  # click.Choice holds the words
     document = read_plan(plan)
     context = cost_context(document.job, calibration_paths=common.calibrations)
+    question = Question(
+        limits=limits,
+        flops=flops,  # type: ignore[arg-type]  # click.Choice holds the words
+        tolerated=tolerated_constraints(context, document.plan, limits),
+    )
     explanation = explain_plan(context, document.plan, question.flops)
     variant = outcome = None
     if forced is not None:

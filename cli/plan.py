@@ -24,6 +24,13 @@ __all__ = ["command"]
 @click.option("--objective", help="throughput (default), cost or energy.")
 @click.option("--target", help="Only plans this export target can run: megatron, deepspeed.")
 @click.option(
+    "--search",
+    type=click.Choice(["exhaustive", "layerwise"]),
+    default="exhaustive",
+    show_default=True,
+    help="layerwise: also plans whose layers differ in tp, sharding and recompute.",
+)
+@click.option(
     "--top", type=click.IntRange(1, 100), default=10, show_default=True, help="Plans to rank and write."
 )
 @click.option(
@@ -52,6 +59,7 @@ def command(  # one parameter per flag is click's calling convention
     software: str | None,
     objective: str | None,
     target: str | None,
+    search: str,
     top: int,
     flops: str,
     out: Path,
@@ -86,7 +94,7 @@ def command(  # one parameter per flag is click's calling convention
         ),
     )
     context = cost_context(request.job, calibration_paths=common.calibrations)
-    search = SearchRequest(
+    wanted = SearchRequest(
         job=request.job,
         context=context,
         limits=request.limits,
@@ -97,7 +105,7 @@ def command(  # one parameter per flag is click's calling convention
     started = time.perf_counter()
     with ProgressLine(common.quiet or common.as_json) as progress:
         try:
-            result = SEARCHES["exhaustive"].run(search, progress)
+            result = SEARCHES[search].run(wanted, progress)
         except InfeasiblePlanError as error:
             raise infeasible(request.job, context, request.limits, error.rejections) from None
     seconds = time.perf_counter() - started

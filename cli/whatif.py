@@ -78,9 +78,10 @@ def command(  # one parameter per flag is click's calling convention
     from meshwright.planner.changes import apply_changes, parse_change
     from meshwright.planner.objectives import OBJECTIVES
     from meshwright.planner.plan_file import read_plan
-    from meshwright.planner.scenario import Scenario
+    from meshwright.planner.scenario import Scenario, scenario_context
     from meshwright.planner.sensitivity import sensitivities
     from meshwright.planner.space import SearchLimits
+    from meshwright.planner.violations import tolerated_constraints
     from meshwright.planner.whatif import Question, answer
     from meshwright.units import parse_quantity
 
@@ -90,13 +91,15 @@ def command(  # one parameter per flag is click's calling convention
             f"known: {', '.join(OBJECTIVES)}"
         )
     parsed = [parse_change(text) for text in changes]
-    question = Question(
-        limits=SearchLimits(memory_headroom=parse_quantity(memory_headroom, "fraction")),
-        objective=objective,  # type: ignore[arg-type]  # one of OBJECTIVES
-        flops=flops,  # type: ignore[arg-type]  # click.Choice holds the words
-    )
+    limits = SearchLimits(memory_headroom=parse_quantity(memory_headroom, "fraction"))
     document = read_plan(plan)
     today = Scenario(job=document.job, calibration_paths=common.calibrations)
+    question = Question(
+        limits=limits,
+        objective=objective,  # type: ignore[arg-type]  # one of OBJECTIVES
+        flops=flops,  # type: ignore[arg-type]  # click.Choice holds the words
+        tolerated=tolerated_constraints(scenario_context(today), document.plan, limits),
+    )
     if lists:
         print_keys(today, as_json=common.as_json)
         return

@@ -6,9 +6,10 @@ micro-batches, after the pipeline has filled up to them and before it has draine
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.micro_batch import (
@@ -20,12 +21,16 @@ from meshwright.costmodels.micro_batch import (
 from meshwright.costmodels.parallelism.data import sync_times
 from meshwright.costmodels.parallelism.pipeline import blocks_on_send, stage_send_time
 from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
+from meshwright.costmodels.parameters import RankParameters
 from meshwright.costmodels.plan_columns import (
     ALL_LAYERS,
     FloatColumn,
     IntColumn,
+    Offloads,
     PlanColumns,
+    Recomputes,
     Schedules,
+    Shardings,
     VocabParallels,
 )
 from meshwright.costmodels.stage import (
@@ -36,7 +41,7 @@ from meshwright.costmodels.stage import (
     overlaps,
 )
 
-__all__ = ["iteration_time_bound"]
+__all__ = ["iteration_time_bound", "schedule_time_bound"]
 
 
 def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatColumn:
@@ -45,107 +50,237 @@ def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatCol
     Shape ``(num_plans,)``. Exact for equal stages and blocking or absent sends; never above the simulated
     time (tested), so a search may discard what it puts behind the best simulated plan.
     """
-    times = micro_batch_times(context, columns)
-    pp = columns.pp.astype(np.float64)
-    vpp = columns.vpp.astype(np.float64)
-    batches = columns.num_micro_batches.astype(np.float64)
-    send = _bound_send_time(context, columns)
-    blocks = blocks_on_send(context, columns.vpp)
-    blocking = np.where(blocks, send * vpp, 0.0)
-    extra_forward, extra_backward = vocab_parallel_time(
-        context, columns, times.boundary_forward, times.boundary_backward
-    )
-    vocab = columns.vocab_parallel >= VocabParallels.VOCAB_1
-
-    leading = np.minimum(leading_dense_layers(context), columns.chunk_first).astype(np.float64)
-    cheapest = _cheapest_layer(times, leading_dense_layers(context) > int(columns.chunk_first.min(initial=0)))
-    no_layers = np.zeros(len(columns))
-
-    def stage(layers: FloatColumn, is_first: bool, is_last: bool) -> tuple[FloatColumn, FloatColumn]:
-        own = columns.chunk_first if is_first else columns.chunk_last if is_last else None
-        recomputed = _recomputed_layers(columns, layers, own)
-        kinds = times if is_first else cheapest
-        forward = layers_forward(kinds, layers, leading if is_first else no_layers) + extra_forward * vpp
-        backward = (
-            layers_backward(kinds, layers, leading if is_first else no_layers, recomputed)
-            + extra_backward * vpp
-        )
-        if is_first:
-            forward = forward + np.where(vocab, 0.0, times.embedding_forward)
-            backward = backward + np.where(vocab, 0.0, times.embedding_backward)
-        if is_last:
-            forward = forward + np.where(vocab, 0.0, times.head_forward)
-            backward = backward + np.where(vocab, 0.0, times.head_backward)
-        return forward, backward
-
-    first_forward, first_backward = stage(columns.layers_first.astype(np.float64), True, False)
-    middle_forward, middle_backward = stage(columns.layers_middle.astype(np.float64), False, False)
-    last_forward, last_backward = stage(columns.layers_last.astype(np.float64), False, True)
-    alone_forward, alone_backward = stage(columns.layers_first.astype(np.float64), True, True)
-    # Interleaved stages send at every chunk but the wrap-around of the model's ends.
-    wrap = np.maximum(blocking - send, 0.0)
-    first = first_forward + first_backward + blocking + wrap
-    middle = middle_forward + middle_backward + 2.0 * blocking
-    last = last_forward + last_backward + blocking + wrap
-    embedding_in = np.where(vocab, 0.0, times.embedding_forward)
-    embedding_out = np.where(vocab, 0.0, times.embedding_backward)
-    chunk_first = columns.chunk_first.astype(np.float64)
-    ramp_in = layers_forward(times, chunk_first, leading) + extra_forward + embedding_in + send
-    ramp_out = (
-        layers_backward(times, chunk_first, leading, np.minimum(chunk_first, columns.recompute_layers))
-        + extra_backward
-        + embedding_out
-        + send
-    )
-    # A zero-bubble stage may end with weight gradients while the stages before it drain: no way out counted.
-    is_split = columns.schedule > Schedules.INTERLEAVED
-    # The gradient's blocking send is part of the sending stage's own work already.
-    counted = np.where(blocks, send, 0.0)
-    out_first = np.where(is_split, 0.0, ramp_out - counted)
-    # Of stages in between that recompute a part of their layers, the recomputed ones are not counted.
-    recompute = np.where(columns.recompute_layers >= ALL_LAYERS, cheapest.layer.recompute, 0.0)
-    through = cheapest.layer.forward + np.where(is_split, 0.0, cheapest.layer.backward + recompute)
-    sends_through = np.where(is_split, 1.0, 2.0) * send
-    ramp_first = ramp_in + out_first
-    ramp_middle = (
-        ramp_first + columns.chunk_before * through + _stages_between(columns.middle_latest) * sends_through
-    )
-    ramp_last = ramp_first + columns.chunk_between * through + _stages_between(columns.pp - 1) * sends_through
+    paths = _paths(context, columns)
     rows, inverse = columns.distinct(
         *("tp", "cp", "pp", "vpp", "dp", "ep", "etp"),
         *("sharding", "sharding_group", "layers_first", "chunk_first"),
         *("schedule", "optimizer_offload", "offload_share", "parameter_offload"),
     )
-    # A blocking send is part of the operation the gather may run beside.
-    window_in = np.where(pp > 1.0, ramp_in - send + counted, alone_forward)
-    window_out = np.where(pp > 1.0, ramp_out - send, alone_backward)
+    # Chunks behind the first count as nothing where leading dense layers, of other size, may be among them.
+    may_be_dense = leading_dense_layers(context) > rows.chunk_first
+    parameters = first_stage_parameters(
+        context, rows, np.where(may_be_dense, rows.chunk_first, rows.layers_first)
+    )
+    fixed = fixed_time(context, rows)
     # Enough for any copy to hide in where gradients leave the device: a bound may not count on less.
-    tail = _tail_time(context, rows, inverse, window_in, window_out)
+    step = (optimizer_time(context, rows, parameters, np.full(len(rows), np.inf)) + fixed)[inverse]
+    tail = _exposed_sync_time(context, rows, inverse, parameters, paths) + step
+    return _longest(columns, paths, tail, step, fixed[inverse])
+
+
+def schedule_time_bound(context: CostContext, columns: PlanColumns) -> FloatColumn:
+    """Return what :func:`iteration_time_bound` never falls below, whatever is recomputed, sharded or offloaded [s].
+
+    Only the pipeline of the plans' layers counts, without anything that comes once per iteration: a bound for all
+    choices of memory at once. Columns may be an open mesh.
+    """
+    nothing = np.zeros_like(columns.dp)
+    plain = replace(
+        columns,
+        recompute=nothing + Recomputes.NONE,
+        recompute_modules=nothing,
+        recompute_layers=nothing + ALL_LAYERS,
+        sharding=nothing + Shardings.NONE,
+        sharding_group=columns.dp,
+        optimizer_offload=nothing + Offloads.NONE,
+        parameter_offload=nothing + Offloads.NONE,
+        activation_offload=nothing.astype(np.bool_),
+    )
+    zero = np.zeros(len(columns))
+    return _longest(plain, _paths(context, plain), zero, zero, zero)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Paths:
+    """What the first, the fullest inner and the last stage run, and what is before and behind; arrays of one shape [s].
+
+    Parameters
+    ----------
+    first, middle, last, alone : FloatColumn
+        Work of one micro-batch; ``alone`` is that of a single stage.
+    ramp_middle, ramp_last : FloatColumn
+        Until the stage can start, and from its end to that of the first stage.
+    window_in, window_out : FloatColumn
+        First forward and last backward of the first stage, beside which it gathers and reduces.
+    bent : _BentStages | None
+        Of schedules that put both ends of the model on the first stage; None where there are none.
+    """
+
+    first: FloatColumn
+    middle: FloatColumn
+    last: FloatColumn
+    alone: FloatColumn
+    ramp_middle: FloatColumn
+    ramp_last: FloatColumn
+    window_in: FloatColumn
+    window_out: FloatColumn
+    bent: _BentStages | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _BentStages:
+    """Work of one micro-batch on first, fullest inner and last stage, and how long until the latter two can start [s]."""
+
+    first: FloatColumn
+    middle: FloatColumn
+    last: FloatColumn
+    start_middle: FloatColumn
+    start_last: FloatColumn
+
+
+def _longest(
+    columns: PlanColumns, paths: _Paths, tail: FloatColumn, step: FloatColumn, fixed: FloatColumn
+) -> FloatColumn:
+    """Return the longest path of each plan [s].
+
+    ``tail`` is what the first stage adds once, ``step`` its part without synchronisation, ``fixed`` what every path adds.
+    """
+    batches = columns.num_micro_batches.astype(np.float64)
     # Every path but a zero-bubble stage's own ends at the first stage, with its reduction and optimizer.
-    last_tail = np.where(is_split, fixed_time(context, columns), tail)
-    bound = np.maximum(batches * first + tail, ramp_last + batches * last + last_tail)
-    through_middle = ramp_middle + batches * middle + last_tail
-    bound = np.where(pp > 2.0, np.maximum(bound, through_middle), bound)
-    bound = np.where(pp > 1.0, bound, batches * (alone_forward + alone_backward) + tail)
-    is_bent = columns.has_both_ends & (columns.pp > 1)
+    last_tail = np.where(columns.schedule > Schedules.INTERLEAVED, fixed, tail)
+    bound = np.maximum(batches * paths.first + tail, paths.ramp_last + batches * paths.last + last_tail)
+    through_middle = paths.ramp_middle + batches * paths.middle + last_tail
+    bound = np.where(columns.pp > 2, np.maximum(bound, through_middle), bound)
+    bound = np.where(columns.pp > 1, bound, batches * paths.alone + tail)
+    bent = paths.bent
+    if bent is None:
+        return bound
+    # DualPipe gives each of its two chunks half of the micro-batches.
+    passes = np.where(columns.schedule == Schedules.DUALPIPE, 0.5, 1.0) * batches
+    longest = np.maximum(
+        passes * bent.first + step,
+        np.maximum(bent.start_middle + passes * bent.middle, bent.start_last + passes * bent.last) + fixed,
+    )
+    return np.where(_is_bent(columns), longest, bound)
+
+
+def _is_bent(columns: PlanColumns) -> NDArray[np.bool_]:
+    """Return which plans put both ends of the model on the first of several stages."""
+    bent: NDArray[np.bool_] = columns.has_both_ends & (columns.pp > 1)
+    return bent
+
+
+def _paths(context: CostContext, columns: PlanColumns) -> _Paths:
+    times = micro_batch_times(context, columns)
+    vpp = columns.vpp.astype(np.float64)
+    send = _bound_send_time(context, columns)
+    blocks = blocks_on_send(context, columns.vpp)
+    blocking = np.where(blocks, send * vpp, 0.0)
+    work = _StageWork(context, columns, times)
+
+    first_forward, first_backward = work.of(columns.layers_first, is_first=True)
+    middle_forward, middle_backward = work.of(columns.layers_middle)
+    last_forward, last_backward = work.of(columns.layers_last, is_last=True)
+    alone_forward, alone_backward = work.of(columns.layers_first, is_first=True, is_last=True)
+    # Interleaved stages send at every chunk but the wrap-around of the model's ends.
+    wrap = np.maximum(blocking - send, 0.0)
+    # A zero-bubble stage may end with weight gradients while the stages before it drain: no way out counted.
+    is_split = columns.schedule > Schedules.INTERLEAVED
+    ramp_in, ramp_out = work.first_chunk()
+    ramp_in, ramp_out = ramp_in + send, ramp_out + send
+    # The gradient's blocking send is part of the sending stage's own work already.
+    counted = np.where(blocks, send, 0.0)
+    cheapest = work.cheapest.layer
+    # Of stages in between that recompute a part of their layers, the recomputed ones are not counted.
+    recompute = np.where(columns.recompute_layers >= ALL_LAYERS, cheapest.recompute, 0.0)
+    through = cheapest.forward + np.where(is_split, 0.0, cheapest.backward + recompute)
+    sends_through = np.where(is_split, 1.0, 2.0) * send
+    ramp_first = ramp_in + np.where(is_split, 0.0, ramp_out - counted)
+
+    def on_the_way(layers: IntColumn, stage: IntColumn) -> FloatColumn:
+        way: FloatColumn = layers * through + np.maximum(stage - 1.0, 0.0) * sends_through
+        return way
+
+    to_middle, to_last = (
+        on_the_way(columns.chunk_before, columns.middle_latest),
+        on_the_way(columns.chunk_between, columns.pp - 1),
+    )
+    is_bent = _is_bent(columns)
+    bent = None
     if is_bent.any():
-        turn_forward, turn_backward = stage(columns.layers_last.astype(np.float64), False, False)
-        stages = (
-            alone_forward + alone_backward,
-            middle_forward + middle_backward,
-            turn_forward + turn_backward,
+        turn_forward, turn_backward = work.of(columns.layers_last)
+        first = work.unhidden(alone_forward + alone_backward, columns.layers_first)
+        # With DualPipe micro-batches enter at both ends, and the last stage mirrors the first.
+        is_mirror = columns.schedule == Schedules.DUALPIPE
+        turn = work.unhidden(turn_forward + turn_backward, columns.layers_last)
+        inner = work.unhidden(middle_forward + middle_backward, columns.layers_middle)
+        bent = _BentStages(
+            first=first,
+            middle=np.where(columns.pp > 2, inner, 0.0),
+            last=np.where(is_mirror, first, turn),
+            start_middle=np.where(is_mirror | (columns.pp < 3), 0.0, ramp_in + to_middle),
+            start_last=np.where(is_mirror, 0.0, ramp_in + to_last),
         )
-        step = (
-            optimizer_time(
-                context,
-                rows,
-                first_stage_parameters(context, rows, rows.layers_first),
-                np.full(len(rows), np.inf),
-            )
-            + fixed_time(context, rows)
-        )[inverse]
-        bound = np.where(is_bent, _bent_bound(columns, times, stages, step), bound)
-    return bound
+    has_stages = columns.pp > 1
+    return _Paths(
+        first=first_forward + first_backward + blocking + wrap,
+        middle=middle_forward + middle_backward + 2.0 * blocking,
+        last=last_forward + last_backward + blocking + wrap,
+        alone=alone_forward + alone_backward,
+        ramp_middle=ramp_first + to_middle,
+        ramp_last=ramp_first + to_last,
+        # A blocking send is part of the operation the gather may run beside.
+        window_in=np.where(has_stages, ramp_in - send + counted, alone_forward),
+        window_out=np.where(has_stages, ramp_out - send, alone_backward),
+        bent=bent,
+    )
+
+
+class _StageWork:
+    """What stages of many plans run for one micro-batch."""
+
+    def __init__(self, context: CostContext, columns: PlanColumns, times: MicroBatchTimes) -> None:
+        self.columns, self.times = columns, times
+        self.extra_forward, self.extra_backward = vocab_parallel_time(
+            context, columns, times.boundary_forward, times.boundary_backward
+        )
+        self.has_ends = columns.vocab_parallel < VocabParallels.VOCAB_1
+        in_all = leading_dense_layers(context)
+        self.leading = np.minimum(in_all, columns.chunk_first).astype(np.float64)
+        # Where the first chunk has no room for all leading layers, one behind it may be of either kind.
+        self.cheapest = _cheapest_layer(times, in_all > columns.chunk_first)
+
+    def of(
+        self, layers: IntColumn, *, is_first: bool = False, is_last: bool = False
+    ) -> tuple[FloatColumn, FloatColumn]:
+        """Return forward and backward of a stage with some layers, all its chunks [s]."""
+        columns, times = self.columns, self.times
+        vpp = columns.vpp.astype(np.float64)
+        held = layers.astype(np.float64)
+        own = columns.chunk_first if is_first else columns.chunk_last if is_last else None
+        kinds, leading = self.cheapest, self.leading if is_first else np.zeros(len(columns))
+        recomputed = _recomputed_layers(columns, held, own)
+        forward = layers_forward(kinds, held, leading) + self.extra_forward * vpp
+        backward = layers_backward(kinds, held, leading, recomputed) + self.extra_backward * vpp
+        if is_first:
+            forward = forward + np.where(self.has_ends, times.embedding_forward, 0.0)
+            backward = backward + np.where(self.has_ends, times.embedding_backward, 0.0)
+        if is_last:
+            forward = forward + np.where(self.has_ends, times.head_forward, 0.0)
+            backward = backward + np.where(self.has_ends, times.head_backward, 0.0)
+        return forward, backward
+
+    def first_chunk(self) -> tuple[FloatColumn, FloatColumn]:
+        """Return forward and backward of the model's first virtual stage [s]."""
+        columns, times = self.columns, self.times
+        layers = columns.chunk_first.astype(np.float64)
+        recomputed = np.minimum(columns.chunk_first, columns.recompute_layers)
+        return (
+            layers_forward(times, layers, self.leading)
+            + self.extra_forward
+            + np.where(self.has_ends, times.embedding_forward, 0.0),
+            layers_backward(times, layers, self.leading, recomputed)
+            + self.extra_backward
+            + np.where(self.has_ends, times.embedding_backward, 0.0),
+        )
+
+    def unhidden(self, work: FloatColumn, layers: IntColumn) -> FloatColumn:
+        """Return the work of a stage less what DualPipe hides of it at best: the whole expert exchange [s]."""
+        schedule, layer = self.columns.schedule, self.times.layer
+        is_dual = (schedule == Schedules.DUALPIPE) | (schedule == Schedules.DUALPIPE_V)
+        exchange = layers * (layer.forward_axes["ep"] + layer.backward_axes["ep"])
+        result: FloatColumn = np.maximum(work - np.where(is_dual, exchange, 0.0), 0.0)
+        return result
 
 
 def _recomputed_layers(columns: PlanColumns, layers: FloatColumn, own: IntColumn | None) -> FloatColumn:
@@ -160,62 +295,25 @@ def _recomputed_layers(columns: PlanColumns, layers: FloatColumn, own: IntColumn
     some = np.minimum(columns.recompute_layers, held) + others * np.minimum(
         columns.recompute_layers, np.floor(per_chunk)
     )
-    some = np.where(columns.has_both_ends & (columns.pp > 1), 0.0, some)
+    some = np.where(_is_bent(columns), 0.0, some)
     recomputed: FloatColumn = np.where(columns.recompute_layers >= ALL_LAYERS, layers, some)
     return recomputed
 
 
-def _bent_bound(
-    columns: PlanColumns,
-    times: MicroBatchTimes,
-    stages: tuple[FloatColumn, FloatColumn, FloatColumn],
-    step: FloatColumn,
-) -> FloatColumn:
-    """Return the bound of schedules that put both ends of the model on the first stage [s].
-
-    The slowest stage runs all its micro-batches and a step follows; filling and draining are filled with weight
-    gradients at best. DualPipe gives each of its two chunks half of them, and hides the expert exchange at best.
-
-    Parameters
-    ----------
-    columns : PlanColumns
-        Plans.
-    times : MicroBatchTimes
-        Of one micro-batch.
-    stages : tuple[FloatColumn, FloatColumn, FloatColumn]
-        First, fullest inner and last stage: both chunks, forward and backward [s].
-    step : FloatColumn
-        Optimizer step of the first stage and the fixed time [s].
-    """
-    is_dual = (columns.schedule == Schedules.DUALPIPE) | (columns.schedule == Schedules.DUALPIPE_V)
-    exchange = times.layer.forward_axes["ep"] + times.layer.backward_axes["ep"]
-    passes = np.where(columns.schedule == Schedules.DUALPIPE, 0.5, 1.0)
-    slowest = np.zeros(len(columns))
-    layers = (columns.layers_first, columns.layers_middle, columns.layers_last)
-    for work, held in zip(stages, layers, strict=True):
-        hidden = np.where(is_dual, held * exchange, 0.0)
-        slowest = np.maximum(slowest, np.maximum(work - hidden, 0.0))
-    return columns.num_micro_batches * passes * slowest + np.where(is_dual, 0.0, step)
-
-
-def _cheapest_layer(times: MicroBatchTimes, is_mixed: bool) -> MicroBatchTimes:
-    """Return times in which a layer behind the first stage costs the least of its two kinds, where it may be either."""
-    if not is_mixed:
+def _cheapest_layer(times: MicroBatchTimes, may_be_dense: NDArray[np.bool_]) -> MicroBatchTimes:
+    """Return times in which a layer behind the first chunk costs the least of its two kinds, where it may be either."""
+    if not may_be_dense.any():
         return times
     layer, dense = times.layer, times.dense_layer
-    least = replace(
-        layer,
-        forward=np.minimum(layer.forward, dense.forward),
-        backward=np.minimum(layer.backward, dense.backward),
-        recompute=np.minimum(layer.recompute, dense.recompute),
+
+    def least(name: str) -> FloatColumn:
+        mine = getattr(layer, name)
+        return np.where(may_be_dense, np.minimum(mine, getattr(dense, name)), mine)
+
+    least_layer = replace(
+        layer, forward=least("forward"), backward=least("backward"), recompute=least("recompute")
     )
-    return replace(times, layer=least)
-
-
-def _stages_between(stage: IntColumn) -> FloatColumn:
-    """Return how many stages stand between the first and another."""
-    between: FloatColumn = np.maximum(stage - 1.0, 0.0)
-    return between
+    return replace(times, layer=least_layer)
 
 
 def _bound_send_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
@@ -228,17 +326,16 @@ def _bound_send_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
     return stage_send_time(context, rows, crosses)[inverse]
 
 
-def _tail_time(
+def _exposed_sync_time(
     context: CostContext,
     rows: PlanColumns,
     inverse: IntColumn,
-    window_in: FloatColumn,
-    window_out: FloatColumn,
+    parameters: RankParameters,
+    paths: _Paths,
 ) -> FloatColumn:
-    """Return what the first stage adds once: synchronisation, its optimizer step, and the fixed time [s].
+    """Return what the first stage's reduction and gather expose [s].
 
-    Of the overlapped shares, what exceeds the first forward or the last backward of the first chunk
-    (``window_in``, ``window_out``) is exposed too.
+    Of the overlapped shares, what exceeds the first forward or the last backward of the first chunk is exposed too.
 
     Parameters
     ----------
@@ -246,16 +343,17 @@ def _tail_time(
         Job and software.
     rows, inverse : PlanColumns, IntColumn
         Distinct plans, and the distinct one of each plan.
-    window_in, window_out : FloatColumn
-        First forward and last backward of the first stage, of every plan [s].
+    parameters : RankParameters
+        Of the first stage of the distinct plans.
+    paths : _Paths
+        Of every plan.
     """
-    parameters = first_stage_parameters(context, rows, rows.layers_first)
     overlap_reduce, overlap_gather = overlaps(context)
     # Without overlap a stage waits for all its chunks; with it only the first chunk's must be exposed.
     chunk = first_stage_parameters(context, rows, rows.chunk_first)
     reduce = sync_times(context, rows, chunk if overlap_reduce else parameters).gradient_reduce[inverse]
     gather = sync_times(context, rows, chunk if overlap_gather else parameters).parameter_gather[inverse]
-    exposed = reduce * (1.0 - overlap_reduce) + np.maximum(reduce * overlap_reduce - window_out, 0.0)
-    exposed += gather * (1.0 - overlap_gather) + np.maximum(gather * overlap_gather - window_in, 0.0)
-    step = optimizer_time(context, rows, parameters, np.full(len(rows), np.inf))
-    return exposed + (step + fixed_time(context, rows))[inverse]
+    exposed = reduce * (1.0 - overlap_reduce) + np.maximum(reduce * overlap_reduce - paths.window_out, 0.0)
+    exposed = exposed + gather * (1.0 - overlap_gather)
+    result: FloatColumn = exposed + np.maximum(gather * overlap_gather - paths.window_in, 0.0)
+    return result

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.micro_batch import LayerCost, MicroBatchTimes, layers_backward, micro_batch_times
+from meshwright.costmodels.micro_batch import micro_batch_times
 from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
-from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Recomputes, Shardings
+from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Shardings
 from meshwright.costmodels.stage import leading_per_stage
 from meshwright.simcore.domain.layer_groups import groups_by_stage, uniform_plan
 from meshwright.simcore.domain.plan import ParallelPlan
@@ -28,6 +28,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "context parallel": ("context_parallel",),
     "expert parallel": ("expert_parallel",),
     "data parallel": ("sharded_data_parallel", "parameter_gather", "gradient_reduce"),
+    "offload": ("offload_copies",),
     "pipeline sends": ("pipeline_send", "vocabulary_exchange"),
     "pipeline bubble": ("warm_up", "activation_wait", "gradient_wait", "cool_down", "optimizer_barrier"),
     "optimizer": ("optimizer",),
@@ -44,6 +45,7 @@ _AXES = {
     "cp": "context_parallel",
     "ep": "expert_parallel",
     "dp": "sharded_data_parallel",
+    "offload": "offload_copies",
 }
 # Terms of one operation; sends are added where they hold the compute stream.
 _WORK = (
@@ -180,36 +182,15 @@ def _add_layers(
     for count, cost in ((layers - leading, times.layer), (leading, times.dense_layer)):
         forward["compute"] += count * (cost.forward - cost.forward_communication)
         backward["compute"] += count * (cost.backward - cost.backward_communication)
-        for axis, term in _AXES.items():
-            forward[term] += count * cost.forward_axes.get(axis, 0.0)
-            backward[term] += count * cost.backward_axes.get(axis, 0.0)
+        for terms, axes in ((forward, cost.forward_axes), (backward, cost.backward_axes)):
+            for axis, seconds in axes.items():
+                terms[_AXES[axis]] += count * seconds
     recomputed = np.minimum(layers, float(columns.recompute_layers[0]))
-    whole = layers_backward(times, layers, leading, recomputed)
-    recompute = whole - layers_backward(times, layers, leading, np.zeros_like(layers))
-    for count, cost in _recomputed_kinds(leading, recomputed, times):
-        for term, seconds in _recompute_axes(columns, cost).items():
-            backward[term] += count * seconds
-            recompute = recompute - count * seconds
-    backward["recompute"] += recompute
-
-
-def _recomputed_kinds(
-    leading: FloatColumn, recomputed: FloatColumn, times: MicroBatchTimes
-) -> tuple[tuple[FloatColumn, LayerCost], ...]:
     dense = np.minimum(leading, recomputed)
-    return ((recomputed - dense, times.layer), (dense, times.dense_layer))
-
-
-def _recompute_axes(columns: PlanColumns, cost: LayerCost) -> dict[str, FloatColumn]:
-    """Return the exposed communication that recomputing a layer repeats, by term [s].
-
-    Whole layers repeat their forward exchanges; of modules only the experts communicate; the software's own
-    selective policy gathers sequence parallel inputs again.
-    """
-    if columns.recompute[0] == Recomputes.FULL:
-        return {term: cost.forward_axes[axis] for axis, term in _AXES.items() if axis != "dp"}
-    term = "expert_parallel" if columns.recompute_modules[0] else "tensor_parallel"
-    return {term: cost.recompute_communication}
+    for count, cost in ((recomputed - dense, times.layer), (dense, times.dense_layer)):
+        backward["recompute"] += count * (cost.recompute - cost.recompute_communication)
+        for axis, seconds in cost.recompute_axes.items():
+            backward[_AXES[axis]] += count * seconds
 
 
 def _add_boundary(

@@ -234,8 +234,11 @@ def _intra_node_curve(
     log_ranks = np.log2(np.maximum(ranks, 2.0))
     known = np.log2(curve.ranks)
     latency = np.exp(np.interp(log_ranks, known, np.log(curve.latency)))
-    # Domains larger than the largest measured group (NVL72): a ring adds a step per rank.
+    # Domains larger than the largest measured group (NVL72): a ring adds a step per rank; an all-to-all has all its
+    # messages in flight at once.
     beyond = np.maximum(1.0, ranks / curve.ranks[-1])
+    if collective == "all_to_all":
+        beyond = np.ones_like(beyond)
     efficiency = np.interp(log_ranks, known, curve.link_efficiency)
     ring = network.calibration.collectives["all_gather"].link_efficiency[-1]
     if collective == "all_reduce" and curve.link_efficiency[-1] > _IN_SWITCH_GAIN * ring:

@@ -76,6 +76,17 @@ class CostContext:
         return _OPERAND_BYTES.get(self.workload.precision, self.element_bytes)
 
     @property
+    def kept_input_bytes(self) -> float:
+        """Width of what linear layers keep of their inputs for their backward [B]."""
+        return self.operand_bytes if self.software.keeps_narrow_operands else self.element_bytes
+
+    @property
+    def narrow_copy_bytes(self) -> float:
+        """Copies of the weights in the format of the products that are kept beside the 16-bit ones [B per parameter]."""
+        is_kept = self.software.keeps_narrow_operands and self.operand_bytes < self.element_bytes
+        return self.operand_bytes if is_kept else 0.0
+
+    @property
     def is_lora(self) -> bool:
         """Whether the weights are frozen and low-rank adapters are trained beside them."""
         return self.workload.lora_rank is not None

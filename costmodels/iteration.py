@@ -78,6 +78,8 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
     )
     edges = columns.take(np.zeros(num_nodes, dtype=np.int64))
     send = _send_times(context, plan, edges, placement, copies)
+    received_forward, received_backward = _received(context, send)
+    forward, backward = forward + received_forward, backward + received_backward
     parameters = virtual_stage_parameters(context, plan, edges)
     overlap_reduce, overlap_gather = overlaps(context)
     reduced, gathered = (
@@ -96,12 +98,14 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
         + is_last * times.head_weight_gradient[0],
         forward_communication_time=behind * times.layer.forward_communication
         + leading * times.dense_layer.forward_communication
-        + is_first * times.embedding_communication[0],
+        + is_first * times.embedding_communication[0]
+        + received_forward,
         backward_communication_time=behind * times.layer.backward_communication
         + leading * times.dense_layer.backward_communication
         + recomputed * times.layer.recompute_communication
         + is_first * times.root_backward_communication[0]
-        + is_last * times.head_communication[0],
+        + is_last * times.head_communication[0]
+        + received_backward,
         send_time=send,
         is_send_blocking=bool(blocks_on_send(context, columns.vpp)[0]),
         gradient_reduce_time=sync_times(context, edges, reduced).gradient_reduce,
@@ -132,6 +136,14 @@ def _send_times(
     stays = stage_of == np.roll(stage_of, -1)
     ends_copy = (np.arange(placement.size) + 1) % (placement.size // copies) == 0
     return np.where(ends_copy | (stays & (plan.pp > 1)), 0.0, send)
+
+
+def _received(context: CostContext, send: FloatColumn) -> tuple[FloatColumn, FloatColumn]:
+    """Return how long receives hold the compute stream of each virtual stage, forward and backward [s]."""
+    nothing = np.zeros_like(send)
+    if not context.software.is_receive_blocking:
+        return nothing, nothing
+    return np.roll(send, 1), send
 
 
 def _joint_times(

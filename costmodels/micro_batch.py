@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.layers.activations import WITHIN_MOE
 from meshwright.costmodels.layers.boundary import BoundaryTimes, boundary_times
 from meshwright.costmodels.layers.cases import CASE_FIELDS, LayerCases, cases_of
 from meshwright.costmodels.layers.layer import LayerTimes, layer_times
@@ -35,8 +36,8 @@ class LayerCost:
         only some layers pay it for those.
     weight_gradient : FloatColumn
         The part of ``backward`` that only makes weight gradients.
-    recompute_communication : FloatColumn
-        The exposed communication in ``recompute``.
+    recompute_axes : Mapping[str, FloatColumn]
+        Exposed communication in ``recompute`` by axis: tp, cp, ep.
     forward_axes, backward_axes : Mapping[str, FloatColumn]
         Exposed communication in ``forward`` and ``backward`` by axis: tp, cp, ep, dp.
     """
@@ -45,7 +46,7 @@ class LayerCost:
     backward: FloatColumn
     recompute: FloatColumn
     weight_gradient: FloatColumn
-    recompute_communication: FloatColumn
+    recompute_axes: Mapping[str, FloatColumn]
     forward_axes: Mapping[str, FloatColumn]
     backward_axes: Mapping[str, FloatColumn]
 
@@ -58,6 +59,11 @@ class LayerCost:
     def backward_communication(self) -> FloatColumn:
         """Exposed communication of all axes in ``backward`` [s]."""
         return sum(self.backward_axes.values(), np.zeros_like(self.forward))
+
+    @property
+    def recompute_communication(self) -> FloatColumn:
+        """Exposed communication of all axes in ``recompute`` [s]."""
+        return sum(self.recompute_axes.values(), np.zeros_like(self.forward))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,7 +131,8 @@ def micro_batch_times(context: CostContext, columns: PlanColumns) -> MicroBatchT
         head_backward=head.backward,
         head_weight_gradient=head.weight_gradient,
         embedding_communication=boundary.embedding_communication + root.forward,
-        head_communication=boundary.head_communication,
+        # Prediction modules run the head again.
+        head_communication=boundary.head_communication * (1.0 + model.num_mtp_layers),
         root_backward_communication=root.backward,
     )
 
@@ -157,7 +164,7 @@ def _layer_cost(
 ) -> LayerCost:
     """Return one kind of layer with its recompute and what FSDP exposes beside it."""
     is_expert_layer = context.model.moe is not None if is_moe is None else is_moe
-    recompute, recompute_communication = _recompute(columns, times)
+    recompute, recompute_axes = _recompute(columns, times)
     forward = times.forward + times.forward_communication
     backward = times.backward + times.backward_communication
 
@@ -176,7 +183,7 @@ def _layer_cost(
         backward=backward + fsdp.backward + copies_backward,
         recompute=recompute,
         weight_gradient=times.weight_gradient,
-        recompute_communication=recompute_communication,
+        recompute_axes=recompute_axes,
         forward_axes=forward_axes,
         backward_axes=backward_axes,
     )
@@ -208,24 +215,32 @@ def _copy_times(
     return copies_forward, copies_backward
 
 
-def _recompute(columns: PlanColumns, times: LayerTimes) -> tuple[FloatColumn, FloatColumn]:
-    """Return the seconds recomputing one layer adds, and the exposed communication among them."""
+def _recompute(columns: PlanColumns, times: LayerTimes) -> tuple[FloatColumn, dict[str, FloatColumn]]:
+    """Return the seconds recomputing one layer adds, and the exposed communication among them by axis."""
     is_full = columns.recompute == Recomputes.FULL
     is_selective = columns.recompute == Recomputes.SELECTIVE
-    own, own_communication = times.selective_recompute, times.selective_communication
+    nothing = np.zeros(len(columns))
+    own = times.selective_recompute
+    own_axes = {axis: times.selective_axes.get(axis, nothing) for axis in times.forward_axes}
     if columns.recompute_modules.any():
-        named, named_communication = np.zeros(len(columns)), np.zeros(len(columns))
+        named, named_axes = nothing, dict.fromkeys(own_axes, nothing)
+        is_block = (columns.recompute_modules >> RECOMPUTE_MODULES.index("moe")) & 1
         for bit, module in enumerate(RECOMPUTE_MODULES):
             is_named = (columns.recompute_modules >> bit) & 1
-            named += is_named * times.module_forward.get(module, 0.0)
-            named_communication += is_named * times.module_communication.get(module, 0.0)
-        own = np.where(columns.recompute_modules > 0, named, own)
-        own_communication = np.where(columns.recompute_modules > 0, named_communication, own_communication)
+            if module in WITHIN_MOE:
+                is_named = is_named * (1 - is_block)
+            named = named + is_named * times.module_forward.get(module, nothing)
+            for axis, seconds in times.module_axes.get(module, {}).items():
+                named_axes[axis] = named_axes[axis] + is_named * seconds
+        names_modules = columns.recompute_modules > 0
+        own = np.where(names_modules, named, own)
+        own_axes = {axis: np.where(names_modules, named_axes[axis], own_axes[axis]) for axis in own_axes}
     compute = np.where(is_selective, own, np.where(is_full, times.forward, 0.0))
-    communication = np.where(
-        is_selective, own_communication, np.where(is_full, times.forward_communication, 0.0)
-    )
-    return compute + communication, communication
+    axes = {
+        axis: np.where(is_selective, own_axes[axis], np.where(is_full, times.forward_axes[axis], 0.0))
+        for axis in own_axes
+    }
+    return sum(axes.values(), compute), axes
 
 
 def _moe_share(context: CostContext) -> float:
@@ -251,7 +266,7 @@ def _mixed(layer: LayerCost, other: LayerCost, share: float) -> LayerCost:
         backward=mean("backward"),
         recompute=mean("recompute"),
         weight_gradient=mean("weight_gradient"),
-        recompute_communication=mean("recompute_communication"),
+        recompute_axes=mean_axes("recompute_axes"),
         forward_axes=mean_axes("forward_axes"),
         backward_axes=mean_axes("backward_axes"),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns
+from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, VocabParallels
 from meshwright.simcore.domain import model_parameters
 from meshwright.simcore.domain.model import ModelSpec
 
@@ -127,10 +127,19 @@ def boundary_parameters(context: CostContext, num_parameters: FloatColumn) -> Ra
 
 
 def mtp_parameters(context: CostContext, columns: PlanColumns) -> RankParameters:
-    """Return what the last stage holds for multi-token prediction: a layer, and the projection of its two inputs."""
+    """Return what the last stage holds for multi-token prediction: layers, and the projections of their two inputs.
+
+    The modules look up the next tokens too: where the embedding sits on another stage, and is not spread over all, the
+    last one keeps a copy of its table (Megatron-Core; DeepSeek-V3 puts both ends on one stage, arXiv 2412.19437,
+    section 2.2).
+    """
     model = context.model
     if not model.num_mtp_layers:
         return no_parameters(len(columns))
     layer = layer_parameters(context, columns, is_moe=model.moe is not None)
-    projection = 2.0 * model.hidden_size**2 / columns.tp
-    return (layer + boundary_parameters(context, projection)).scaled(float(model.num_mtp_layers))
+    projection = boundary_parameters(context, 2.0 * model.hidden_size**2 / columns.tp)
+    # The copy of a tied head serves both.
+    is_apart = ~columns.has_both_ends & (columns.vocab_parallel < VocabParallels.VOCAB_1)
+    keeps_copy = is_apart & (not model.has_tied_embeddings)
+    table = np.where(keeps_copy, model.num_embedding_parameters / columns.tp, 0.0)
+    return (layer + projection).scaled(float(model.num_mtp_layers)) + boundary_parameters(context, table)

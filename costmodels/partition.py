@@ -14,6 +14,7 @@ import numpy as np
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.micro_batch import micro_batch_times
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, VocabParallels
+from meshwright.costmodels.stage import leading_dense_layers
 
 __all__ = ["balanced_ends", "boundary_layers"]
 
@@ -22,13 +23,21 @@ _RESOLUTION = 0.05
 
 
 def boundary_layers(context: CostContext, columns: PlanColumns) -> tuple[FloatColumn, FloatColumn]:
-    """Return how many layers embedding and LM head (with loss and prediction modules) take, shape ``(num_plans,)``."""
+    """Return how many layers embedding and LM head (with loss and prediction modules) take, shape ``(num_plans,)``.
+
+    What the dense layers that lead a mixture-of-experts model save is taken off the embedding, which may leave less
+    than nothing.
+    """
     times = micro_batch_times(context, columns)
-    layer = times.layer
-    one_layer = layer.forward + layer.backward + layer.recompute
+    one_layer, dense_layer = (
+        layer.forward + layer.backward + layer.recompute for layer in (times.layer, times.dense_layer)
+    )
     spreads = columns.vocab_parallel >= VocabParallels.VOCAB_1
+    leading = np.minimum(leading_dense_layers(context), columns.chunk_first)
+    saved = leading * (1.0 - dense_layer / one_layer)
+    embedding = np.where(spreads, 0.0, (times.embedding_forward + times.embedding_backward) / one_layer)
     return (
-        np.where(spreads, 0.0, (times.embedding_forward + times.embedding_backward) / one_layer),
+        embedding - saved,
         np.where(spreads, 0.0, (times.head_forward + times.head_backward) / one_layer),
     )
 
@@ -46,7 +55,7 @@ def balanced_ends(
     num_layers, num_virtual_stages : int
         Layers of the model; stages, at least 2 and at most two more than layers.
     embedding_layers, head_layers : float
-        What the ends take besides, in layers.
+        What the ends take besides, in layers; below 0 where their own layers take less than the others.
 
     Examples
     --------

@@ -60,8 +60,8 @@ V_SHAPED = ("zb_v", "v_half", "v_min", "dualpipe_v")
 """Schedules whose stage ``s`` holds virtual stages ``s`` and ``2 pp - 1 - s``: both ends on the first stage."""
 # ``recompute_layers`` of plans that recompute every layer of a stage: more than any stage has.
 ALL_LAYERS = 1_000_000
-# Mixed-radix keys stay below this to be exact in 64 bits.
-_LARGEST_KEY = 2**62
+# Tables up to this size are filled rather than combinations sorted.
+_SMALL_TABLE = 2**16
 
 FloatColumn = NDArray[np.float64]
 IntColumn = NDArray[np.int64]
@@ -82,6 +82,7 @@ class Recomputes:
 class Schedules:
     """Column codes of ``ParallelPlan.schedule`` that formulas tell apart."""
 
+    NONE = SCHEDULES_KNOWN.index("none")
     GPIPE = SCHEDULES_KNOWN.index("gpipe")
     INTERLEAVED = SCHEDULES_KNOWN.index("interleaved_1f1b")
     ZB_H1 = SCHEDULES_KNOWN.index("zb_h1")
@@ -170,19 +171,30 @@ class PlanColumns:
         """Return one row per distinct combination of some fields, and for every plan the row that is its own.
 
         What depends on these fields alone is costed once per combination and gathered:
-        ``rows, inverse = columns.distinct("tp", "cp"); cost(rows)[inverse]``.
+        ``rows, inverse = columns.distinct("tp", "cp"); cost(rows)[inverse]``. The columns may be an open mesh: the
+        inverse then has the shape that the fields have together.
         """
+        if not len(self):
+            return self, np.zeros(0, dtype=np.int64)
         arrays = [np.asarray(getattr(self, name), dtype=np.int64) for name in names]
-        sizes = [int(array.max(initial=0)) + 1 for array in arrays]
-        if math.prod(sizes) < _LARGEST_KEY:
-            # Mixed radix: one integer per combination, exact because it does not overflow.
-            key = np.zeros(len(self), dtype=np.int64)
-            for array, size in zip(arrays, sizes, strict=True):
-                key = key * size + array
-            _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-        else:
-            _, first, inverse = np.unique(np.stack(arrays), axis=1, return_index=True, return_inverse=True)
-        return self.take(first), inverse.reshape(-1)
+        shape = np.broadcast_shapes(*(array.shape for array in arrays))
+        codes, num_codes = _joint_codes(arrays)
+        inverse = np.broadcast_to(codes, shape)
+        # Any plan of a combination stands for it.
+        member = np.zeros(num_codes, dtype=np.int64)
+        member[inverse.reshape(-1)] = np.arange(inverse.size)
+        chosen = np.unravel_index(member, shape)
+
+        def of_members(values: NDArray[np.generic]) -> NDArray[np.generic]:
+            # A mesh may have dimensions that the fields do not: there the first entry is as good as any.
+            index = tuple(
+                place if own > 1 and size > 1 else 0
+                for place, own, size in zip(chosen, values.shape, shape, strict=True)
+            )
+            return np.broadcast_to(values[index], num_codes)
+
+        rows = PlanColumns(**{each.name: of_members(getattr(self, each.name)) for each in fields(self)})  # type: ignore[arg-type]  # dtypes stay
+        return rows, inverse
 
     def with_recompute(self, code: int) -> PlanColumns:
         """Return the same plans under another recompute policy."""
@@ -249,6 +261,33 @@ class PlanColumns:
             vocab_parallel=column([VOCAB_PARALLELS.index(p.vocab_parallel) for p in plans]),
             **{name: layers[:, index] for index, name in enumerate(LAYER_FIELDS)},
         )
+
+
+def _joint_codes(arrays: Sequence[IntColumn]) -> tuple[IntColumn, int]:
+    """Return a code from 0 up for each combination of the arrays' entries, without gaps, and the number of codes."""
+    most = max(_SMALL_TABLE, 8 * math.prod(np.broadcast_shapes(*(array.shape for array in arrays))))
+    key, num_keys = np.zeros((1,) * arrays[0].ndim, dtype=np.int64), 1
+    for array in arrays:
+        least = int(array.min())
+        values, num_values = array - least, int(array.max()) - least + 1
+        if num_values == 1:
+            continue
+        if num_keys * num_values > most:
+            key, num_keys = _without_gaps(key, num_keys)
+            values, num_values = _without_gaps(values, num_values)
+        key, num_keys = key * num_values + values, num_keys * num_values
+    return _without_gaps(key, num_keys)
+
+
+def _without_gaps(codes: IntColumn, num_codes: int) -> tuple[IntColumn, int]:
+    """Renumber codes so that each occurs; through a table where they are few, by sorting where they are many."""
+    if num_codes > max(_SMALL_TABLE, 16 * codes.size):
+        found, inverse = np.unique(codes, return_inverse=True)
+        return inverse.reshape(codes.shape), len(found)
+    occurs = np.zeros(num_codes, dtype=np.bool_)
+    occurs[codes.reshape(-1)] = True
+    number = np.cumsum(occurs) - 1
+    return number[codes], int(number[-1]) + 1
 
 
 def module_mask(modules: Sequence[str]) -> int:

@@ -122,6 +122,7 @@ def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "
                 recompute,
                 flops,
                 recomputes_operators=context.software.selective_recompute == "operators",
+                recompute_modules=plan.recompute_modules,
             )
             for recompute, share in _recompute_shares(plan).items()
         )
@@ -134,7 +135,13 @@ def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "
 def _recompute_shares(plan: ParallelPlan) -> dict[str, float]:
     """Return the share of the layers under each recompute policy."""
     if not plan.layer_groups:
-        return {plan.recompute: 1.0}
+        held = plan.layers_per_stage
+        recomputed = sum(min(layers, plan.recompute_layers or layers) for layers in held) / max(1, sum(held))
+        return (
+            {plan.recompute: recomputed, "none": 1.0 - recomputed}
+            if recomputed < 1.0
+            else {plan.recompute: 1.0}
+        )
     shares: dict[str, float] = {}
     for group in plan.layer_groups:
         shares[group.recompute] = shares.get(group.recompute, 0.0) + group.num_layers / plan.num_layers

@@ -73,12 +73,16 @@ class SoftwareGeneration:
         Share of the NIC bandwidth collectives and sends reach.
     is_send_blocking : bool
         Pipeline sends hold the compute stream.
+    is_receive_blocking : bool
+        Pipeline receives hold the compute stream as well: one instruction after the other.
     overlaps_interleaved_sends : bool
         Interleaved schedules send beside compute (Megatron's default since overlap_p2p_communication).
     has_scatter_gather : bool
         Pipeline sends are split over tensor parallel ranks (Narayanan et al. 2021, section 4.1).
     deduplicates_dispatch : bool
         The expert dispatch sends a token once per node (DeepEP), not once per expert.
+    keeps_narrow_operands : bool
+        Products in a narrow format keep their inputs, and a copy of their weights, in it (Transformer Engine).
     applies_router_weights_early : bool
         The router's weights are applied within the experts' activation, so that their output need not be stored.
     expert_overlap_contention : float
@@ -132,9 +136,11 @@ class SoftwareGeneration:
     broadcast_step_latency: float = 0.0
     inter_node_efficiency: float = 0.8
     is_send_blocking: bool = True
+    is_receive_blocking: bool = False
     overlaps_interleaved_sends: bool = False
     has_scatter_gather: bool = True
     deduplicates_dispatch: bool = False
+    keeps_narrow_operands: bool = False
     applies_router_weights_early: bool = False
     # 20 of 132 SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.2.2).
     expert_overlap_contention: float = 0.15
@@ -165,6 +171,7 @@ _SECONDS = (
 )
 _FLAGS = (
     "is_gradient_accumulation_fused",
+    "is_receive_blocking",
     "is_send_blocking",
     "has_scatter_gather",
     "fsdp_keeps_parameters",
@@ -172,6 +179,7 @@ _FLAGS = (
     "accumulates_bf16_in_fp32",
     "deduplicates_dispatch",
     "applies_router_weights_early",
+    "keeps_narrow_operands",
 )
 
 

@@ -139,9 +139,12 @@ def optimizer_time(
 
 
 def fixed_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
-    """Fixed time of the software, and the tied embedding's sum between first and last stage."""
+    """Fixed time of the software, and the sum of two embedding tables between first and last stage.
+
+    A tied head holds the second one, or multi-token prediction does.
+    """
     fixed = np.full(len(columns), context.software.fixed_time)
-    if not context.model.has_tied_embeddings:
+    if context.is_lora or not (context.model.has_tied_embeddings or context.model.num_mtp_layers):
         return fixed
     num_bytes = context.gradient_bytes * context.model.num_embedding_parameters / columns.tp
     spans = columns.tp * columns.cp * columns.dp * columns.pp > context.cluster.node.num_gpus

@@ -31,7 +31,7 @@ __all__ = [
     "context_axis",
     "context_degrees",
     "divisors",
-    "expert_grids",
+    "expert_axis",
     "layout_axis",
     "micro_batch_axis",
     "offload_axis",
@@ -100,13 +100,13 @@ def context_degrees(sequence_length: int, ranks: int) -> list[int]:
     return [d for d in divisors(ranks) if d == 1 or sequence_length >= d * _LEAST_TOKENS_PER_RANK * 2]
 
 
-def expert_grids(model: ModelSpec, ranks: int, tp: int) -> list[tuple[int, int]]:
-    """Return (ep, etp) pairs: ep divides the experts, etp the tensor ranks, both together the ranks of a stage."""
-    if model.moe is None:
-        return [(1, 1)]
-    return [
-        (ep, etp) for etp in divisors(tp) for ep in divisors(model.moe.num_experts) if ranks % (ep * etp) == 0
-    ]
+def expert_axis(model: ModelSpec, ranks: int, tp: int) -> Axis:
+    """Return grids of expert ranks: ep divides the experts, etp the tensor ranks, both together those of a stage."""
+    grids = [(1, 1)]
+    if model.moe is not None:
+        experts = divisors(model.moe.num_experts)
+        grids = [(ep, etp) for etp in divisors(tp) for ep in experts if ranks % (ep * etp) == 0]
+    return _axis(ep=[ep for ep, _ in grids], etp=[etp for _, etp in grids])
 
 
 def sharding_axis(dp: int, tp: int, gpus_per_node: int) -> Axis:
@@ -127,7 +127,8 @@ def sharding_axis(dp: int, tp: int, gpus_per_node: int) -> Axis:
 def recompute_axis(model: ModelSpec) -> Axis:
     """Return recompute policies: none, the software's selective, lists of modules, and full for a share of the layers.
 
-    ``recompute_share`` becomes a number of layers once a stage's are known.
+    ``recompute_share`` becomes a number of layers once a stage's are known; ``recompute_share_below`` is the next
+    smaller share, which may come to the same number.
     """
     modules: list[tuple[str, ...]] = [("layernorm",)]
     if model.moe is None:
@@ -140,7 +141,13 @@ def recompute_axis(model: ModelSpec) -> Axis:
     options += [(selective, module_mask(names), 1.0) for names in modules]
     options += [(full, 0, share) for share in _RECOMPUTE_SHARES]
     kinds, masks, shares = zip(*options, strict=True)
-    return _axis(recompute=kinds, recompute_modules=masks, recompute_share=shares)
+    below = dict(zip(_RECOMPUTE_SHARES, (0.0, *_RECOMPUTE_SHARES), strict=False))
+    return _axis(
+        recompute=kinds,
+        recompute_modules=masks,
+        recompute_share=shares,
+        recompute_share_below=[below[share] for share in shares],
+    )
 
 
 def offload_axis(node: NodeSpec, allows_nvme: bool) -> Axis:

@@ -142,6 +142,10 @@ def _data_parallel(explanation: Explanation) -> str:
     return f"{' and '.join(parts)} over {ranks} ranks"
 
 
+def _offload(explanation: Explanation) -> str:
+    return "stored activations or weights travel to host memory and back"
+
+
 def _sends(explanation: Explanation) -> str:
     plan = explanation.plan
     count = _num_micro_batches(explanation.context.workload, plan)
@@ -173,6 +177,7 @@ _CAUSES: Mapping[str, Callable[[Explanation], str]] = {
     "context parallel": _context_parallel,
     "expert parallel": _expert_parallel,
     "data parallel": _data_parallel,
+    "offload": _offload,
     "pipeline sends": _sends,
     "pipeline bubble": _bubble,
     "optimizer": _optimizer,

@@ -166,8 +166,9 @@ def read_plan(path: Path) -> PlanDocument:
 
 def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:
     mapping = dataclasses.asdict(plan)
-    for key in ("layers_per_stage", "recompute_modules", "layer_groups"):
+    for key in ("layers_per_stage", "recompute_modules"):
         mapping[key] = list(mapping[key])
+    mapping["layer_groups"] = [_group_mapping(group) for group in plan.layer_groups]
     defaults = {each.name: each.default for each in dataclasses.fields(plan)}
     return {
         key: value
@@ -240,12 +241,19 @@ def _plan(section: Section) -> ParallelPlan:
         raise section.error("", str(error)) from None
 
 
+def _group_mapping(group: LayerGroup) -> dict[str, object]:
+    mapping = dataclasses.asdict(group)
+    modules = list(mapping.pop("recompute_modules"))
+    return mapping | ({"recompute_modules": modules} if modules else {})
+
+
 def _layer_group(section: Section) -> LayerGroup:
     num_layers = section.integer("num_layers", minimum=1)
     tp = section.integer("tp", default=1, minimum=1)
     sequence_parallel = section.boolean("sequence_parallel", default=False)
     sharding = cast("GroupSharding", section.choice("sharding", GROUP_SHARDINGS, default="none"))
     recompute = cast("GroupRecompute", section.choice("recompute", GROUP_RECOMPUTES, default="none"))
+    modules = section.texts("recompute_modules") if section.has("recompute_modules") else ()
     section.close()
     try:
         return LayerGroup(
@@ -254,6 +262,7 @@ def _layer_group(section: Section) -> LayerGroup:
             sequence_parallel=sequence_parallel,
             sharding=sharding,
             recompute=recompute,
+            recompute_modules=modules,
         )
     except SpecError as error:
         raise section.error("", str(error)) from None
@@ -270,10 +279,11 @@ def _check_fits(section: Section, job: TrainingJob, plan: ParallelPlan) -> None:
             "plan",
             f"needs tp x cp x dp x pp = {plan.num_gpus} GPUs, but the cluster has {job.cluster.num_gpus}",
         )
-    if job.model.num_attention_heads % plan.tp:
-        raise section.error(
-            "plan", f"tp {plan.tp} does not divide {job.model.num_attention_heads} attention heads"
-        )
+    for tp in dict.fromkeys([plan.tp, *(group.tp for group in plan.layer_groups)]):
+        if job.model.num_attention_heads % tp:
+            raise section.error(
+                "plan", f"tp {tp} does not divide {job.model.num_attention_heads} attention heads"
+            )
     stage = plan.tp * plan.cp * plan.dp
     if stage % (plan.ep * plan.etp):
         raise section.error(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.partition import boundary_layers
-from meshwright.costmodels.plan_columns import ALL_LAYERS, IntColumn, PlanColumns
+from meshwright.costmodels.plan_columns import ALL_LAYERS, PlanColumns
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.planner.axes import (
     Axis,
     context_axis,
     context_degrees,
     divisors,
-    expert_grids,
+    expert_axis,
     layout_axis,
     micro_batch_axis,
     offload_axis,
@@ -26,6 +24,7 @@ from meshwright.planner.axes import (
     sequence_axis,
     sharding_axis,
 )
+from meshwright.planner.space_block import SpaceBlock, concatenate
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import (
     CP_METHODS,
@@ -43,8 +42,6 @@ from meshwright.simcore.domain.plan import (
 __all__ = [
     "LIMIT_KEYS",
     "SearchLimits",
-    "SpaceBlock",
-    "concatenate",
     "enumerate_space",
     "plan_of_row",
     "space_blocks",
@@ -105,56 +102,10 @@ class SearchLimits:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpaceBlock:
-    """The plans of one set of degrees: the product of the remaining choices.
-
-    Parameters
-    ----------
-    degrees : Mapping[str, int]
-        ``tp``, ``cp``, ``pp``, ``dp``, ``ep``, ``etp``.
-    axes : Mapping[str, Axis]
-        The choices, by name; rows count through the last one fastest.
-    global_batch_size, num_layers : int
-        Of the job.
-    """
-
-    degrees: Mapping[str, int]
-    axes: Mapping[str, Axis]
-    global_batch_size: int
-    num_layers: int
-
-    def __len__(self) -> int:
-        """Return the number of plans."""
-        return math.prod(len(axis) for axis in self.axes.values())
-
-    def columns(self, rows: IntColumn) -> PlanColumns:
-        """Return some of the plans; ``rows`` are numbers from 0 to the length of the block."""
-        shape = tuple(len(axis) for axis in self.axes.values())
-        chosen = np.unravel_index(rows, shape)
-        values: dict[str, NDArray[np.generic]] = {
-            name: np.full(len(rows), degree, dtype=np.int64) for name, degree in self.degrees.items()
-        }
-        for axis, option in zip(self.axes.values(), chosen, strict=True):
-            for name, column in axis.columns.items():
-                values[name] = column[option]
-        share = values.pop("recompute_share").astype(np.float64)
-        pp, vpp, per_step = values["pp"], values["vpp"], values["dp"].astype(np.int64)
-        per_step = per_step * values["micro_batch_size"].astype(np.int64)
-        per_chunk = self.num_layers / (pp.astype(np.float64) * vpp.astype(np.float64))
-        return PlanColumns(
-            **values,  # type: ignore[arg-type]  # the axes name the columns
-            # Where the batch does not divide the constraint rejects the row; 1 keeps the arithmetic defined.
-            num_micro_batches=np.maximum(self.global_batch_size // per_step, 1),
-            recompute_layers=np.where(share < 1.0, np.ceil(share * per_chunk), ALL_LAYERS).astype(np.int64),
-            secondary_group=np.zeros(len(rows), dtype=np.int64),
-        )
-
-
 def space_blocks(
     context: CostContext, limits: SearchLimits, world_sizes: tuple[int, ...]
 ) -> Iterator[SpaceBlock]:
-    """Yield the whole space, one block per set of degrees.
+    """Yield the whole space, one block per tp, cp, pp and dp.
 
     Every factorisation of the world into tp, cp, pp and dp, with every grid of expert ranks; micro-batches that
     divide a replica's batch; every schedule with its chunks and its split of the layers; sequence parallelism;
@@ -194,7 +145,8 @@ def space_blocks(
             for cp in context_degrees(workload.sequence_length, world // tp):
                 for pp in divisors(world // (tp * cp)):
                     dp = world // (tp * cp * pp)
-                    inner = {
+                    axes = {
+                        "experts": expert_axis(model, tp * cp * dp, tp),
                         "micro_batch": micro_batch_axis(workload.global_batch_size, dp),
                         "layout": layout_axis(context, pp, boundaries[tp], vocab_words),
                         "sequence": sequence_axis(tp),
@@ -204,13 +156,12 @@ def space_blocks(
                         "offload": offload,
                         "overlap": Axis(columns={"expert_overlap": np.array([int(d) for d in overlaps])}),
                     }
-                    for ep, etp in expert_grids(model, tp * cp * dp, tp):
-                        yield SpaceBlock(
-                            degrees={"tp": tp, "cp": cp, "pp": pp, "dp": dp, "ep": ep, "etp": etp},
-                            axes=inner,
-                            global_batch_size=workload.global_batch_size,
-                            num_layers=model.num_layers,
-                        )
+                    yield SpaceBlock(
+                        degrees={"tp": tp, "cp": cp, "pp": pp, "dp": dp},
+                        axes=axes,
+                        global_batch_size=workload.global_batch_size,
+                        num_layers=model.num_layers,
+                    )
 
 
 def _boundaries(context: CostContext, world_sizes: tuple[int, ...]) -> dict[int, tuple[float, float]]:
@@ -246,18 +197,6 @@ def enumerate_space(
                 pending, num_rows = [], 0
     if pending:
         yield concatenate(pending)
-
-
-def concatenate(parts: list[PlanColumns]) -> PlanColumns:
-    """Return the rows of several columns, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    return PlanColumns(
-        **{
-            each.name: np.concatenate([getattr(part, each.name) for part in parts])
-            for each in fields(PlanColumns)
-        }
-    )
 
 
 def plan_of_row(job: TrainingJob, columns: PlanColumns, row: int) -> ParallelPlan:

@@ -60,6 +60,8 @@ VARIANT_FIELDS: tuple[str, ...] = (
 
 # Schedules that follow from pp and vpp alone, so that a change of these may exchange one for another.
 _PLAIN_SCHEDULES = ("none", "gpipe", "1f1b", "interleaved_1f1b")
+# Schedules whose stages hold two chunks, there and back.
+_V_SHAPED = ("zb_v", "v_half", "v_min", "dualpipe_v")
 
 
 def parse_fields(text: str) -> dict[str, PlanValue]:
@@ -121,7 +123,7 @@ def force_fields(
     ``dp`` takes what tp, cp and pp leave of the plan's GPUs; layers are spread anew when pp or vpp change (all zero
     where they cannot be, for the pipeline constraint to say so); ``none``, ``gpipe``, ``1f1b`` and
     ``interleaved_1f1b`` follow pp and vpp; sequence parallelism ends with tp 1, sharding with a single replica,
-    groups that no longer divide dp with it.
+    groups that no longer divide dp with it; a layer-wise plan becomes uniform.
 
     Raises
     ------
@@ -153,6 +155,8 @@ def force_fields(
         adapted["secondary_group"] = None
     if sharding not in ("zero3", "hsdp"):
         adapted["parameter_offload"] = "none"
+    if not set(forced) <= {"schedule"}:
+        adapted["layer_groups"] = ()
     return replace(plan, **(adapted | fields))
 
 
@@ -181,8 +185,8 @@ def _schedule(plan: ParallelPlan, forced: Mapping[str, PlanValue], pp: int) -> t
     vpp = int(forced.get("vpp", plan.vpp if pp > 1 else 1))  # type: ignore[arg-type]  # a whole number
     if "schedule" in forced:
         schedule = str(forced["schedule"])
-        if "vpp" not in forced and schedule in ("none", "gpipe", "1f1b"):
-            vpp = 1
+        if "vpp" not in forced:
+            vpp = max(vpp, 2) if schedule == "interleaved_1f1b" else 2 if schedule in _V_SHAPED else 1
         return schedule, vpp
     if pp == 1:
         return "none", vpp

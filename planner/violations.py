@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.memory import peak_memory
+from meshwright.costmodels.memory import plan_memory
 from meshwright.costmodels.plan_columns import PlanColumns
 from meshwright.errors import SpecError
 from meshwright.planner.constraints import CONSTRAINTS
@@ -17,7 +17,9 @@ from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.schedules import SCHEDULES
 from meshwright.units import format_quantity
 
-__all__ = ["Violation", "find_violation"]
+__all__ = ["Violation", "find_violation", "tolerated_constraints"]
+
+_DECISIVE = frozenset({"cluster", "batch", "schedule", "pipeline", "memory", "host_memory"})
 
 _DEGREES = ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
 
@@ -29,8 +31,7 @@ class Violation:
     Parameters
     ----------
     constraint : str
-        Name in :data:`meshwright.planner.constraints.CONSTRAINTS`; ``cluster`` or ``schedule`` for what the search
-        never proposes.
+        Name in :data:`meshwright.planner.constraints.CONSTRAINTS`; ``cluster`` for more GPUs than there are.
     sentence : str
         What the constraint demands.
     numbers : str
@@ -47,7 +48,12 @@ class Violation:
         return f"by constraint '{self.constraint}' ({self.sentence}): {self.numbers}"
 
 
-def find_violation(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> Violation | None:
+def find_violation(
+    context: CostContext,
+    plan: ParallelPlan,
+    limits: SearchLimits,
+    tolerated: frozenset[str] = frozenset(),
+) -> Violation | None:
     """Return the first constraint that a plan violates, in the order of the report; None when it can run.
 
     Parameters
@@ -58,10 +64,27 @@ def find_violation(context: CostContext, plan: ParallelPlan, limits: SearchLimit
         Any plan, layers that cannot be spread included (``layers_per_stage`` all zero).
     limits : SearchLimits
         Restrictions; ``memory_headroom`` is the share of memory that must stay free.
+    tolerated : frozenset[str]
+        Constraints that may be violated: see :func:`tolerated_constraints`.
     """
+    return next(
+        (each for each in _violations(context, plan, limits) if each.constraint not in tolerated), None
+    )
+
+
+def tolerated_constraints(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> frozenset[str]:
+    """Return the constraints that a plan violates though its user runs it: those that only steer the search.
+
+    What decides whether it runs at all is never among them: GPUs, batch, schedule and memory.
+    """
+    names = (violation.constraint for violation in _violations(context, plan, limits))
+    return frozenset(names) - _DECISIVE
+
+
+def _violations(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> Iterator[Violation]:
     cluster = context.cluster
     if plan.num_gpus > cluster.num_gpus:
-        return Violation(
+        yield Violation(
             constraint="cluster",
             sentence="the plan's GPUs exist",
             numbers=f"it needs {plan.num_gpus} GPUs, the cluster has {cluster.num_gpus}",
@@ -72,37 +95,40 @@ def find_violation(context: CostContext, plan: ParallelPlan, limits: SearchLimit
     columns = PlanColumns.from_plans([plan], per_step)
     columns = replace(columns, num_micro_batches=np.array([max(1, batch // per_step)], dtype=np.int64))
     for constraint in CONSTRAINTS:
-        if not constraint.holds(context, columns, limits).all():
+        if constraint.name == "memory":
+            fits = _needed_memory(context, plan) <= _allowed_memory(context, limits)
+        else:
+            fits = bool(constraint.holds(context, columns, limits).all())
+        if not fits:
             numbers = _NUMBERS.get(constraint.name, _degrees)
-            return Violation(
+            yield Violation(
                 constraint=constraint.name,
                 sentence=constraint.sentence,
-                numbers=numbers(context, plan, columns, limits),
+                numbers=numbers(context, plan, limits),
             )
-    try:
-        SCHEDULES[plan.schedule].check(plan.pp, plan.vpp, batch // per_step)
-    except KeyError:
-        return Violation(
-            constraint="schedule", sentence="the schedule can be simulated", numbers=f"{plan.schedule} cannot"
-        )
-    except SpecError as error:
-        return Violation(
-            constraint="schedule", sentence="the schedule exists for these numbers", numbers=str(error)
-        )
-    return None
 
 
-_Numbers = Callable[[CostContext, ParallelPlan, PlanColumns, SearchLimits], str]
+def _needed_memory(context: CostContext, plan: ParallelPlan) -> float:
+    """Return the bytes of the fullest rank, exactly as the prediction of the plan counts them."""
+    if context.workload.global_batch_size % (plan.dp * plan.micro_batch_size):
+        # The batch is in the way already; memory needs one that divides.
+        return 0.0
+    return float(plan_memory(context, plan).total.max()) * (1.0 + context.software.fragmentation)
 
 
-def _degrees(context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits) -> str:
+def _allowed_memory(context: CostContext, limits: SearchLimits) -> float:
+    return context.gpu.memory_bytes * (1.0 - limits.memory_headroom)
+
+
+_Numbers = Callable[[CostContext, ParallelPlan, SearchLimits], str]
+
+
+def _degrees(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     degrees = ", ".join(f"{name} {getattr(plan, name)}" for name in _DEGREES if getattr(plan, name) > 1)
     return f"the plan has {degrees or 'one GPU'} with sharding {plan.sharding}, recompute {plan.recompute}"
 
 
-def _tensor_parallel(
-    context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits
-) -> str:
+def _tensor_parallel(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     model = context.model
     return (
         f"tp {plan.tp} against {model.num_attention_heads} heads, {model.num_query_groups} key/value heads, MLP width "
@@ -110,18 +136,16 @@ def _tensor_parallel(
     )
 
 
-def _sequence_parallel(
-    context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits
-) -> str:
+def _sequence_parallel(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     return f"tp {plan.tp} against {context.workload.sequence_length} tokens"
 
 
-def _pipeline(context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits) -> str:
+def _pipeline(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     stages = plan.pp * plan.vpp
     return f"pp {plan.pp} x vpp {plan.vpp} = {stages} virtual stages for {context.model.num_layers} layers"
 
 
-def _batch(context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits) -> str:
+def _batch(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     per_step = plan.dp * plan.micro_batch_size
     return (
         f"dp {plan.dp} x micro-batch {plan.micro_batch_size} = {per_step} sequences, the global batch is "
@@ -129,33 +153,31 @@ def _batch(context: CostContext, plan: ParallelPlan, columns: PlanColumns, limit
     )
 
 
-def _interleaving(
-    context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits
-) -> str:
+def _interleaving(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     return (
         f"pp {plan.pp} x vpp {plan.vpp} = {plan.pp * plan.vpp} chunks for {context.model.num_layers} layers, "
-        f"{int(columns.num_micro_batches[0])} micro-batches for {plan.pp} stages"
+        f"{_num_micro_batches(context, plan)} micro-batches for {plan.pp} stages"
     )
 
 
-def _sharding(context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits) -> str:
+def _sharding(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     return f"sharding {plan.sharding} with pp {plan.pp} in {context.software.id}"
 
 
-def _recompute(context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits) -> str:
+def _recompute(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     return f"recompute {plan.recompute} with {context.attention_kernel} attention in {context.software.id}"
 
 
-def _software(context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits) -> str:
+def _software(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     clashes = [
         f"{name} {_word(getattr(plan, name))} (it has {', '.join(_word(value) for value in values)})"
         for name, values in context.software.supports.items()
         if getattr(plan, name) not in values
     ]
-    return f"{context.software.id} lacks {' and '.join(clashes)}"
+    return f"{context.software.id} lacks {' and '.join(clashes) or _degrees(context, plan, limits)}"
 
 
-def _user_limits(context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits) -> str:
+def _user_limits(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
     clashes = [
         f"{name} {_word(getattr(plan, name))} (allowed: {', '.join(_word(value) for value in values)})"
         for name, values in limits.allowed.items()
@@ -164,12 +186,45 @@ def _user_limits(context: CostContext, plan: ParallelPlan, columns: PlanColumns,
     return " and ".join(clashes)
 
 
-def _memory(context: CostContext, plan: ParallelPlan, columns: PlanColumns, limits: SearchLimits) -> str:
-    needed = float(peak_memory(context, columns)[0])
-    usable = context.gpu.memory_bytes
-    allowed = usable * (1.0 - limits.memory_headroom)
+def _num_micro_batches(context: CostContext, plan: ParallelPlan) -> int:
+    return max(1, context.workload.global_batch_size // (plan.dp * plan.micro_batch_size))
+
+
+def _context_parallel(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
+    return (
+        f"cp {plan.cp} ({plan.cp_method}) with tp {plan.tp} against {context.workload.sequence_length} tokens and "
+        f"{context.model.num_query_groups} key/value heads, {context.attention_kernel} attention"
+    )
+
+
+def _expert_parallel(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
+    moe = context.model.moe
+    experts = f"{moe.num_experts} experts" if moe is not None else "a model without experts"
+    sequence = "with" if plan.sequence_parallel else "without"
+    return (
+        f"ep {plan.ep} x etp {plan.etp} against {experts} and tp x cp x dp = {plan.tp * plan.cp * plan.dp} ranks; "
+        f"tp {plan.tp} {sequence} sequence parallelism"
+    )
+
+
+def _schedule(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
+    schedule = SCHEDULES[plan.schedule]
+    try:
+        schedule.check(plan.pp, plan.vpp * schedule.num_model_copies, _num_micro_batches(context, plan))
+    except SpecError as error:
+        return str(error)
+    return _degrees(context, plan, limits)
+
+
+def _offload(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
+    return f"parameter_offload {plan.parameter_offload} with sharding {plan.sharding} and pp {plan.pp}"
+
+
+def _memory(context: CostContext, plan: ParallelPlan, limits: SearchLimits) -> str:
+    needed, usable = _needed_memory(context, plan), context.gpu.memory_bytes
     kept = f", {limits.memory_headroom:.0%} of them to stay free" if limits.memory_headroom else ""
-    return f"it needs {_gib(needed)}, {_gib(usable)} are usable{kept}: {_gib(needed - allowed)} too much"
+    too_much = needed - _allowed_memory(context, limits)
+    return f"it needs {_gib(needed)}, {_gib(usable)} are usable{kept}: {_gib(too_much)} too much"
 
 
 def _gib(num_bytes: float) -> str:
@@ -190,5 +245,9 @@ _NUMBERS: Mapping[str, _Numbers] = {
     "batch": _batch,
     "interleaving": _interleaving,
     "sharding": _sharding,
+    "context_parallel": _context_parallel,
+    "expert_parallel": _expert_parallel,
+    "offload": _offload,
+    "schedule": _schedule,
     "memory": _memory,
 }

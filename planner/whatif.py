@@ -32,11 +32,14 @@ class Question:
         What "best" means.
     flops : FlopsConvention
         How MFU counts attention.
+    tolerated : frozenset[str]
+        Constraints that only steer the search and that the given plan violates already.
     """
 
     limits: SearchLimits
     objective: Objective = "throughput"
     flops: FlopsConvention = "causal"
+    tolerated: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,7 +63,7 @@ class Outcome:
 
 def given_plan(context: CostContext, plan: ParallelPlan, question: Question) -> Outcome:
     """Return what a plan does under a context, or the constraint it violates."""
-    violation = find_violation(context, plan, question.limits)
+    violation = find_violation(context, plan, question.limits, question.tolerated)
     if violation is not None:
         return Outcome(violation=violation)
     return Outcome(explanation=explain_plan(context, plan, question.flops))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CollectiveSamples", "MeasuredConstant", "Measurements", "OperatorSamples"]
+__all__ = ["CollectiveSamples", "LayerSample", "MeasuredConstant", "Measurements", "OperatorSamples"]
 
 Column = NDArray[np.float64]
 
@@ -77,6 +77,32 @@ class CollectiveSamples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSample:
+    """Measured time of a whole transformer layer, to hold against the sum of its operators.
+
+    Parameters
+    ----------
+    step : str
+        ``forward``, ``backward``, ``decode`` or ``optimizer``.
+    precision : str
+        Number format.
+    is_compiled : bool
+        Whether a compiler fused what it could.
+    shape : Mapping[str, float]
+        ``hidden_size``, ``ffn_hidden_size``, ``num_heads``, ``num_kv_heads``, ``head_dim``, and the tokens:
+        ``batch_size`` with ``sequence_length``, or with ``context_length`` for a decode step.
+    seconds : float
+        Median time [s].
+    """
+
+    step: str
+    precision: str
+    is_compiled: bool
+    shape: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredConstant:
     """One number with its source: ``sustained_clock.bf16``, ``memory_stream.efficiency`` and the like."""
 
@@ -95,9 +121,11 @@ class Measurements:
     kernels : str
         Software whose kernels were measured, such as ``vllm 0.24.0``.
     constants : Mapping[str, MeasuredConstant]
-        By dotted name of the part of a calibration they are: ``sustained_clock.bf16``,
-        ``memory_stream.efficiency``, ``attention.backward_efficiency``, ``attention.flash_3.peak`` (FLOP/s) and
-        ``.half_length``, ``software.all.FIELD``.
+        By dotted name. A calibration takes those that are part of it: ``sustained_clock.FORMAT``,
+        ``memory_stream.efficiency``, ``attention.backward_efficiency`` and ``software.all.FIELD``. Others, such as
+        ``launch.graph`` or ``contention.copy``, are for the reader.
+    layers : tuple[LayerSample, ...]
+        Whole layers, which check what the fitted operators add up to.
     attribution, licence : str
         Whose data, under which licence.
     inputs : tuple[tuple[str, str, int], ...]
@@ -109,6 +137,7 @@ class Measurements:
     operators: tuple[OperatorSamples, ...] = ()
     collectives: tuple[CollectiveSamples, ...] = ()
     constants: Mapping[str, MeasuredConstant] = field(default_factory=dict)
+    layers: tuple[LayerSample, ...] = ()
     attribution: str = ""
     licence: str = ""
     inputs: tuple[tuple[str, str, int], ...] = ()

@@ -13,6 +13,7 @@ from meshwright.costmodels.operators import OPERATORS
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.catalog import load_gpu
 from meshwright.profiler.device import Device
+from meshwright.profiler.layer_samples import LAYER, layer_samples
 from meshwright.profiler.measurements import (
     CollectiveSamples,
     MeasuredConstant,
@@ -38,8 +39,8 @@ Times = dict[tuple[float, ...], list[float]]
 def read_measurements(paths: Sequence[Path], gpu: str | None = None) -> Measurements:
     """Return what files of one device hold.
 
-    Samples of one operator, number format and shape become their median. Operators the cost models do not know
-    (``layer``, the self-check) are left out.
+    Samples of one operator, number format and shape become their median. Operators the cost models do not know are
+    left out, but for whole layers.
 
     Parameters
     ----------
@@ -61,6 +62,7 @@ def read_measurements(paths: Sequence[Path], gpu: str | None = None) -> Measurem
     operators: dict[Key, Times] = {}
     collectives: dict[Key, Times] = {}
     constants: dict[str, list[float]] = {}
+    layers: list[tuple[str, SampleRecord]] = []
     for path in paths:
         content = _content(path)
         rows = list(_records(path, content))
@@ -69,6 +71,8 @@ def read_measurements(paths: Sequence[Path], gpu: str | None = None) -> Measurem
         for where, record in rows[1:]:
             if isinstance(record, SampleRecord) and record.status == "ok":
                 _add_sample(record, where, operators, collectives)
+                if record.operator == LAYER:
+                    layers.append((where, record))
             elif isinstance(record, ConstantRecord) and record.value is not None:
                 constants.setdefault(record.name, []).append(record.value)
     device = _one_device(paths, headers)
@@ -90,6 +94,7 @@ def read_measurements(paths: Sequence[Path], gpu: str | None = None) -> Measurem
             _collective_samples(key, times, source) for key, times in sorted(collectives.items())
         ),
         constants={**derived_constants(samples, bandwidth, device.l2_bytes), **measured},
+        layers=layer_samples(layers),
         inputs=tuple(inputs),
     )
 

@@ -37,7 +37,21 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", ["", "plan", "simulate", "export", "validate", "profile", "calibrate", "calibrations", "specs"]
+    "command",
+    [
+        "",
+        "plan",
+        "simulate",
+        "explain",
+        "diff",
+        "whatif",
+        "export",
+        "validate",
+        "profile",
+        "calibrate",
+        "calibrations",
+        "specs",
+    ],
 )
 def test_help_imports_nothing_heavy(command):
     # This is what keeps --help under 0.3 s; a clock would measure the machine's load.
@@ -50,7 +64,19 @@ def test_listing_specs_needs_no_array_library():
 
 @pytest.mark.parametrize("package", ["numba", "pandas", "torch"])
 def test_importing_every_command_leaves_compilers_and_tables_alone(package):
-    names = ("plan", "simulate", "export", "validate", "profile", "calibrate", "calibrations", "specs")
+    names = (
+        "plan",
+        "simulate",
+        "explain",
+        "diff",
+        "whatif",
+        "export",
+        "validate",
+        "profile",
+        "calibrate",
+        "calibrations",
+        "specs",
+    )
     modules = "".join(f"import meshwright.cli.{name}\n" for name in names)
     assert package not in loaded(modules)
 

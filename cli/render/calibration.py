@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -29,7 +30,19 @@ from meshwright.hardware_specs.catalog import list_specs, load_gpu
 from meshwright.hardware_specs.json_document import read_document
 from meshwright.units import format_quantity
 
-__all__ = ["calibration_mapping", "find_documents", "list_mapping", "print_calibration", "print_list"]
+if TYPE_CHECKING:
+    from meshwright.profiler.fitting.calibrate import CalibrationResult
+    from meshwright.profiler.fitting.layers import LayerComparison
+
+__all__ = [
+    "calibration_mapping",
+    "find_documents",
+    "fit_mapping",
+    "list_mapping",
+    "print_calibration",
+    "print_fit",
+    "print_list",
+]
 
 
 def find_documents(name: str) -> tuple[CalibrationDocument, ...]:
@@ -107,6 +120,26 @@ def calibration_mapping(documents: Sequence[CalibrationDocument]) -> dict[str, o
     return {"kind": "calibration", "documents": [_document_mapping(document) for document in documents]}
 
 
+def fit_mapping(result: CalibrationResult) -> dict[str, object]:
+    """Return a fit as plain data: its document, what it leaves out, and layers beside the sum of their operators."""
+    return {
+        **calibration_mapping((result.document,)),
+        "left_out": list(result.notes),
+        "layers": [
+            {
+                "step": each.sample.step,
+                "precision": each.sample.precision,
+                "is_compiled": each.sample.is_compiled,
+                "shape": dict(each.sample.shape),
+                "measured_seconds": each.sample.seconds,
+                "predicted_seconds": each.predicted,
+                "error": each.error,
+            }
+            for each in result.layers
+        ],
+    }
+
+
 def _document_mapping(document: CalibrationDocument) -> dict[str, object]:
     return {
         "name": document.name,
@@ -150,6 +183,28 @@ def print_calibration(documents: Sequence[CalibrationDocument]) -> None:
             console.print(f"  {name}: {rows:,} rows, sha256 {sha[:12]}", soft_wrap=True)
         _print_operators(console, document.operators)
         _print_constants(console, document)
+
+
+def print_fit(result: CalibrationResult) -> None:
+    """Print a fit: its document, and measured layers beside the sum of their operators."""
+    print_calibration((result.document,))
+    if result.layers:
+        _print_layers(stdout_console(), result.layers)
+
+
+def _print_layers(console: Console, layers: Sequence[LayerComparison]) -> None:
+    headers = (("", False), ("format", False), ("measured", True), ("sum of operators", True), ("error", True))
+    table = make_table("One layer against the sum of its operators", headers)
+    for each in layers:
+        sample = each.sample
+        table.add_row(
+            f"{sample.step}, compiled" if sample.is_compiled else sample.step,
+            sample.precision,
+            format_quantity(sample.seconds, "seconds"),
+            format_quantity(each.predicted, "seconds"),
+            f"{100.0 * each.error:+.1f} %",
+        )
+    console.print(table)
 
 
 def _print_operators(console: Console, operators: Mapping[str, OperatorModel]) -> None:

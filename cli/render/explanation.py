@@ -22,6 +22,7 @@ from meshwright.planner.explanation import Explanation, memory_reason, time_reas
 from meshwright.planner.plan_file import PlanDocument, prediction_mapping
 from meshwright.planner.reasons import degrees_text
 from meshwright.planner.whatif import Outcome
+from meshwright.simcore.domain.layer_groups import layer_groups_text
 from meshwright.simcore.domain.plan import ParallelPlan
 
 __all__ = [
@@ -138,12 +139,19 @@ def _print_variant(
 
 def plan_phrase(plan: ParallelPlan) -> str:
     """Return degrees and choices of a plan in one line."""
+    modules = f" ({'+'.join(plan.recompute_modules)})" if plan.recompute_modules else ""
+    group = f" in groups of {plan.sharding_group}" if plan.sharding_group else ""
     choices = [
         plan.schedule if plan.pp > 1 else "",
         f"micro-batch {plan.micro_batch_size}",
         "sequence parallel" if plan.sequence_parallel else "",
-        f"recompute {plan.recompute}" if plan.recompute != "none" else "",
-        f"sharding {plan.sharding}" if plan.sharding != "none" else "",
+        f"recompute {plan.recompute}{modules}" if plan.recompute != "none" else "",
+        f"sharding {plan.sharding}{group}" if plan.sharding != "none" else "",
+        f"vocabulary {plan.vocab_parallel}" if plan.vocab_parallel != "none" else "",
+        f"optimizer on {plan.optimizer_offload}" if plan.optimizer_offload != "none" else "",
+        f"weights on {plan.parameter_offload}" if plan.parameter_offload != "none" else "",
+        "activations offloaded" if plan.activation_offload else "",
+        layer_groups_text(plan),
     ]
     return ", ".join([degrees_text(plan), *(choice for choice in choices if choice)])
 

@@ -14,6 +14,7 @@ from meshwright.planner.output_file import check_replaceable, is_our_json, is_ou
 from meshwright.planner.plan_file import PlanDocument, plan_document_text, prediction_mapping
 from meshwright.planner.reasons import winning_reason
 from meshwright.planner.search.base import SearchResult
+from meshwright.simcore.domain.layer_groups import layer_groups_text
 from meshwright.simcore.domain.plan import ParallelPlan
 
 __all__ = ["print_report", "report_mapping", "write_plans"]
@@ -46,6 +47,7 @@ def report_mapping(
         "num_simulated": result.num_simulated,
         "is_certified": result.is_certified,
         "rejections": dict(result.rejections),
+        "notes": list(result.notes),
         "reason": winning_reason(result, request.objective),
         "plans": [
             {"plan": _degrees(entry.plan), "prediction": prediction_mapping(entry.prediction)}
@@ -99,6 +101,11 @@ def print_report(
         f"{job.software}, objective {request.objective}"
     )
     console.print(ranked_table(title, result.ranked, request.objective))
+    for place, entry in enumerate(result.ranked, start=1):
+        if entry.plan.layer_groups:
+            console.print(f"Layers of {place}: {layer_groups_text(entry.plan)}.", soft_wrap=True)
+    for note in result.notes:
+        console.print(note, soft_wrap=True)
     console.print(f"Why: {winning_reason(result, request.objective)}", soft_wrap=True)
     winner = result.ranked[0].prediction
     console.print(
@@ -148,4 +155,7 @@ def _degrees(plan: ParallelPlan) -> dict[str, object]:
         "sharding",
         "sharding_group",
     )
-    return {name: getattr(plan, name) for name in names}
+    degrees = {name: getattr(plan, name) for name in names}
+    if plan.layer_groups:
+        degrees["layer_groups"] = layer_groups_text(plan)
+    return degrees

@@ -82,10 +82,14 @@ def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
     """Return the cells of one plan, without its place."""
     result = prediction.iteration
     sharding = plan.sharding if plan.sharding_group is None else f"{plan.sharding}({plan.sharding_group})"
+    tp = str(plan.tp)
+    if plan.layer_groups:
+        tp = "/".join(dict.fromkeys(str(group.tp) for group in plan.layer_groups))
+        sharding = "/".join(dict.fromkeys(group.sharding for group in plan.layer_groups))
     exposed = result.exposed_communication_time / result.iteration_time
     return (
         str(plan.num_gpus),
-        str(plan.tp),
+        tp,
         str(plan.pp),
         str(plan.vpp),
         f"{plan.cp} {plan.cp_method}" if plan.cp > 1 else _UNUSED,
@@ -110,6 +114,8 @@ def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
 
 def recompute_text(plan: ParallelPlan) -> str:
     """Return what is recomputed: the word, the modules, or how many layers of each virtual stage."""
+    if plan.layer_groups:
+        return "/".join(dict.fromkeys(group.recompute for group in plan.layer_groups))
     if plan.recompute_modules:
         return "+".join(plan.recompute_modules)
     return plan.recompute if plan.recompute_layers is None else f"{plan.recompute} x {plan.recompute_layers}"

@@ -32,6 +32,7 @@ _TIME_MARKS: Mapping[str, tuple[str, str]] = {
     "context parallel": ("c", "cyan"),
     "expert parallel": ("e", "bright_cyan"),
     "data parallel": ("d", "magenta"),
+    "offload": ("m", "bright_red"),
     "pipeline sends": ("s", "bright_blue"),
     "pipeline bubble": (".", "bright_black"),
     "optimizer": ("O", "bright_magenta"),

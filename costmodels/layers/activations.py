@@ -16,7 +16,12 @@ from meshwright.costmodels.layers.experts import expert_load, routed_rows
 from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, Recomputes
 from meshwright.simcore.domain.plan import RECOMPUTE_MODULES
 
-__all__ = ["ActivationParts", "activation_parts", "stored_bytes"]
+__all__ = ["WITHIN_MOE", "ActivationParts", "activation_parts", "stored_bytes"]
+
+WITHIN_MOE = ("moe_act", "shared_experts")
+"""Recompute modules that are parts of another, ``moe``: naming both is naming that one."""
+
+_MOE_BIT = RECOMPUTE_MODULES.index("moe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,7 +35,8 @@ class ActivationParts:
     kept : FloatColumn
         The rest that no module of selective recompute frees.
     core_attn, layernorm, mla_up_proj, mlp, moe, moe_act, shared_experts : FloatColumn
-        What recomputing each module frees; ``moe`` includes ``moe_act``.
+        What recomputing each module frees; ``moe`` is the whole block and includes ``moe_act`` and
+        ``shared_experts``.
     operators : FloatColumn
         All that torchtitan's operator policy keeps.
     """
@@ -49,7 +55,7 @@ class ActivationParts:
     @property
     def whole(self) -> FloatColumn:
         """Everything, without recompute [B]."""
-        parts = (self.core_attn, self.layernorm, self.mla_up_proj, self.mlp, self.moe, self.shared_experts)
+        parts = (self.core_attn, self.layernorm, self.mla_up_proj, self.mlp, self.moe)
         return sum(parts, self.layer_input + self.kept)
 
     def take(self, index: IntColumn) -> ActivationParts:
@@ -65,13 +71,19 @@ def activation_parts(context: CostContext, cases: LayerCases, *, is_moe: bool) -
     Per token, 2-byte elements: inputs of both norms and of both column-split products (8h), dropout masks (2h),
     split over tp: queries, keys, values and the projection's input, MLP pre-activations and its output; the
     score matrix (5 a s) only when attention is unfused. Sequence parallelism splits the first group too. MLA
-    stores both latents besides. A routed row stores its input, its pre-activations and the activation; router
-    scores are fp32.
+    stores both latents besides.
+
+    A routed row stores its input, pre-activations and activation, and the experts' output where the router's weights
+    are applied to that (not in Megatron-Core since 0.12: they are applied within the activation, and neither the
+    permutations nor the exchange save a tensor). Frozen experts, which have no adapters, need their pre-activations
+    alone. Router scores are fp32. Where products in a narrow format keep their inputs in it, norms, activations and
+    routed inputs are as wide as that; attention keeps its own output in 16 bits (Transformer Engine's documentation,
+    "Low precision training: performance considerations").
     """
     model = context.model
     tp = cases.tp
     tokens = cases.num_tokens(context.workload.sequence_length)
-    width = context.element_bytes
+    width, narrow = context.element_bytes, context.kept_input_bytes
     shared = np.where(cases.sequence_parallel, tokens / tp, tokens)
     split = tokens / tp
     hidden = float(model.hidden_size)
@@ -79,7 +91,7 @@ def activation_parts(context: CostContext, cases: LayerCases, *, is_moe: bool) -
     layer_input = width * hidden * shared
     has_one_norm = model.has_parallel_block or model.norms_per_layer == 1
     # Outputs of the norms, which are inputs of products; with a second norm also the input of that one.
-    norms = width * (1.0 if has_one_norm else 2.0) * hidden * shared
+    norms = narrow * (1.0 if has_one_norm else 2.0) * hidden * shared
     kept = nothing if has_one_norm else width * hidden * shared
     if model.position_embedding == "learned":
         kept = kept + width * hidden * shared
@@ -96,30 +108,35 @@ def activation_parts(context: CostContext, cases: LayerCases, *, is_moe: bool) -
         value = heads * mla.v_head_dim
         latents = (mla.q_lora_rank or 0) + mla.kv_lora_rank
         # Latents before and after their norms; the attention's output feeds the projection.
-        kept = kept + width * ((2.0 * latents + mla.qk_rope_head_dim) * shared + value * split)
+        kept = kept + (width * (latents + mla.qk_rope_head_dim) + narrow * latents) * shared
+        kept = kept + width * value * split
         mla_up = width * (2.0 * query + value) * split
         operator_heads = query + 2.0 * value
     scores = nothing
     if context.attention_kernel == "unfused":
         scores = width / 2.0 * 5.0 * model.num_attention_heads * context.workload.sequence_length * split
-    inner = 3.0 if model.is_gated_mlp else 2.0
-    mlp = moe = moe_act = shared_experts = nothing
+    # Pre-activations in 16 bits, and what the second product takes in.
+    per_unit = width * (2.0 if model.is_gated_mlp else 1.0) + narrow
+    mlp = moe = moe_act = shared_experts = routed = nothing
     operator_mlp = float(model.ffn_hidden_size)
     if is_moe and model.moe is not None:
         spec = model.moe
         rows = routed_rows(context, cases, spec) * cases.etp * expert_load(context, cases)
         expert_width = spec.moe_ffn_hidden_size / cases.etp
-        moe_act = width * rows * expert_width
         router = 4.0 * tokens / tp * spec.num_experts
-        # The permuted input, the combined output of every copy, pre-activations and the activation itself.
-        moe = width * rows * (2.0 * hidden + inner * expert_width) + router
-        shared_experts = width * inner * spec.shared_ffn_hidden_size * split
+        is_trained = 0.0 if context.is_lora else 1.0
+        output = 0.0 if context.software.applies_router_weights_early else hidden
+        moe_act = narrow * rows * expert_width * is_trained
+        pre_activations = rows * (per_unit - narrow) * expert_width
+        routed = rows * (narrow * is_trained * hidden + width * output) + pre_activations + moe_act + router
+        shared_experts = per_unit * spec.shared_ffn_hidden_size * split
+        moe = routed + shared_experts
         operator_mlp = float(spec.shared_ffn_hidden_size)
     else:
-        mlp = width * inner * model.ffn_hidden_size * split
+        mlp = per_unit * model.ffn_hidden_size * split
     # The layer's input, attention's output and every second product stay (torchtitan's operator policy): queries,
     # values, the first MLP product and the MLP's output.
-    operators = width * (2.0 * hidden * shared + (operator_heads + operator_mlp) * split) + moe
+    operators = width * (2.0 * hidden * shared + (operator_heads + operator_mlp) * split) + routed
     return ActivationParts(
         layer_input=layer_input,
         kept=kept,
@@ -145,11 +162,9 @@ def stored_bytes(context: CostContext, parts: ActivationParts, columns: PlanColu
         for bit, module in enumerate(RECOMPUTE_MODULES):
             is_named = ((columns.recompute_modules >> bit) & 1).astype(np.float64)
             part = getattr(parts, module)
-            if module == "moe_act":
-                # Recomputing the whole block frees its activation already.
-                is_named = is_named * (
-                    1 - ((columns.recompute_modules >> RECOMPUTE_MODULES.index("moe")) & 1)
-                )
+            if module in WITHIN_MOE:
+                # Recomputing the whole block frees them already.
+                is_named = is_named * (1 - ((columns.recompute_modules >> _MOE_BIT) & 1))
             freed = freed + is_named * part
         selective = np.where(columns.recompute_modules > 0, whole - freed, selective)
     is_full = columns.recompute == Recomputes.FULL

@@ -50,8 +50,9 @@ def elementwise_times(context: CostContext, cases: LayerCases, mlp_width: float)
     else:
         mla = model.mla
         heads = element * tokens * num_heads * (2.0 * model.head_dim + mla.v_head_dim)
-        # The two latents are normalised like a hidden state.
+        # The two latents are normalised like a hidden state, each rank its part of the sequence.
         latents = element * tokens * ((mla.q_lora_rank or 0) + mla.kv_lora_rank)
+        latents = np.where(cases.sequence_parallel, latents / cases.tp, latents)
     ffn = element * tokens * mlp_width / cases.tp
     num_norms = float(model.norms_per_layer)
     num_residuals = 1.0 if model.has_parallel_block else 2.0

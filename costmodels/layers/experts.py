@@ -85,7 +85,16 @@ def expert_times(context: CostContext, cases: LayerCases) -> ExpertTimes:
     products = grouped(inner, hidden) + grouped(hidden, width)
     tokens = sent / moe.top_k
     experts = np.full_like(rows, float(moe.num_experts))
-    router = product_times(context, tokens, experts, hidden, experts * hidden, is_trained=is_trained)
+    # Routers stay in 16 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.1).
+    router = product_times(
+        context,
+        tokens,
+        experts,
+        hidden,
+        experts * hidden,
+        is_trained=is_trained,
+        precision=context.compute_precision,
+    )
     element = context.element_bytes
     gated = 3.0 if model.is_gated_mlp else 2.0
     activation = elementwise_time(context, element * gated * rows * width)

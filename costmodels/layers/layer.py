@@ -18,7 +18,7 @@ from meshwright.costmodels.layers.elementwise import elementwise_times
 from meshwright.costmodels.layers.experts import expert_times
 from meshwright.costmodels.layers.projections import Projection, linear_times, projections
 from meshwright.costmodels.parallelism.context import context_parallel_times
-from meshwright.costmodels.parallelism.expert import dispatch_time, exposed_exchange_time
+from meshwright.costmodels.parallelism.expert import combine_time, dispatch_time, exposed_exchange_time
 from meshwright.costmodels.parallelism.tensor import tensor_parallel_time
 from meshwright.costmodels.plan_columns import FloatColumn, IntColumn
 
@@ -44,10 +44,12 @@ class LayerTimes:
         The part of ``backward`` that only makes weight gradients.
     forward_axes, backward_axes : Mapping[str, FloatColumn]
         Exposed communication by axis: ``tp``, ``cp``, ``ep``. Not in the compute figures.
-    module_forward, module_communication : Mapping[str, FloatColumn]
-        What recomputing each module of ``RECOMPUTE_MODULES`` repeats: compute, and exposed communication.
-    selective_recompute, selective_communication : FloatColumn
-        What the software's own selective recompute repeats.
+    module_forward : Mapping[str, FloatColumn]
+        Compute that recomputing each module of ``RECOMPUTE_MODULES`` repeats; ``moe`` is the whole block.
+    module_axes : Mapping[str, Mapping[str, FloatColumn]]
+        Exposed communication by axis that it repeats, of those modules that communicate.
+    selective_recompute, selective_axes : FloatColumn, Mapping[str, FloatColumn]
+        What the software's own selective recompute repeats: compute, and exposed communication by axis.
     """
 
     forward: FloatColumn
@@ -56,9 +58,9 @@ class LayerTimes:
     forward_axes: Mapping[str, FloatColumn]
     backward_axes: Mapping[str, FloatColumn]
     module_forward: Mapping[str, FloatColumn]
-    module_communication: Mapping[str, FloatColumn]
+    module_axes: Mapping[str, Mapping[str, FloatColumn]]
     selective_recompute: FloatColumn
-    selective_communication: FloatColumn
+    selective_axes: Mapping[str, FloatColumn]
 
     @property
     def forward_communication(self) -> FloatColumn:
@@ -83,9 +85,9 @@ class LayerTimes:
             forward_axes=chosen(self.forward_axes),
             backward_axes=chosen(self.backward_axes),
             module_forward=chosen(self.module_forward),
-            module_communication=chosen(self.module_communication),
+            module_axes={name: chosen(axes) for name, axes in self.module_axes.items()},
             selective_recompute=self.selective_recompute[index],
-            selective_communication=self.selective_communication[index],
+            selective_axes=chosen(self.selective_axes),
         )
 
 
@@ -125,25 +127,18 @@ def layer_times(context: CostContext, cases: LayerCases, *, is_moe: bool = False
         "layernorm": elementwise.norms,
         "mla_up_proj": linear_times(context, cases, _of(parts, "mla_up_proj")).forward,
     }
-    communication = tensor_parallel_time(
-        context,
-        cases.tp,
-        cases.num_tokens(context.workload.sequence_length),
-        cases.sequence_parallel,
-        gemms.forward,
-        # The routed part of a MoE layer exchanges over expert ranks; attention's pair is left, and that of
-        # shared experts.
-        num_pairs=(2.0 if shared_width else 1.0) if is_moe else None,
+    communication, latent_gather, mlp_pair = _tensor_parallel(
+        context, cases, gemms.forward, has_mlp=not is_moe or shared_width > 0.0
     )
     context_forward, context_backward = context_parallel_times(
         context, cases, attention_forward, attention_backward
     )
     forward_axes = {"tp": communication, "cp": context_forward, "ep": nothing}
     backward_axes = {"tp": communication, "cp": context_backward, "ep": nothing}
-    module_communication = {}
+    module_axes = {"core_attn": {"cp": context_forward}, "mla_up_proj": {"tp": latent_gather}}
     if is_moe:
         experts = expert_times(context, cases)
-        exchange = dispatch_time(context, cases)
+        exchange = dispatch_time(context, cases) + combine_time(context, cases)
         forward_axes["ep"] = exposed_exchange_time(context, cases, exchange, experts.expert_forward)
         backward_axes["ep"] = exposed_exchange_time(context, cases, exchange, experts.expert_backward)
         forward, backward = forward + experts.forward, backward + experts.backward
@@ -151,14 +146,15 @@ def layer_times(context: CostContext, cases: LayerCases, *, is_moe: bool = False
         forward_kernels += _MOE_FORWARD_KERNELS
         backward_kernels += _MOE_BACKWARD_KERNELS
         num_products += 3.0
-        modules["moe"] = experts.forward
+        shared = linear_times(context, cases, _of(parts, "shared_experts")).forward
+        modules["shared_experts"] = shared + (elementwise.activation if shared_width else 0.0)
         modules["moe_act"] = experts.activation
-        module_communication["moe"] = forward_axes["ep"]
-        if shared_width:
-            shared = linear_times(context, cases, _of(parts, "shared_experts")).forward
-            modules["shared_experts"] = shared + elementwise.activation
+        modules["moe"] = experts.forward + modules["shared_experts"]
+        module_axes["shared_experts"] = {"tp": mlp_pair}
+        module_axes["moe"] = {"tp": mlp_pair, "ep": forward_axes["ep"]}
     else:
         modules["mlp"] = linear_times(context, cases, _of(parts, "mlp")).forward + elementwise.activation
+        module_axes["mlp"] = {"tp": mlp_pair}
     launch = context.calibration.gemm_curve(context.compute_precision).launch_time
     host = context.software.host_launch_latency
     forward = forward + kernels * forward_kernels * launch
@@ -166,12 +162,12 @@ def layer_times(context: CostContext, cases: LayerCases, *, is_moe: bool = False
     # GEMM launches are in both figures, so the bound counts every kernel once: products and the others.
     forward = np.maximum(forward, host * (kernels * forward_kernels + num_products))
     backward = np.maximum(backward, host * (kernels * backward_kernels + 2.0 * num_products))
-    selective, selective_communication = attention_forward, nothing
+    selective, selective_axes = attention_forward, {"cp": context_forward}
     if context.software.selective_recompute == "operators":
         # Operator-level selective recompute keeps attention, every second product and the scattered sums; it
         # gathers the sequence-parallel inputs again (torchtitan's policy), half of the forward exchange.
         selective = 0.5 * gemms.forward + elementwise.forward
-        selective_communication = np.where(cases.sequence_parallel, 0.5 * communication, 0.0)
+        selective_axes = {"tp": np.where(cases.sequence_parallel, 0.5 * communication, 0.0)}
     return LayerTimes(
         forward=forward,
         backward=backward,
@@ -179,10 +175,45 @@ def layer_times(context: CostContext, cases: LayerCases, *, is_moe: bool = False
         forward_axes=forward_axes,
         backward_axes=backward_axes,
         module_forward=modules,
-        module_communication=module_communication,
+        module_axes=module_axes,
         selective_recompute=selective,
-        selective_communication=selective_communication,
+        selective_axes=selective_axes,
     )
+
+
+def _tensor_parallel(
+    context: CostContext, cases: LayerCases, cover: FloatColumn, *, has_mlp: bool
+) -> tuple[FloatColumn, FloatColumn, FloatColumn]:
+    """Return the collectives of a layer in one direction, the gather of latents among them, and the MLP's pair [s].
+
+    ``has_mlp`` is false where routed experts alone follow attention: those exchange over expert parallel ranks.
+    """
+    model = context.model
+    tokens = cases.num_tokens(context.workload.sequence_length)
+    has_mlp_pair = has_mlp and not model.has_parallel_block
+    pairs = 2.0 if has_mlp_pair else 1.0
+
+    def pair(share: float) -> FloatColumn:
+        return tensor_parallel_time(
+            context,
+            cases.tp,
+            tokens,
+            cases.sequence_parallel,
+            cover / pairs,
+            num_pairs=1.0,
+            gathered_share=share,
+        )
+
+    whole = pair(1.0)
+    mlp = whole if has_mlp_pair else np.zeros_like(whole)
+    if model.mla is None:
+        return whole + mlp, np.zeros_like(whole), mlp
+    # Without a query latent the hidden state itself is gathered for the queries.
+    latents = (model.mla.q_lora_rank or model.hidden_size) + model.mla.kv_lora_rank
+    attention = pair((latents + model.mla.qk_rope_head_dim) / model.hidden_size)
+    # A pair is a gather and a scatter of about the same time.
+    gather = np.where(cases.sequence_parallel, np.maximum(attention - 0.5 * whole, 0.0), 0.0)
+    return attention + mlp, gather, mlp
 
 
 def _of(parts: list[Projection], module: str) -> list[Projection]:

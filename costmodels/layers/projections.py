@@ -16,11 +16,22 @@ __all__ = ["LinearTimes", "Projection", "linear_times", "product_times", "projec
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Projection:
-    """One matrix on one tensor parallel rank, and the recompute module it belongs to ("" for none)."""
+    """One matrix on one tensor parallel rank.
+
+    Parameters
+    ----------
+    module : str
+        The recompute module it belongs to; "" for none.
+    out_width, in_width : FloatColumn
+        Its sides on this rank.
+    is_whole : bool
+        Every rank holds all of it: under sequence parallelism it then sees this rank's part of the tokens.
+    """
 
     module: str
     out_width: FloatColumn
     in_width: FloatColumn
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,14 +55,15 @@ def projections(context: CostContext, cases: LayerCases, is_moe: bool) -> list[P
     """Return the matrices of one layer on one rank: attention's, and the dense or the shared experts' MLP.
 
     MLA keeps its two down projections whole on every rank and splits the up projections by head (DeepSeek-V2,
-    arXiv 2405.04434, section 2.1; Megatron-Core's MLA).
+    arXiv 2405.04434, section 2.1; Megatron-Core's MLA, whose ranks project down their part of the sequence and
+    gather the latents).
     """
     model = context.model
     hidden = np.full_like(cases.tp, float(model.hidden_size))
     result: list[Projection] = []
 
-    def add(module: str, out_width: FloatColumn, in_width: FloatColumn) -> None:
-        result.append(Projection(module=module, out_width=out_width, in_width=in_width))
+    def add(module: str, out_width: FloatColumn, in_width: FloatColumn, *, is_whole: bool = False) -> None:
+        result.append(Projection(module=module, out_width=out_width, in_width=in_width, is_whole=is_whole))
 
     heads = model.num_attention_heads / cases.tp
     if model.mla is None:
@@ -67,9 +79,9 @@ def projections(context: CostContext, cases: LayerCases, is_moe: bool) -> list[P
             add("", query, hidden)
         else:
             query_latent = np.full_like(cases.tp, float(mla.q_lora_rank))
-            add("", query_latent, hidden)
+            add("", query_latent, hidden, is_whole=True)
             add("mla_up_proj", query, query_latent)
-        add("", latent + mla.qk_rope_head_dim, hidden)
+        add("", latent + mla.qk_rope_head_dim, hidden, is_whole=True)
         add("mla_up_proj", heads * (mla.qk_nope_head_dim + mla.v_head_dim), latent)
         add("", hidden, heads * mla.v_head_dim)
     module, width = ("mlp", float(model.ffn_hidden_size))
@@ -88,11 +100,13 @@ def linear_times(context: CostContext, cases: LayerCases, parts: list[Projection
     total = LinearTimes(forward=nothing, input_gradient=nothing, weight_gradient=nothing)
     for part in parts:
         num_weights = part.in_width * part.out_width
+        is_split = cases.sequence_parallel & part.is_whole
+        rows = np.where(is_split, tokens / cases.tp, tokens)
         total = total + product_times(
-            context, tokens, part.out_width, part.in_width, num_weights, is_trained=not context.is_lora
+            context, rows, part.out_width, part.in_width, num_weights, is_trained=not context.is_lora
         )
         if context.is_lora:
-            total = total + _adapter_times(context, tokens, part)
+            total = total + _adapter_times(context, rows, part)
     return total
 
 
@@ -104,6 +118,7 @@ def product_times(
     num_weights: FloatColumn,
     *,
     is_trained: bool,
+    precision: str | None = None,
 ) -> LinearTimes:
     """Return forward, input gradient and weight gradient of ``rows`` tokens through one matrix or a group of them.
 
@@ -119,16 +134,18 @@ def product_times(
         Weights read: ``out_width * in_width``, times the matrices of a grouped product.
     is_trained : bool
         False for frozen weights, which have no gradient of their own.
+    precision : str | None
+        Number format; None is the workload's. Routers and adapters stay in 16 bits.
 
     Returns
     -------
     LinearTimes
         Casts to a narrow format and the traffic of gradient accumulation included [s].
     """
-    precision = context.workload.precision
+    precision = precision or context.workload.precision
     is_narrow = precision not in ("fp32", "tf32", "fp16", "bf16")
     element = context.element_bytes
-    width = context.operand_bytes
+    width = context.operand_bytes if is_narrow else element
     calibration, software = context.calibration, context.software
     clock = calibration.clock(precision)
     bandwidth = context.gpu.memory_bandwidth_bytes_per_second
@@ -161,9 +178,15 @@ def product_times(
     return LinearTimes(forward=forward, input_gradient=dgrad, weight_gradient=weight)
 
 
-def _adapter_times(context: CostContext, tokens: FloatColumn, part: Projection) -> LinearTimes:
+def _adapter_times(context: CostContext, rows: FloatColumn, part: Projection) -> LinearTimes:
     """Return the two skinny products of a low-rank adapter beside a frozen matrix, ``x A B``, and their gradients."""
-    rank = np.full_like(tokens, float(context.workload.lora_rank or 0))
-    down = product_times(context, tokens, rank, part.in_width, rank * part.in_width, is_trained=True)
-    up = product_times(context, tokens, part.out_width, rank, rank * part.out_width, is_trained=True)
-    return down + up
+    rank = np.full_like(rows, float(context.workload.lora_rank or 0))
+
+    def product(out_width: FloatColumn, in_width: FloatColumn) -> LinearTimes:
+        num_weights = out_width * in_width
+        precision = context.compute_precision
+        return product_times(
+            context, rows, out_width, in_width, num_weights, is_trained=True, precision=precision
+        )
+
+    return product(rank, part.in_width) + product(part.out_width, rank)

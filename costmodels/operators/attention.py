@@ -39,6 +39,8 @@ _DECODE_PARAMETERS = (
     Parameter(name="spill_latency", initial=2e-6, low=0.0, high=1e-4),
     # Scheduling of one tile of batch x KV heads beyond the first wave over the SMs: seconds per wave.
     Parameter(name="wave_latency", initial=2e-6, low=0.0, high=1e-4),
+    # Time of a byte of a KV cache that stays in the L2 cache over one from memory.
+    Parameter(name="cached_cost", initial=0.7, low=0.1, high=1.0),
 )
 
 
@@ -79,9 +81,23 @@ def _decode(shape: Shape, precision: str, rates: DeviceRates, parameters: Mappin
     padded = kv_heads * np.maximum(heads / kv_heads, _QUERY_TILE)
     return Work(
         flops=4.0 * batch * padded * length * width,
-        num_bytes=cache + 4.0 * batch * heads * width,
+        num_bytes=_read_bytes(cache, rates, parameters) + 4.0 * batch * heads * width,
         latency=_decode_latency(length, cache, batch * kv_heads, rates, parameters),
     )
+
+
+def _spilled(cache_bytes: NDArray[np.float64], rates: DeviceRates) -> NDArray[np.float64]:
+    """Return the share of a KV cache that the L2 cache does not hold: 0 well below its size, 1 well above."""
+    share: NDArray[np.float64] = 1.0 / (1.0 + (rates.l2_bytes / cache_bytes) ** 4)
+    return share
+
+
+def _read_bytes(
+    cache_bytes: NDArray[np.float64], rates: DeviceRates, parameters: Mapping[str, float]
+) -> NDArray[np.float64]:
+    """Return the bytes that reading a KV cache counts for at the memory's bandwidth [B]."""
+    spilled = _spilled(cache_bytes, rates)
+    return cache_bytes * (spilled + (1.0 - spilled) * parameters["cached_cost"])
 
 
 def _decode_latency(
@@ -92,7 +108,7 @@ def _decode_latency(
     parameters: Mapping[str, float],
 ) -> NDArray[np.float64]:
     """Return what a decode step pays beyond its bytes: serial depth, a cold cache, waves of tiles [s]."""
-    spills = 1.0 / (1.0 + (rates.l2_bytes / cache_bytes) ** 4)
+    spills = _spilled(cache_bytes, rates)
     waves = num_tiles / rates.num_sms
     latency: NDArray[np.float64] = (
         parameters["octave_latency"] * np.log2(1.0 + length / 128.0)
@@ -121,7 +137,7 @@ def _mla_decode(shape: Shape, precision: str, rates: DeviceRates, parameters: Ma
     padded = np.maximum(heads, _QUERY_TILE)
     return Work(
         flops=2.0 * batch * padded * length * (latent + _MLA_LATENT),
-        num_bytes=cache + 2.0 * batch * heads * (latent + _MLA_LATENT),
+        num_bytes=_read_bytes(cache, rates, parameters) + 2.0 * batch * heads * (latent + _MLA_LATENT),
         latency=_decode_latency(length, cache, batch, rates, parameters),
     )
 

@@ -29,8 +29,9 @@ def context_parallel_times(
     Notes
     -----
     Ring (arXiv 2310.01889): cp - 1 steps that each pass a block of keys and values on beside the attention of the
-    block before; backward passes their gradients as well. All-to-all (Ulysses, arXiv 2309.14509): queries, keys,
-    values and output swap sequence for heads, forward and backward, before and after the core. All-gather
+    block before; backward passes their gradients as well. All-to-all (Ulysses, arXiv 2309.14509): queries, keys and
+    values swap sequence for heads before the core and its output after it, forward and backward; with fewer
+    key/value heads than ranks every rank receives a copy of one. All-gather
     (Llama 3, arXiv 2407.21783, section 3.3.2): keys and values are gathered before the core, their gradients
     scattered after it. Hierarchical: all-to-all among the ranks of a node, a ring of such groups across nodes.
     """
@@ -46,11 +47,9 @@ def context_parallel_times(
     # MLA expands its latent to every head before the core.
     groups = cases.held_query_groups(model) if model.mla is None else model.num_attention_heads / cases.tp
     heads = model.num_attention_heads / cases.tp
-    key_value_bytes = element * tokens * groups * (model.head_dim + value_dim)
-    query_output_bytes = element * tokens * heads * (model.head_dim + value_dim)
-
     inner = head_exchange_degree(context, cases)
     outer = cases.cp / inner
+    key_value_bytes = element * tokens * np.maximum(groups, inner) * (model.head_dim + value_dim)
     # Ring steps between neighbours of the outer group, ``tp * inner`` ranks apart.
     crosses = (cases.tp * cases.cp > per_node).astype(np.float64)
     # All-to-all inside leaves each rank the block of its whole inner group for 1/inner of the heads.
@@ -61,9 +60,15 @@ def context_parallel_times(
     ring_forward, ring_backward = (np.where(outer > 1.0, part, 0.0) for part in (ring_forward, ring_backward))
 
     inside = place_group(inner, cases.tp, per_node)
-    swapped = all_to_all_time(key_value_bytes + query_output_bytes, inside, cluster, calibration, efficiency)
+    swapped = sum(
+        all_to_all_time(num_bytes, inside, cluster, calibration, efficiency)
+        for num_bytes in (
+            key_value_bytes + element * tokens * heads * model.head_dim,
+            element * tokens * heads * value_dim,
+        )
+    )
     whole = place_group(cases.cp, cases.tp, per_node)
-    gathered_bytes = cases.cp * key_value_bytes
+    gathered_bytes = cases.cp * element * tokens * groups * (model.head_dim + value_dim)
     gather = collective_time("all_gather", gathered_bytes, whole, cluster, calibration, efficiency)
     scatter = collective_time("reduce_scatter", gathered_bytes, whole, cluster, calibration, efficiency)
     is_gather = cases.cp_method == CpMethods.ALL_GATHER

@@ -11,7 +11,7 @@ over ``tp * cp * dp / (ep * etp)`` ranks only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from meshwright.costmodels.collectives import Collective, GroupPlacement, collective_time, place_group
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.parameters import RankParameters
-from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Shardings
+from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Schedules, Shardings
 
 __all__ = [
     "FsdpTimes",
@@ -138,6 +138,10 @@ def _unhindered_sync_times(
     dense = _group_sync_times(
         context, columns, parameters.dense, parameters.dense_trained, _dense_groups(context, columns)
     )
+    if (columns.schedule == Schedules.DUALPIPE).any():
+        dense = replace(
+            dense, gradient_reduce=dense.gradient_reduce + _mirror_reduce_time(context, columns, parameters)
+        )
     if context.model.moe is None:
         return dense
     expert = _group_sync_times(
@@ -149,6 +153,31 @@ def _unhindered_sync_times(
         gradient_reduce=dense.gradient_reduce + np.where(holds, expert.gradient_reduce, 0.0),
         parameter_gather=dense.parameter_gather + np.where(holds, expert.parameter_gather, 0.0),
     )
+
+
+def _mirror_reduce_time(
+    context: CostContext, columns: PlanColumns, parameters: RankParameters
+) -> FloatColumn:
+    """Return the seconds of summing gradients with the mirrored stage, which holds the same layers (DualPipe).
+
+    Stages ``s`` and ``pp - 1 - s`` hold the same two chunks and each sees half of the micro-batches: an all-reduce of
+    two between the shards that a reduction inside either stage leaves; nothing elsewhere.
+    """
+    dense_ranks = (columns.dp * columns.cp).astype(np.float64)
+    expert_ranks = np.maximum(1.0, columns.tp * dense_ranks / (columns.ep * columns.etp))
+    shard = parameters.dense_trained / dense_ranks + parameters.expert_trained / expert_ranks
+    per_node = context.cluster.node.num_gpus
+    is_one_node = columns.tp * columns.cp * columns.dp * columns.pp <= per_node
+    pair = GroupPlacement(size=np.full(len(columns), 2.0), ranks_per_node=np.where(is_one_node, 2.0, 1.0))
+    seconds = collective_time(
+        "all_reduce",
+        context.gradient_bytes * shard,
+        pair,
+        context.cluster,
+        context.calibration,
+        context.software.inter_node_efficiency,
+    )
+    return np.where((columns.schedule == Schedules.DUALPIPE) & (shard > 0.0), seconds, 0.0)
 
 
 def _group_sync_times(

@@ -11,29 +11,47 @@ from meshwright.costmodels.layers.experts import expert_load, routed_rows
 from meshwright.costmodels.plan_columns import FloatColumn
 from meshwright.simcore.domain.model import MoeSpec
 
-__all__ = ["dispatch_time", "exposed_exchange_time", "remote_copies"]
+__all__ = ["combine_time", "dispatch_time", "exposed_exchange_time", "remote_copies"]
+
+# Number formats whose operands are dispatched as they are multiplied, and bytes per element with their scales: an
+# fp32 per 128 elements, or as many bytes in MX blocks (DeepEP; DeepSeek-V3, arXiv 2412.19437, section 3.3.3).
+_NARROW_DISPATCH, _NARROW_BYTES = ("fp8", "fp8_block", "mxfp8"), 1.0 + 4.0 / 128.0
 
 
 def dispatch_time(context: CostContext, cases: LayerCases) -> FloatColumn:
-    """Return the seconds of one dispatch of a layer's tokens to their experts (a combine takes as long).
+    """Return the seconds of one dispatch of a layer's tokens to their experts.
 
     Every rank sends ``tokens x top_k`` rows over the ep ranks of its group, which are ``etp`` apart; the most
     loaded rank receives the imbalance more. With etp > 1 the rows are then gathered over the etp ranks.
-    Across nodes an engine that deduplicates (DeepEP, arXiv 2412.19437 section 3.2.1) sends a token once to each
-    node and forwards it there over the scale-up links; otherwise every (token, expert) pair travels.
+    An engine that deduplicates (DeepEP, arXiv 2412.19437 section 3.2.1) sends a token once to each node and from
+    there over the scale-up links once to each rank, where that is faster; otherwise every (token, expert) pair
+    travels. Such an engine also dispatches in fp8 where the experts multiply in fp8, forward their inputs and
+    backward the gradients of their outputs.
     """
+    is_narrow = context.deduplicates_dispatch and context.workload.precision in _NARROW_DISPATCH
+    return _exchange_time(context, cases, _NARROW_BYTES if is_narrow else context.element_bytes)
+
+
+def combine_time(context: CostContext, cases: LayerCases) -> FloatColumn:
+    """Return the seconds of bringing the experts' outputs back, 16 bits each: a dispatch the other way round."""
+    return _exchange_time(context, cases, context.element_bytes)
+
+
+def _exchange_time(context: CostContext, cases: LayerCases, element_bytes: float) -> FloatColumn:
     model, cluster, calibration = context.model, context.cluster, context.calibration
     moe = model.moe
     assert moe is not None
     efficiency = context.software.inter_node_efficiency
-    row_bytes = context.element_bytes * model.hidden_size
     rows = routed_rows(context, cases, moe) * expert_load(context, cases)
     group = place_group(cases.ep, cases.etp, cluster.node.num_gpus)
-    num_bytes = rows * row_bytes
-    across = None
+    num_bytes = rows * element_bytes * model.hidden_size
+    exchange = all_to_all_time(num_bytes, group, cluster, calibration, efficiency)
     if context.deduplicates_dispatch:
-        across = num_bytes / moe.top_k * remote_copies(moe, group)
-    exchange = all_to_all_time(num_bytes, group, cluster, calibration, efficiency, across)
+        once = num_bytes / moe.top_k
+        received = once * _distinct_places(moe, cases.ep)
+        across = once * remote_copies(moe, group)
+        forwarded = all_to_all_time(received, group, cluster, calibration, efficiency, across)
+        exchange = np.minimum(exchange, forwarded)
     inner = place_group(cases.etp, np.ones_like(cases.etp), cluster.node.num_gpus)
     gather = collective_time("all_gather", num_bytes * cases.etp, inner, cluster, calibration, efficiency)
     return exchange + gather
@@ -42,14 +60,28 @@ def dispatch_time(context: CostContext, cases: LayerCases) -> FloatColumn:
 def remote_copies(moe: MoeSpec, group: GroupPlacement) -> FloatColumn:
     """Return the expected number of other nodes a token is sent to under uniform routing.
 
-    ``top_k`` independent choices among the nodes a token may reach (group-limited routing bounds them):
-    ``N' (1 - (1 - 1/N')^k)`` distinct nodes, of which one in N is its own.
+    The distinct nodes its experts sit on, of which one in N is its own.
     """
     nodes = group.num_nodes
-    reachable = np.maximum(1.0, nodes * moe.top_k_groups / moe.num_expert_groups)
-    distinct = reachable * (1.0 - (1.0 - 1.0 / reachable) ** moe.top_k)
-    copies: FloatColumn = distinct * (nodes - 1.0) / nodes
+    copies: FloatColumn = _distinct_places(moe, nodes) * (nodes - 1.0) / nodes
     return copies
+
+
+def _distinct_places(moe: MoeSpec, places: FloatColumn) -> FloatColumn:
+    """Return on how many of the ranks (or nodes) that share the experts a token's own sit, under uniform routing.
+
+    ``top_k`` independent choices among the N' places a token may reach: ``N' (1 - (1 - 1/N')^k)``. Group-limited
+    routing bounds N': ``t`` of ``g`` groups touch ``N (1 - C(g - g/N, t) / C(g, t))`` of N places that hold g/N
+    groups each, and N t/g of more places than groups.
+    """
+    groups, chosen = float(moe.num_expert_groups), moe.top_k_groups
+    missed = np.ones_like(places)
+    for draw in range(chosen):
+        missed = missed * np.maximum(groups - groups / places - draw, 0.0) / (groups - draw)
+    reachable = np.where(places < groups, places * (1.0 - missed), places * chosen / groups)
+    reachable = np.maximum(1.0, reachable)
+    distinct: FloatColumn = reachable * (1.0 - (1.0 - 1.0 / reachable) ** moe.top_k)
+    return distinct
 
 
 def exposed_exchange_time(
@@ -68,14 +100,14 @@ def exposed_exchange_time(
     cases : LayerCases
         Layer shapes; ``expert_overlap`` is d.
     exchange : FloatColumn
-        One dispatch, or one combine [s].
+        One dispatch and one combine [s].
     compute : FloatColumn
         The experts' own time [s].
     """
     degree = cases.expert_overlap
-    total = np.maximum(2.0 * exchange + compute / degree, compute + 2.0 * exchange / degree)
-    exposed = np.where(degree > 1.0, total - compute, 2.0 * exchange)
+    total = np.maximum(exchange + compute / degree, compute + exchange / degree)
+    exposed = np.where(degree > 1.0, total - compute, exchange)
     launch = context.calibration.gemm_curve(context.compute_precision).launch_time
-    hidden = 2.0 * exchange - exposed
+    hidden = exchange - exposed
     extra = context.software.expert_overlap_contention * hidden + 2.0 * (degree - 1.0) * launch
     return np.where(cases.ep * cases.etp > 1.0, exposed + extra, 0.0)

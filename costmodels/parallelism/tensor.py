@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.costmodels.collectives import collective_time, place_group
+from meshwright.costmodels.collectives import Collective, collective_time, place_group
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.plan_columns import FloatColumn
 
@@ -19,6 +19,7 @@ def tensor_parallel_time(
     sequence_parallel: NDArray[np.bool_],
     cover: FloatColumn,
     num_pairs: float | None = None,
+    gathered_share: float = 1.0,
 ) -> FloatColumn:
     """Return the exposed seconds of one layer's collectives in one direction (forward or backward).
 
@@ -40,6 +41,8 @@ def tensor_parallel_time(
         Matrix products of the layer the collectives may be pipelined with [s].
     num_pairs : float | None
         Collective pairs; None asks the model (2, or 1 with a parallel block).
+    gathered_share : float
+        Width of what enters the split products over the hidden size: latent attention gathers its latents.
 
     Returns
     -------
@@ -51,11 +54,17 @@ def tensor_parallel_time(
     num_bytes = context.element_bytes * num_tokens * context.model.hidden_size
     group = place_group(tp, np.ones_like(tp), context.cluster.node.num_gpus)
     efficiency = software.inter_node_efficiency
-    reduce = collective_time("all_reduce", num_bytes, group, context.cluster, context.calibration, efficiency)
-    gather = collective_time("all_gather", num_bytes, group, context.cluster, context.calibration, efficiency)
-    scatter = collective_time(
-        "reduce_scatter", num_bytes, group, context.cluster, context.calibration, efficiency
-    )
+
+    def timed(collective: Collective, share: float) -> FloatColumn:
+        return collective_time(
+            collective, share * num_bytes, group, context.cluster, context.calibration, efficiency
+        )
+
+    reduce = timed("all_reduce", 1.0)
+    if gathered_share != 1.0:
+        # Outputs are summed forward, gradients of what entered backward: the mean of both directions.
+        reduce = 0.5 * (reduce + timed("all_reduce", gathered_share))
+    gather, scatter = timed("all_gather", gathered_share), timed("reduce_scatter", 1.0)
     overlap = software.tp_overlap
     if "async_tp" in context.features:
         overlap = max(overlap, software.async_tp_overlap)

@@ -74,6 +74,11 @@ class Exporter(Protocol):
         """Values of plan fields outside which every plan is unsupported, so that a search need not ask."""
         ...
 
+    @property
+    def expresses(self) -> Mapping[str, str]:
+        """What of a plan the target can express, in its own words, by topic."""
+        ...
+
     def unsupported(self, job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
         """Return every reason why the target cannot run the plan, one sentence each; empty when it can."""
         ...

@@ -12,6 +12,7 @@ from meshwright.planner.export.base import (
     Launcher,
     raise_if_unsupported,
 )
+from meshwright.planner.export.deepspeed_config import NVME_PLACEHOLDER, deepspeed_config
 from meshwright.planner.export.deepspeed_rules import DEEPSPEED_RULES
 from meshwright.planner.export.launchers import launch_command, launch_files
 from meshwright.planner.export.rules import broken_rules
@@ -19,23 +20,21 @@ from meshwright.planner.export.scripts import ArgumentGroup, args_file, label
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["DeepSpeedExporter", "deepspeed_config"]
-
-JsonObject = dict[str, object]
-
-_STAGE = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
-# DeepSpeed's own defaults, in elements; written out so that a change of them cannot change the run.
-_BUCKET, _PREFETCH, _PERSISTENT, _LIVE = 500_000_000, 50_000_000, 100_000, 1_000_000_000
+__all__ = ["DeepSpeedExporter"]
 
 _CONFIG_OPTION = ArgumentGroup(
     name="DEEPSPEED_ARGS",
     comment="EDIT HERE if needed: options before the path of ds_config.json; for Hugging Face's Trainer: (--deepspeed)",
     options=(("--deepspeed",), ("--deepspeed_config",)),
 )
+_NVME_CHECK = f"""if grep -q '{NVME_PLACEHOLDER}' "$EXPORT_DIR/ds_config.json"; then
+  echo "launch.sh: set nvme_path in ds_config.json to a folder on a local drive of every node" >&2
+  exit 2
+fi"""
 
 
 class DeepSpeedExporter:
-    """DeepSpeed's ZeRO and AutoTP, driven by a training script that calls ``deepspeed.initialize``."""
+    """DeepSpeed's ZeRO, AutoTP, AutoEP and Ulysses, driven by a script that calls ``deepspeed.initialize``."""
 
     target = "deepspeed"
     target_version = "0.19"
@@ -43,9 +42,25 @@ class DeepSpeedExporter:
         {
             "pp": (1,),
             "vpp": (1,),
+            "cp_method": ("ring", "ulysses"),
+            "etp": (1,),
+            "expert_overlap": (1,),
             "sequence_parallel": (False,),
             "recompute": ("none", "full"),
             "sharding": ("none", "zero1", "zero2", "zero3"),
+            "vocab_parallel": ("none",),
+        }
+    )
+    expresses: Mapping[str, str] = MappingProxyType(
+        {
+            "parallel": "dp, tp (AutoTP, below zero3), cp, ep (AutoEP)",
+            "schedule": "none: stages belong to the training script",
+            "context": "ulysses",
+            "sharding": "none, zero1, zero2, zero3, zero3 with a secondary group (ZeRO++ hpZ)",
+            "recompute": "none, full",
+            "offload": "optimizer to cpu (in part with zero3) or nvme (zero3); weights to cpu or nvme (zero3); "
+            "recomputed layers' inputs to cpu",
+            "precision": "fp32, bf16, fp16",
         }
     )
 
@@ -65,15 +80,17 @@ class DeepSpeedExporter:
         title = (
             f"Meshwright: {label(job.model.name)} on {plan.num_gpus} GPUs, DeepSpeed {self.target_version}."
         )
-        notes = _notes(plan)
+        notes = _notes(job, plan)
+        uses_nvme = "nvme" in (plan.optimizer_offload, plan.parameter_offload)
         scripts = launch_files(
             job,
             plan,
             launcher,
             title=title,
             sources=("args.sh",),
-            required=("TRAIN_SCRIPT", "your training script, which calls deepspeed.initialize"),
+            required=(("TRAIN_SCRIPT", "your training script, which calls deepspeed.initialize"),),
             words=('"$TRAIN_SCRIPT"', '"${DEEPSPEED_ARGS[@]}"', '"$EXPORT_DIR/ds_config.json"'),
+            checks=(_NVME_CHECK,) if uses_nvme else (),
         )
         return ExportBundle(
             target=self.target,
@@ -88,62 +105,7 @@ class DeepSpeedExporter:
         )
 
 
-def deepspeed_config(job: TrainingJob, plan: ParallelPlan) -> JsonObject:
-    """Return the contents of ``ds_config.json``.
-
-    Parameters
-    ----------
-    job, plan : TrainingJob, ParallelPlan
-        A plan that breaks no rule of the target.
-    """
-    num_micro_batches = plan.num_micro_batches(job.workload.global_batch_size)
-    config: JsonObject = {}
-    if plan.tp == 1:
-        # With AutoTP DeepSpeed may count every rank as data parallel when it checks this product,
-        # unless the script hands it the tp groups; the two keys below say the same.
-        config["train_batch_size"] = job.workload.global_batch_size
-    config["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
-    config["gradient_accumulation_steps"] = num_micro_batches
-    config["gradient_clipping"] = 1.0
-    if job.workload.precision == "bf16":
-        config["bf16"] = {"enabled": True}
-    elif job.workload.precision == "fp16":
-        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}
-    config["zero_optimization"] = _zero(plan)
-    if plan.tp > 1:
-        config["tensor_parallel"] = {"autotp_size": plan.tp}
-    if plan.recompute == "full":
-        config["activation_checkpointing"] = {
-            "partition_activations": False,
-            "contiguous_memory_optimization": False,
-            "cpu_checkpointing": False,
-        }
-    config["steps_per_print"] = 1
-    return config
-
-
-def _zero(plan: ParallelPlan) -> JsonObject:
-    stage = _STAGE[plan.sharding]
-    if stage == 0:
-        return {"stage": 0}
-    section: JsonObject = {
-        "stage": stage,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_scatter": True,
-        "reduce_bucket_size": _BUCKET,
-    }
-    if stage < 3:
-        section["allgather_bucket_size"] = _BUCKET
-        return section
-    section["stage3_prefetch_bucket_size"] = _PREFETCH
-    section["stage3_param_persistence_threshold"] = _PERSISTENT
-    section["stage3_max_live_parameters"] = _LIVE
-    section["stage3_max_reuse_distance"] = _LIVE
-    return section
-
-
-def _notes(plan: ParallelPlan) -> tuple[str, ...]:
+def _notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
     notes = [
         "TRAIN_SCRIPT builds the model, the data and the optimizer; this export sets batches, precision, sharding.",
         "The script must take the batch sizes from ds_config.json and set the sequence length of the job itself.",
@@ -159,8 +121,39 @@ def _notes(plan: ParallelPlan) -> tuple[str, ...]:
         notes.append(
             "Every rank of a tp group must read the same batch; give the sampler dp, not world, replicas."
         )
+    if plan.cp > 1:
+        notes.append(
+            f"cp {plan.cp} is Ulysses: the script calls UlyssesSPAttentionHF.register_with_transformers and wraps its "
+            "data loader in UlyssesSPDataLoaderAdapter (deepspeed.runtime.sequence_parallel.ulysses_sp)."
+        )
+    if plan.ep > 1:
+        notes.append(
+            f"ep {plan.ep} uses AutoEP (0.19.8 or later) on a Hugging Face model that it knows: Mixtral, Qwen3-MoE, "
+            "DeepSeek-V2 or V3, or name its layers in expert_parallel."
+        )
+    if job.model.moe is not None:
+        notes.append(
+            "The prediction assumes that the busiest expert rank gets "
+            f"{job.workload.routing_imbalance:g} times the mean."
+        )
+    if job.model.num_mtp_layers:
+        notes.append(
+            f"The prediction trains {job.model.num_mtp_layers} multi-token-prediction layers; the script must too."
+        )
+    if job.workload.lora_rank is not None:
+        notes.append(f"The script freezes the weights and adds adapters of rank {job.workload.lora_rank}.")
     if plan.recompute == "full":
         notes.append(
             "Recompute happens in the script: call gradient_checkpointing_enable() or deepspeed.checkpointing."
         )
+    if plan.activation_offload:
+        notes.append(
+            "Offload of recomputed layers' inputs needs deepspeed.checkpointing, not another checkpoint."
+        )
+    if plan.optimizer_offload != "none":
+        notes.append(
+            "The script passes deepspeed.ops.adam.DeepSpeedCPUAdam, which updates the offloaded states."
+        )
+    if "nvme" in (plan.optimizer_offload, plan.parameter_offload):
+        notes.append("Set nvme_path in ds_config.json to a folder on a local drive; launch.sh waits for it.")
     return tuple(notes)

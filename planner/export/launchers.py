@@ -20,8 +20,10 @@ def launch_files(
     *,
     title: str,
     sources: Iterable[str],
-    required: tuple[str, str],
+    required: Iterable[tuple[str, str]],
     words: Iterable[str],
+    last_words: Iterable[str] = (),
+    checks: Iterable[str] = (),
 ) -> tuple[ExportFile, ...]:
     """Return ``launch.sh`` and, for Slurm, ``job.sbatch``.
 
@@ -31,7 +33,9 @@ def launch_files(
     ----------
     job, plan, launcher : TrainingJob, ParallelPlan, Launcher
         What runs, on how many nodes, started how.
-    title, sources, required, words : str, Iterable[str], tuple[str, str], Iterable[str]
+    title : str
+        First comment of each file.
+    sources, required, words, last_words, checks : Iterable
         As in :func:`meshwright.planner.export.scripts.launch_script`.
     """
     node_size = server_size(job.cluster)
@@ -44,6 +48,8 @@ def launch_files(
         num_nodes=num_nodes,
         gpus_per_node=gpus_per_node,
         words=words,
+        last_words=last_words,
+        checks=checks,
     )
     files = [ExportFile("launch.sh", script, is_executable=True)]
     if launcher == "slurm":

@@ -12,7 +12,8 @@ from meshwright.planner.export.base import (
     raise_if_unsupported,
 )
 from meshwright.planner.export.launchers import launch_command, launch_files
-from meshwright.planner.export.megatron_arguments import megatron_arguments, vocabulary_multiple
+from meshwright.planner.export.megatron_arguments import megatron_arguments
+from meshwright.planner.export.megatron_model import vocabulary_multiple
 from meshwright.planner.export.megatron_rules import MEGATRON_RULES, is_fully_sharded
 from meshwright.planner.export.rules import broken_rules
 from meshwright.planner.export.scripts import args_file, label
@@ -31,7 +32,27 @@ class MegatronExporter:
     target = "megatron"
     target_version = "core_r0.16"
     search_limits: Mapping[str, tuple[int | str | bool, ...]] = MappingProxyType(
-        {"schedule": ("none", "1f1b", "interleaved_1f1b")}
+        {
+            "schedule": ("none", "1f1b", "interleaved_1f1b"),
+            "vocab_parallel": ("none", "redistributed"),
+            "expert_overlap": (1,),
+            "secondary_group": (0,),
+            "optimizer_offload": ("none", "cpu"),
+            "parameter_offload": ("none",),
+        }
+    )
+    expresses: Mapping[str, str] = MappingProxyType(
+        {
+            "parallel": "dp, tp with or without sequence parallelism, pp, vpp, cp, ep, etp",
+            "schedule": "1f1b, interleaved_1f1b",
+            "stages": "any number of layers each",
+            "context": "ring (p2p), ulysses (a2a), all_gather, hierarchical (a2a+p2p)",
+            "sharding": "none, zero1 (in groups too), zero2, zero3, hsdp; from zero2 on Megatron-FSDP, pp 1",
+            "recompute": "none, selective by module, full for all or some layers",
+            "offload": "optimizer to cpu in part or whole (zero1); activations (pp 1, no recompute)",
+            "experts": "capacity, group-limited routing, shared experts, dense layers, multi-token prediction",
+            "precision": "bf16, fp16, fp8, fp8_block, mxfp8",
+        }
     )
 
     def unsupported(self, job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
@@ -58,7 +79,7 @@ class MegatronExporter:
             launcher,
             title=title,
             sources=("env.sh", "args.sh"),
-            required=("MEGATRON_PATH", f"a Megatron-LM checkout ({self.target_version})"),
+            required=(("MEGATRON_PATH", f"a Megatron-LM checkout ({self.target_version})"),),
             words=('"$MEGATRON_PATH/pretrain_gpt.py"', *(f'"${{{group.name}[@]}}"' for group in groups)),
         )
         return ExportBundle(
@@ -93,6 +114,18 @@ def _environment(job: TrainingJob, plan: ParallelPlan) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _expert_notes(job: TrainingJob) -> tuple[str, ...]:
+    """Return what the prediction assumes of the router, which training has to bring about."""
+    workload = job.workload
+    return (
+        "The load-balancing loss and its coefficient are usual values; router scaling keeps Megatron's default.",
+        f"The prediction assumes that the busiest expert rank gets {workload.routing_imbalance:g} times the mean.",
+        "Experts drop no tokens."
+        if workload.expert_capacity_factor is None
+        else f"Experts drop tokens beyond {workload.expert_capacity_factor:g} times their mean share.",
+    )
+
+
 def _notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
     model = job.model
     notes = [
@@ -113,11 +146,17 @@ def _notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
         else "The MLP activation is Megatron's default GELU."
     )
     if model.moe is not None:
-        notes.append("Router losses and scaling keep Megatron's defaults; expert tokens are not dropped.")
+        notes += _expert_notes(job)
     if model.num_mtp_layers:
-        notes.append(
-            f"The {model.num_mtp_layers} multi-token-prediction layers of the checkpoint are not trained."
-        )
+        notes.append("The loss of multi-token prediction keeps Megatron's default weight.")
+    if plan.vocab_parallel == "redistributed":
+        notes.append("Vocabulary redistributed: layers make room for embedding and head by the layout alone.")
+    if plan.recompute == "full" and plan.recompute_layers is not None and model.num_mtp_layers:
+        notes.append("Recompute of some layers leaves out those of multi-token prediction.")
+    if plan.optimizer_offload != "none":
+        notes.append("The offloaded optimizer states need pinned host memory of the node.")
+    if plan.activation_offload:
+        notes.append("Activations of all layers but the last travel to host memory.")
     if model.num_reserved_positions:
         notes.append(f"The {model.num_reserved_positions} unused rows of the position table are left out.")
     if is_fully_sharded(plan) and (plan.tp > 1 or plan.cp > 1):

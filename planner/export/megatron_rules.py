@@ -1,30 +1,30 @@
-"""What Megatron-LM (core_r0.16) cannot run, including what its own argument parser lets through.
+"""What plans Megatron-LM (core_r0.16) cannot run, including what its own argument parser lets through.
 
 The parser accepts, among others, an expert grid larger than the world, mixture of experts with tensor but
-without sequence parallelism, and interleaved schedules with a bad micro-batch remainder; such runs fail
-minutes later, on every node.
+without sequence parallelism, interleaved schedules with a bad micro-batch remainder, and head exchange between
+more ranks than there are key/value heads; such runs fail minutes later, on every node.
 """
 
 from __future__ import annotations
 
 import math
 
+from meshwright.planner.export.megatron_model_rules import MEGATRON_MODEL_RULES, mlp_widths
 from meshwright.planner.export.rules import (
     COMMON_RULES,
     Rule,
     divisors,
+    inner_stages_hold_layers,
     nearest,
     nearest_multiples,
+    window_bites,
 )
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["FP8_ALIGNMENT", "MEGATRON_RULES", "is_fully_sharded", "num_sharding_groups", "window_bites"]
+__all__ = ["MEGATRON_RULES", "head_exchange_ranks", "is_fully_sharded", "num_sharding_groups"]
 
-#: Multiple that Transformer Engine asks of matrix dimensions: 16-byte rows of fp8, or 32-value MX blocks.
-FP8_ALIGNMENT = {"fp8": 16, "fp8_block": 16, "mxfp8": 32}
-
-_BIASES_ALL_NONE_OR_QKV = ((False, False, False), (True, False, False), (True, True, True))
+_V_SHAPED = ("zb_v", "v_half", "v_min", "dualpipe_v")
 
 
 def is_fully_sharded(plan: ParallelPlan) -> bool:
@@ -37,10 +37,16 @@ def num_sharding_groups(plan: ParallelPlan) -> int:
     return 1 if plan.sharding_group is None or plan.sharding == "none" else plan.dp // plan.sharding_group
 
 
-def window_bites(job: TrainingJob) -> bool:
-    """Return whether the sliding window is shorter than the sequence."""
-    window = job.model.sliding_window
-    return window is not None and window < job.workload.sequence_length
+def head_exchange_ranks(job: TrainingJob, plan: ParallelPlan) -> int:
+    """Return the ranks that swap sequence for heads: all of cp, those of one node, or 1.
+
+    The same as :func:`meshwright.costmodels.parallelism.context.head_exchange_degree`, for one plan.
+    """
+    if plan.cp_method == "ulysses":
+        return plan.cp
+    if plan.cp_method == "hierarchical":
+        return math.gcd(plan.cp, max(1, job.cluster.node.num_gpus // plan.tp))
+    return 1
 
 
 def tensor_parallel_divides_attention(job: TrainingJob, plan: ParallelPlan) -> str | None:
@@ -58,22 +64,10 @@ def tensor_parallel_divides_attention(job: TrainingJob, plan: ParallelPlan) -> s
 
 def tensor_parallel_divides_mlp(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """Each MLP's width splits over its tensor-parallel ranks."""
-    for name, width, axis, degree in _mlp_widths(job, plan):
+    for name, width, axis, degree in mlp_widths(job, plan):
         if width % degree:
             return f"{axis} {degree} does not divide {name} {width}; use {axis} {nearest(degree, divisors(width))}."
     return None
-
-
-def _mlp_widths(job: TrainingJob, plan: ParallelPlan) -> tuple[tuple[str, int, str, int], ...]:
-    """Return name, width, axis and degree of each kind of MLP that the model has."""
-    dense = ("ffn_hidden_size", job.model.ffn_hidden_size, "tp", plan.tp)
-    moe = job.model.moe
-    if moe is None:
-        return (dense,)
-    experts = ("moe_ffn_hidden_size", moe.moe_ffn_hidden_size, "etp", plan.etp)
-    shared = ("shared_ffn_hidden_size", moe.shared_ffn_hidden_size, "tp", plan.tp)
-    has_dense_layers = moe.num_dense_layers > 0 or moe.layer_frequency > 1
-    return (dense, experts, shared) if has_dense_layers else (experts, shared)
 
 
 def sequence_splits(job: TrainingJob, plan: ParallelPlan) -> str | None:
@@ -90,12 +84,41 @@ def sequence_splits(job: TrainingJob, plan: ParallelPlan) -> str | None:
     )
 
 
+def context_parallel_method_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Transformer Engine (2.11, context_parallel.py) limits each exchange, when the first layer runs."""
+    if plan.cp == 1:
+        return None
+    model, inner = job.model, head_exchange_ranks(job, plan)
+    if plan.cp_method == "hierarchical" and inner in (1, plan.cp):
+        near = "ring" if inner == 1 else "ulysses"
+        return (
+            f"cp_method 'hierarchical' needs a cp group with several ranks on each of several nodes, but {inner} of "
+            f"cp {plan.cp} share a node; use '{near}'."
+        )
+    if model.mla is not None and plan.cp_method in ("ulysses", "all_gather"):
+        return f"multi-latent attention does not go with cp_method '{plan.cp_method}'; use 'ring' or 'hierarchical'."
+    if window_bites(job) and plan.cp_method in ("ring", "hierarchical"):
+        return (
+            f"sliding_window {model.sliding_window} does not go with cp {plan.cp} and cp_method '{plan.cp_method}'; "
+            f"use 'ulysses', 'all_gather', cp 1 or sequence_length {model.sliding_window} or less."
+        )
+    groups = model.num_attention_heads if model.mla is not None else model.num_query_groups
+    if inner > 1 and groups % (plan.tp * inner):
+        fitting = [d for d in divisors(plan.cp) if groups % (plan.tp * d) == 0] or [1]
+        return (
+            f"cp_method '{plan.cp_method}' swaps sequence for heads over {inner} ranks, which with tp {plan.tp} do not "
+            f"share {groups} key/value heads evenly; use 'ring' or {nearest(inner, fitting)} ranks."
+        )
+    return None
+
+
 def schedule_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """Megatron-LM has 1F1B and interleaved 1F1B."""
     if plan.schedule in ("none", "1f1b", "interleaved_1f1b"):
         return None
     near = "interleaved_1f1b" if plan.vpp > 1 else "1f1b"
-    return f"schedule '{plan.schedule}' does not exist in Megatron-LM; use '{near}'."
+    also = " (it places chunks in a loop, never in a V)" if plan.schedule in _V_SHAPED else ""
+    return f"schedule '{plan.schedule}' does not exist in Megatron-LM{also}; use '{near}'."
 
 
 def interleaving_fills_groups(job: TrainingJob, plan: ParallelPlan) -> str | None:
@@ -113,14 +136,6 @@ def interleaving_fills_groups(job: TrainingJob, plan: ParallelPlan) -> str | Non
     )
 
 
-def inner_stages_hold_layers(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """Only the first and the last stage have work (embedding, loss) without layers."""
-    empty = [index for index, count in enumerate(plan.layers_per_stage[1:-1], start=1) if count == 0]
-    if not empty:
-        return None
-    return f"virtual stage {empty[0]} of layers_per_stage holds 0 layers; give it at least 1."
-
-
 def sharding_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """Megatron-FSDP has no pipeline, and replicates only whole zero3 groups."""
     if is_fully_sharded(plan) and plan.pp > 1:
@@ -135,6 +150,16 @@ def sharding_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
             f"use sharding_group {plan.dp} (all of dp)."
         )
     return None
+
+
+def secondary_weights_exist(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """A second copy of sharded weights near by is ZeRO++'s."""
+    if plan.secondary_group is None:
+        return None
+    return (
+        f"secondary_group {plan.secondary_group} (ZeRO++ hpZ) does not exist in Megatron-LM; leave it out, "
+        "use sharding 'hsdp' or target deepspeed."
+    )
 
 
 def expert_grid_fits_world(job: TrainingJob, plan: ParallelPlan) -> str | None:
@@ -165,111 +190,104 @@ def expert_biases_need_etp_1(job: TrainingJob, plan: ParallelPlan) -> str | None
     return f"experts with biases need etp 1, not {plan.etp}."
 
 
-def precision_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """Formats that map to flags of the target."""
-    precision = job.workload.precision
-    if precision in ("bf16", "fp16", *FP8_ALIGNMENT):
-        return None
-    near = "fp8" if precision in ("nvfp4", "int8", "int4_wo") else "bf16"
-    return f"precision '{precision}' is not mapped to Megatron-LM flags; use '{near}'."
-
-
-def fp8_matrices_align(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """fp8 matrices need aligned dimensions on every rank; Transformer Engine says so in the first step."""
-    step = FP8_ALIGNMENT.get(job.workload.precision)
-    if step is None:
-        return None
-    model = job.model
-    shards = plan.cp * (plan.tp if plan.sequence_parallel else 1)
-    sizes = (
-        ("hidden_size", model.hidden_size, 1),
-        ("num_attention_heads x head_dim", model.num_attention_heads * model.head_dim, plan.tp),
-        *((name, width, degree) for name, width, _, degree in _mlp_widths(job, plan)),
-        ("micro_batch_size x sequence_length", plan.micro_batch_size * job.workload.sequence_length, shards),
-    )
-    for name, size, ranks in sizes:
-        if size % (step * ranks):
-            return (
-                f"{job.workload.precision} needs {name} {size} over {ranks} ranks in multiples of {step}; "
-                f"use {nearest_multiples(size, step * ranks)} or precision 'bf16'."
-            )
-    return None
-
-
-def positions_exist(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """ALiBi is absent; a learned table cannot be longer than it is."""
-    model, length = job.model, job.workload.sequence_length
-    if model.position_embedding == "alibi":
-        return "Megatron-LM has no ALiBi positions; export a model with rope or learned positions."
-    if model.position_embedding == "learned" and length > model.max_position_embeddings:
-        return (
-            f"sequence_length {length} exceeds the {model.max_position_embeddings} learned positions; "
-            f"use {model.max_position_embeddings} or less."
-        )
-    if model.mla is not None and model.position_embedding != "rope":
-        return f"multi-latent attention needs rope positions, not '{model.position_embedding}'."
-    return None
-
-
-def block_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """A Megatron layer is norm, attention, norm, MLP in sequence, with a final norm."""
-    model = job.model
-    if model.has_parallel_block:
-        return "attention and MLP in parallel (has_parallel_block) do not exist; export a sequential block."
-    if model.norms_per_layer != 2:
-        return f"a layer has 2 norms, not norms_per_layer {model.norms_per_layer}; export a model with 2."
-    if not model.has_final_norm or model.has_embedding_norm:
-        return "a final norm is always there and an embedding norm never; export a model shaped like that."
-    if model.normalization == "layernorm_nobias":
-        return "normalization 'layernorm_nobias' does not exist; use 'layernorm' or 'rmsnorm'."
-    return None
-
-
-def biases_exist(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """Linear biases come all together, for query/key/value only, or not at all; the head has none."""
-    model = job.model
-    if model.has_head_bias:
-        return "the LM head has no bias; use has_head_bias false."
-    biases = (model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias)
-    if biases in _BIASES_ALL_NONE_OR_QKV:
+def experts_are_not_chunked(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Its own overlap of the expert all-to-all pairs micro-batches of two model chunks; it cuts none."""
+    if plan.expert_overlap == 1:
         return None
     return (
-        f"biases on qkv {biases[0]}, attention output {biases[1]}, MLP {biases[2]} cannot be combined; "
-        "use all, none, or qkv only."
+        f"expert_overlap {plan.expert_overlap} cuts a layer's tokens in chunks, which Megatron-LM does not; it has "
+        "--overlap-moe-expert-parallel-comm, between micro-batches; use expert_overlap 1."
     )
 
 
-def attention_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """Windows cannot be cut by ring attention; norms of queries and keys are per head; sinks are not mapped."""
-    model = job.model
-    if window_bites(job) and plan.cp > 1:
+def recompute_modules_exist(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """A module that the model lacks is recomputed nowhere; fp8 with delayed scaling excludes two."""
+    moe, modules = job.model.moe, set(plan.recompute_modules)
+    absent = set()
+    if moe is None:
+        absent |= {"moe", "moe_act", "shared_experts"}
+    elif not moe.num_dense_layers and moe.layer_frequency == 1:
+        absent |= {"mlp"}
+    if moe is not None and not moe.shared_ffn_hidden_size:
+        absent |= {"shared_experts"}
+    if job.model.mla is None:
+        absent |= {"mla_up_proj"}
+    missing = sorted(modules & absent)
+    if missing:
+        return f"recompute_modules {', '.join(missing)}: the model has none; leave them out."
+    if {"moe", "moe_act"} <= modules:
+        return "recompute_modules moe recomputes moe_act too; name one of them."
+    delayed = sorted(modules & {"layernorm", "moe_act"})
+    if job.workload.precision == "fp8" and delayed:
         return (
-            f"sliding_window {model.sliding_window} does not go with cp {plan.cp} (p2p); use cp 1 or "
-            f"sequence_length {model.sliding_window} or less."
+            f"recompute_modules {', '.join(delayed)} does not go with precision 'fp8' (delayed scaling); "
+            "use 'fp8_block', 'mxfp8' or 'bf16'."
         )
-    if model.has_attention_sinks:
-        return "attention sinks (has_attention_sinks) are not mapped to Megatron-LM; export a model without them."
-    if model.has_qk_norm and not model.is_qk_norm_per_head:
-        return "query/key norms are per head in Megatron-LM (is_qk_norm_per_head); export a model like that."
+    return None
+
+
+def recompute_layers_fit(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """The number of recomputed layers counts those of one virtual stage."""
+    most = max(plan.layers_per_stage)
+    if plan.recompute_layers is None or plan.recompute_layers <= most:
+        return None
+    return f"recompute_layers {plan.recompute_layers} is more than the {most} layers of a virtual stage; use {most}."
+
+
+def optimizer_offload_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """The hybrid optimizer works on the distributed optimizer's shards and on host memory only."""
+    if plan.optimizer_offload == "none":
+        return None
+    if plan.optimizer_offload == "nvme":
+        return "optimizer_offload 'nvme' does not exist in Megatron-LM; use 'cpu' or target deepspeed."
+    if plan.sharding != "zero1":
+        return (
+            f"optimizer_offload 'cpu' needs the distributed optimizer without FSDP (sharding 'zero1'), not "
+            f"'{plan.sharding}'; use 'zero1'."
+        )
+    return None
+
+
+def weights_stay_on_the_device(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Only optimizer states and activations leave the device."""
+    if plan.parameter_offload == "none":
+        return None
+    return f"parameter_offload '{plan.parameter_offload}' does not exist in Megatron-LM; use 'none' or target deepspeed."
+
+
+def activation_offload_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Whole layers are offloaded without pipeline and recompute; elsewhere only single modules are."""
+    if not plan.activation_offload:
+        return None
+    if plan.pp > 1 or plan.recompute != "none":
+        return (
+            f"activation_offload needs pp 1 and recompute 'none' in Megatron-LM (here pp {plan.pp}, recompute "
+            f"'{plan.recompute}'); its --fine-grained-activation-offloading moves single modules only."
+        )
+    if plan.num_layers == 1:
+        return "activation_offload leaves the last layer on the device and needs 2 layers or more."
     return None
 
 
 MEGATRON_RULES: tuple[Rule, ...] = (
     *COMMON_RULES,
+    *MEGATRON_MODEL_RULES,
     tensor_parallel_divides_attention,
     tensor_parallel_divides_mlp,
     sequence_splits,
+    context_parallel_method_exists,
     schedule_exists,
     interleaving_fills_groups,
     inner_stages_hold_layers,
     sharding_exists,
+    secondary_weights_exist,
     expert_grid_fits_world,
     experts_with_tp_need_sp,
     expert_biases_need_etp_1,
-    precision_exists,
-    fp8_matrices_align,
-    positions_exist,
-    block_exists,
-    biases_exist,
-    attention_exists,
+    experts_are_not_chunked,
+    recompute_modules_exist,
+    recompute_layers_fit,
+    optimizer_offload_exists,
+    weights_stay_on_the_device,
+    activation_offload_exists,
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.specs import ClusterSpec
+from meshwright.planner.export.scripts import label
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -19,9 +20,12 @@ __all__ = [
     "Rule",
     "broken_rules",
     "divisors",
+    "fp8_runs_on_the_gpu",
+    "inner_stages_hold_layers",
     "nearest",
     "nearest_multiples",
     "server_size",
+    "window_bites",
 ]
 
 Rule = Callable[[TrainingJob, ParallelPlan], str | None]
@@ -29,6 +33,12 @@ Rule = Callable[[TrainingJob, ParallelPlan], str | None]
 # A node of a cluster spec is a scale-up domain. The largest single server has 16 GPUs (DGX-2); larger domains
 # (GB200 and GB300 NVL72) are racks of servers with 4 GPUs each, and launchers run once per server.
 _LARGEST_SERVER, _GPUS_OF_A_RACK_SERVER = 16, 4
+#: NVIDIA generations whose tensor cores take each format (Transformer Engine 2.11, quantization.py).
+_FP8_GENERATIONS = {
+    "fp8": ("ada", "hopper", "blackwell", "rubin"),
+    "fp8_block": ("hopper", "blackwell", "rubin"),
+    "mxfp8": ("blackwell", "rubin"),
+}
 
 
 def broken_rules(rules: Iterable[Rule], job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
@@ -84,6 +94,12 @@ def server_size(cluster: ClusterSpec) -> int:
     return num_gpus if num_gpus <= _LARGEST_SERVER else _GPUS_OF_A_RACK_SERVER
 
 
+def window_bites(job: TrainingJob) -> bool:
+    """Return whether the sliding window is shorter than the sequence."""
+    window = job.model.sliding_window
+    return window is not None and window < job.workload.sequence_length
+
+
 def stages_hold_every_layer(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """The stages must hold exactly the model's layers."""
     if plan.num_layers == job.model.num_layers:
@@ -118,12 +134,58 @@ def batch_divides(job: TrainingJob, plan: ParallelPlan) -> str | None:
     return None
 
 
-def vocabulary_stays_whole(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """No released framework spreads the vocabulary over pipeline stages."""
-    if plan.vocab_parallel == "none":
+def layers_run_alike(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """No released framework gives groups of layers a strategy of their own."""
+    if not plan.layer_groups:
         return None
     return (
-        f"vocab_parallel '{plan.vocab_parallel}' has no counterpart in the target; use vocab_parallel 'none'."
+        "layer_groups give layers strategies of their own, which no target can; export a plan without them."
+    )
+
+
+def settings_take_effect(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """A setting that another one switches off is a slip; written out it would vanish without a word."""
+    if plan.cp == 1 and plan.cp_method != "ring":
+        return f"cp_method '{plan.cp_method}' does nothing at cp 1; use 'ring' or a larger cp."
+    if plan.optimizer_offload == "none" and plan.optimizer_offload_fraction != 1.0:
+        return (
+            f"optimizer_offload_fraction {plan.optimizer_offload_fraction:g} does nothing with optimizer_offload "
+            "'none'; use fraction 1 or optimizer_offload 'cpu'."
+        )
+    if plan.pp == 1 and plan.vocab_parallel == "redistributed":
+        return "vocab_parallel 'redistributed' does nothing at pp 1; use 'none' or a larger pp."
+    return None
+
+
+def vocabulary_stays_whole(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """No released framework cuts the vocabulary over stages; moving layers off the ends is a layout like any other."""
+    if plan.vocab_parallel in ("none", "redistributed"):
+        return None
+    return (
+        f"vocab_parallel '{plan.vocab_parallel}' has no counterpart in the target; "
+        "use vocab_parallel 'none' or 'redistributed'."
+    )
+
+
+def inner_stages_hold_layers(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Only the first and the last stage have work (embedding, loss) without layers."""
+    empty = [index for index, count in enumerate(plan.layers_per_stage[1:-1], start=1) if count == 0]
+    if not empty:
+        return None
+    return f"virtual stage {empty[0]} of layers_per_stage holds 0 layers; give it at least 1."
+
+
+def fp8_runs_on_the_gpu(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Each fp8 format needs a generation of tensor cores; the library says so in the first step."""
+    precision, gpu = job.workload.precision, job.cluster.gpu
+    generations = _FP8_GENERATIONS.get(precision)
+    if generations is None or gpu.vendor.lower() != "nvidia":
+        return None
+    if gpu.architecture.lower().startswith(generations):
+        return None
+    return (
+        f"precision '{precision}' does not run on {label(gpu.architecture)} GPUs (it needs {', '.join(generations)}); "
+        "use 'bf16'."
     )
 
 
@@ -141,6 +203,8 @@ def expert_axes_need_experts(job: TrainingJob, plan: ParallelPlan) -> str | None
 
 
 COMMON_RULES: tuple[Rule, ...] = (
+    layers_run_alike,
+    settings_take_effect,
     stages_hold_every_layer,
     ranks_fill_whole_nodes,
     batch_divides,

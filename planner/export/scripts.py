@@ -72,10 +72,12 @@ def launch_script(
     *,
     title: str,
     sources: Iterable[str],
-    required: tuple[str, str],
+    required: Iterable[tuple[str, str]],
     num_nodes: int,
     gpus_per_node: int,
     words: Iterable[str],
+    last_words: Iterable[str] = (),
+    checks: Iterable[str] = (),
 ) -> str:
     """Return the script that starts torchrun on one node.
 
@@ -85,16 +87,20 @@ def launch_script(
         First comment; printable ASCII of ours.
     sources : Iterable[str]
         Files of the bundle to read first.
-    required : tuple[str, str]
-        Environment variable that must be set, and what it must name.
+    required : Iterable[tuple[str, str]]
+        Environment variables that must be set, and what each must name.
     num_nodes, gpus_per_node : int
         Default world; another split of the same world is accepted.
-    words : Iterable[str]
-        Program that torchrun starts and its arguments, as quoted shell words.
+    words, last_words : Iterable[str]
+        Program that torchrun starts and its arguments, as quoted shell words, before and after those that the
+        user adds to the script.
+    checks : Iterable[str]
+        Shell commands of ours that end the script where a file still needs the user's hand.
     """
     read = "\n".join(f'# shellcheck source={name}\nsource "$EXPORT_DIR/{name}"' for name in sources)
-    arguments = " \\\n  ".join([*words, '"$@"'])
-    variable, meaning = required
+    arguments = " \\\n  ".join([*words, '"$@"', *last_words])
+    needed = "\n".join(f': "${{{variable}:?set {variable} to {meaning}}}"' for variable, meaning in required)
+    checked = "".join(f"\n{check}\n" for check in checks)
     return f"""#!/usr/bin/env bash
 # {title}
 # Run on every node, with NODE_RANK from 0; further arguments go to the program.
@@ -102,10 +108,10 @@ set -euo pipefail
 
 EXPORT_DIR="$(cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")" && pwd)"
 
-: "${{{variable}:?set {variable} to {meaning}}}"
+{needed}
 
 {read}
-
+{checked}
 NNODES="${{NNODES:-{num_nodes}}}"
 GPUS_PER_NODE="${{GPUS_PER_NODE:-{gpus_per_node}}}"
 NODE_RANK="${{NODE_RANK:-${{SLURM_NODEID:-0}}}}"

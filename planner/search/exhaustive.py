@@ -14,7 +14,8 @@ from meshwright.planner.constraints import apply_constraints
 from meshwright.planner.export import EXPORTERS
 from meshwright.planner.objectives import objective_values, world_sizes
 from meshwright.planner.search.base import Progress, RankedPlan, SearchRequest, SearchResult
-from meshwright.planner.space import concatenate, enumerate_space, plan_of_row
+from meshwright.planner.space import enumerate_space, plan_of_row
+from meshwright.planner.space_block import concatenate
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.training.iteration import iteration_time
 

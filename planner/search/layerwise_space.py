@@ -30,13 +30,15 @@ from meshwright.costmodels.parameters import RankParameters
 from meshwright.costmodels.partition import balanced_ends, boundary_layers
 from meshwright.costmodels.plan_columns import PlanColumns
 from meshwright.costmodels.stage import fixed_time, overlaps
-from meshwright.planner.axes import divisors
+from meshwright.planner.axes import divisors, recompute_axis
 from meshwright.planner.constraints import CONSTRAINTS
 from meshwright.planner.search.relayout_tours import RelayoutTours
-from meshwright.planner.search.stage_options import REDUCE, StageProblem, stage_weights
+from meshwright.planner.search.stage_problem import REDUCE, StageProblem, stage_weights
 from meshwright.planner.space import SearchLimits
-from meshwright.simcore.domain.layer_groups import GROUP_RECOMPUTES, GROUP_SHARDINGS, LayerGroup
+from meshwright.simcore.domain.layer_groups import GROUP_SHARDINGS, LayerGroup
 from meshwright.simcore.domain.plan import (
+    RECOMPUTE_MODULES,
+    RECOMPUTES,
     ParallelPlan,
     can_partition,
     partition_layers,
@@ -45,6 +47,9 @@ from meshwright.simcore.domain.plan import (
 from meshwright.simcore.training.costs import IterationCosts
 
 __all__ = ["Configuration", "PipelineSpace", "pipeline_spaces"]
+
+# Word and modules of a recompute policy.
+_Recompute = tuple[str, tuple[str, ...]]
 
 # Constraints that a layer strategy meets or not on its own: memory is that of the whole stage, and no export target
 # has layer-wise plans.
@@ -69,7 +74,7 @@ def pipeline_spaces(
     num_gpus : int
         World size.
     """
-    batch = context.workload.global_batch_size
+    batch, recomputes = context.workload.global_batch_size, _recomputes(context)
     for pp in divisors(num_gpus // frame.cp) if num_gpus % frame.cp == 0 else ():
         ranks = num_gpus // (frame.cp * pp)
         for layers in _layouts(context, pp, divisors(ranks)):
@@ -80,7 +85,7 @@ def pipeline_spaces(
                 plan
                 for sequences in divisors(batch)
                 for tp in divisors(ranks)
-                for plan in _strategies(pipeline, tp, ranks // tp, sequences)
+                for plan in _strategies(pipeline, tp, ranks // tp, sequences, recomputes)
             ]
             if not plans:
                 continue
@@ -121,13 +126,15 @@ def _layouts(context: CostContext, pp: int, degrees: Sequence[int]) -> list[tupl
     return list(dict.fromkeys([own, *others]))
 
 
-def _strategies(pipeline: ParallelPlan, tp: int, dp: int, sequences: int) -> Iterator[ParallelPlan]:
+def _strategies(
+    pipeline: ParallelPlan, tp: int, dp: int, sequences: int, recomputes: Sequence[_Recompute]
+) -> Iterator[ParallelPlan]:
     """Yield the uniform plans of every strategy with one tp and micro-batch."""
     if sequences % dp:
         return
     shardings = GROUP_SHARDINGS if dp * pipeline.cp > 1 else ("none",)
-    for is_split, sharding, recompute in product(
-        (False, True) if tp > 1 else (False,), shardings, GROUP_RECOMPUTES
+    for is_split, sharding, (recompute, modules) in product(
+        (False, True) if tp > 1 else (False,), shardings, recomputes
     ):
         yield replace(
             pipeline,
@@ -137,7 +144,24 @@ def _strategies(pipeline: ParallelPlan, tp: int, dp: int, sequences: int) -> Ite
             sequence_parallel=is_split,
             sharding=sharding,  # type: ignore[arg-type]  # one of the words of GroupSharding
             recompute=recompute,  # type: ignore[arg-type]  # one of the words of GroupRecompute
+            recompute_modules=modules,
         )
+
+
+def _recomputes(context: CostContext) -> list[_Recompute]:
+    """Return the recompute policies of whole layers that uniform plans have."""
+    options = recompute_axis(context.model).columns
+    policies = zip(
+        options["recompute"], options["recompute_modules"], options["recompute_share"], strict=True
+    )
+    return [
+        (
+            RECOMPUTES[int(code)],
+            tuple(name for bit, name in enumerate(RECOMPUTE_MODULES) if int(mask) >> bit & 1),
+        )
+        for code, mask, share in policies
+        if share == 1.0
+    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,7 +223,8 @@ class PipelineSpace:
                 plan = self.plans[row]
                 # Embedding and head recompute nothing, but prediction modules are layers.
                 recompute = plan.recompute if has_layers else ""
-                ends.setdefault((plan.tp, plan.sequence_parallel, plan.sharding, recompute), int(row))
+                if not (has_layers and plan.recompute_modules):
+                    ends.setdefault((plan.tp, plan.sequence_parallel, plan.sharding, recompute), int(row))
             for row in ends.values():
                 yield Configuration(self, rows, row)
 
@@ -347,6 +372,8 @@ class Configuration:
     def layered_plan(self, counts: Sequence[NDArray[np.int64]], weights: NDArray[np.float64]) -> ParallelPlan:
         """Return the plan with so many layers of each strategy on each stage; uniform when all are alike.
 
+        Not where a stage holds no layers: a uniform plan is charged a running layer's memory there too.
+
         ``weights`` says which of several tours through the layouts a stage takes: the seconds forward and backward
         count for.
         """
@@ -355,7 +382,7 @@ class Configuration:
         for stage, count in enumerate(counts):
             groups += self._stage_groups(space.problem(self.rows, self.ends, stage), count, weights)
         alike = {replace(group, num_layers=1) for group in groups}
-        if len(alike) == 1:
+        if len(alike) == 1 and all(count.any() for count in counts):
             only = next(iter(alike))
             is_own = (only.tp, only.sequence_parallel, only.sharding) == (
                 plan.tp,
@@ -363,8 +390,9 @@ class Configuration:
                 plan.sharding,
             )
             if is_own:
-                return replace(plan, recompute=only.recompute)
-        return replace(plan, layer_groups=tuple(groups))
+                return replace(plan, recompute=only.recompute, recompute_modules=only.recompute_modules)
+        own = plan.recompute if space.context.model.num_mtp_layers else "none"
+        return replace(plan, recompute=own, recompute_modules=(), layer_groups=tuple(groups))
 
     def _stage_groups(
         self, problem: StageProblem, counts: NDArray[np.int64], weights: NDArray[np.float64]
@@ -382,6 +410,7 @@ class Configuration:
                 sequence_parallel=plan.sequence_parallel,
                 sharding=plan.sharding,  # type: ignore[arg-type]  # strategies are built from its words
                 recompute=plan.recompute,
+                recompute_modules=plan.recompute_modules,
             )
             for index in order
             for plan in (self.space.plans[self.rows[index]],)

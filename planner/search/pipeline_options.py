@@ -1,10 +1,9 @@
 """The best assignment of strategies to the layers of all stages of one pipeline.
 
-A lower bound comes from paths through the schedule: forward to a stage, all its micro-batches, back to the first
-stage and its synchronisation. Each of these is least when every stage is as fast as it can be; where the simulated
-schedule of those stages meets the bound, it is the optimum. Elsewhere all Pareto-optimal assignments of each stage
-that a better plan could use are combined depth first: stages not chosen yet count with the least of everything,
-which the schedule, monotone in all its durations, turns into a bound.
+Every stage is assigned so that it is as fast as it can be, and so is the stage of the longest path by what it counts
+there; where the simulated schedule meets the bound of the paths, it is the optimum. Elsewhere all Pareto-optimal
+assignments of each stage that a better plan could use are combined depth first: stages not chosen yet count with
+the least of everything, which the schedule, monotone in all its durations, turns into a bound.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.planner.search.stage_options import (
+from meshwright.planner.search.pipeline_paths import PipelinePaths
+from meshwright.planner.search.stage_options import StageLimit, best_option, pareto_options
+from meshwright.planner.search.stage_problem import (
     BACKWARD,
     FORWARD,
     GATHER,
@@ -23,7 +24,6 @@ from meshwright.planner.search.stage_options import (
     REDUCE,
     StageOptions,
     StageProblem,
-    stage_weights,
 )
 from meshwright.simcore.training.costs import IterationCosts
 from meshwright.simcore.training.iteration import iteration_time
@@ -60,6 +60,10 @@ class PipelineChoice:
     is_optimal: bool
 
 
+_NOTHING = PipelineChoice(counts=None, iteration_time=np.inf, is_optimal=True)
+_UNKNOWN = replace(_NOTHING, is_optimal=False)
+
+
 class PipelineProblem:
     """One pipeline: a choice of strategies per stage.
 
@@ -75,60 +79,48 @@ class PipelineProblem:
 
     def __init__(self, stages: list[StageProblem], costs: IterationCosts, schedule: str) -> None:
         self.stages, self.costs, self.schedule = stages, costs, schedule
-        batches = float(costs.num_micro_batches)
-        self.weights = stage_weights(batches, costs.gradient_reduce_overlap, costs.parameter_gather_overlap)
-        # Stages behind the first: only the micro-batch is on every path.
-        self.inner_weights = np.array([1.0, 1.0, 0.0, 0.0, 0.0])
-        blocked = costs.send_time if costs.is_send_blocking else np.zeros_like(costs.send_time)
-        before = np.concatenate([[0.0], blocked[:-1]])
-        # Sends that hold the stage on every micro-batch, and those a micro-batch waits for on its way.
-        self._held = batches * (blocked + before)
-        self._way = 2.0 * np.concatenate([[0.0], np.cumsum(costs.send_time)[:-1]]) - before
-        self._batches = batches
+        self.paths = PipelinePaths(costs)
+        self.weights = self.paths.weights
+        # Least costs of the stages, by linear relaxation until a stage is solved: on their own paths, and on others'.
+        self._own = [
+            [stage.lower_bound(path.weights) for path in paths]
+            for stage, paths in zip(stages, self.paths.stages, strict=True)
+        ]
+        self._once = stages[0].lower_bound(self.paths.once_weights)
+        self._way = np.array([stage.lower_bound(self.paths.way_weights) for stage in stages])
 
     def lower_bound(self) -> float:
         """Return a lower bound of the iteration time of every assignment, inf when a stage cannot fit [s]."""
-        least = [stage.lower_bound(self.inner_weights) for stage in self.stages[1:]]
-        first = self.stages[0].lower_bound(self.weights)
-        once = self.stages[0].lower_bound(self._once_weights())
-        return self._bound(first, once, np.array(least))
+        return self.paths.bound(self._own, self._once, self._way)
 
     def best(self, limit: float) -> PipelineChoice:
         """Return the fastest assignment if it is faster than ``limit`` [s]."""
-        nothing = PipelineChoice(counts=None, iteration_time=np.inf, is_optimal=True)
         fastest: list[StageOptions] = []
-        least = np.array([stage.lower_bound(self.inner_weights) for stage in self.stages[1:]])
-        once = self.stages[0].lower_bound(self._once_weights())
-        first = self.stages[0].lower_bound(self.weights)
         for index, stage in enumerate(self.stages):
-            if self._bound(first, once, least) >= limit:
-                return nothing
-            weights = self.inner_weights if index else self.weights
-            found = stage.best(weights, self._stage_limit(index, limit, once, least), _MOST_LABELS)
+            weights = self.paths.way_weights if index else self.weights
+            if self.lower_bound() >= limit:
+                return _NOTHING
+            # The first path of a stage counts nothing but its micro-batches.
+            scale = 1.0 if index == 0 else float(self.costs.num_micro_batches)
+            found = best_option(stage, weights, self._limits(index, limit)[0].limit / scale, _MOST_LABELS)
             if found is None:
-                return PipelineChoice(counts=None, iteration_time=np.inf, is_optimal=False)
+                return _UNKNOWN
             if not len(found.counts):
-                return nothing
+                return _NOTHING
             fastest.append(found)
             value = float(found.costs[0] @ weights)
+            self._own[index][0] = value * scale
             if index:
-                least[index - 1] = value
-            else:
-                first = value
-        bound = self._bound(first, once, least)
-        if bound >= limit:
-            return nothing
-        seconds = self.simulated(np.stack([options.costs[0] for options in fastest]))
-        choice = PipelineChoice(
-            counts=tuple(options.counts[0] for options in fastest),
-            iteration_time=seconds,
-            is_optimal=seconds <= bound * (1.0 + _TOLERANCE),
+                self._way[index] = value
+        choice = self._simulated_choice(fastest)
+        choice = self._tightened(choice, fastest, limit)
+        if not choice.is_optimal and self.lower_bound() < limit:
+            choice = self._widened(choice, min(limit, choice.iteration_time))
+        if self.lower_bound() >= limit:
+            return _NOTHING
+        return (
+            choice if choice.iteration_time < limit else replace(choice, counts=None, iteration_time=np.inf)
         )
-        if not choice.is_optimal:
-            choice = self._widened(choice, bound, min(limit, seconds), once, least)
-        if choice.iteration_time >= limit:
-            return replace(nothing, is_optimal=choice.is_optimal)
-        return choice
 
     def simulated(self, costs: FloatArray) -> float:
         """Return the iteration time of stages that cost so much, shape ``(num_stages, 5)`` [s]."""
@@ -142,23 +134,57 @@ class PipelineProblem:
         )
         return iteration_time(filled, self.schedule)
 
-    def _widened(
-        self, choice: PipelineChoice, bound: float, limit: float, once: float, least: FloatArray
-    ) -> PipelineChoice:
+    def _limits(self, index: int, limit: float) -> list[StageLimit]:
+        """Return the most a stage may cost on each of its paths in an iteration within the limit."""
+        return [
+            StageLimit(path.weights, limit - self.paths.others(index, path, self._once, self._way))
+            for path in self.paths.stages[index]
+        ]
+
+    def _simulated_choice(self, options: list[StageOptions]) -> PipelineChoice:
+        """Return the first option of every stage with its simulated time."""
+        seconds = self.simulated(np.stack([each.costs[0] for each in options]))
+        return PipelineChoice(
+            counts=tuple(each.counts[0] for each in options),
+            iteration_time=seconds,
+            is_optimal=seconds <= self.lower_bound() * (1.0 + _TOLERANCE),
+        )
+
+    def _tightened(self, choice: PipelineChoice, fastest: list[StageOptions], limit: float) -> PipelineChoice:
+        """Solve the stage of the longest path by what it counts there, until the longest path is one of those."""
+        solved = {(index, 0) for index in range(len(self.stages))}
+        while not choice.is_optimal and self.lower_bound() < limit:
+            index, number = self.paths.longest(self._own, self._once, self._way)
+            if (index, number) in solved:
+                break
+            solved.add((index, number))
+            weights = self.paths.stages[index][number].weights
+            found = best_option(self.stages[index], weights, np.inf, _MOST_LABELS)
+            if found is None:
+                break
+            self._own[index][number] = float(found.costs[0] @ weights)
+            other = self._simulated_choice([*fastest[:index], found, *fastest[index + 1 :]])
+            if other.iteration_time < choice.iteration_time:
+                choice = other
+            is_optimal = choice.iteration_time <= self.lower_bound() * (1.0 + _TOLERANCE)
+            choice = replace(choice, is_optimal=is_optimal)
+        return choice
+
+    def _widened(self, choice: PipelineChoice, limit: float) -> PipelineChoice:
         """Combine Pareto-optimal assignments within a widening gap above the bound."""
+        bound = self.lower_bound()
         gap = _FIRST_GAP * bound
         while True:
             reach = min(bound + gap, limit)
             options = []
             for index, stage in enumerate(self.stages):
-                weights = self.inner_weights if index else self.weights
-                found = stage.options(weights, self._stage_limit(index, reach, once, least), _MOST_LABELS)
+                found = pareto_options(stage, self._limits(index, reach), _MOST_LABELS)
                 if found is None:
                     return choice
                 options.append(found)
             combined = _Combination(self.simulated, options, choice.iteration_time)
             is_complete = combined.run()
-            if combined.counts is not None and combined.iteration_time < choice.iteration_time:
+            if combined.counts is not None:
                 choice = PipelineChoice(
                     counts=combined.counts, iteration_time=combined.iteration_time, is_optimal=False
                 )
@@ -169,26 +195,6 @@ class PipelineProblem:
                 return replace(choice, is_optimal=True)
             gap *= _WIDENING
 
-    def _bound(self, first: float, once: float, least: FloatArray) -> float:
-        """Return the longest path: ``first`` alone, or through the first stage (``once``) and another."""
-        fixed = self.costs.fixed_time
-        if not len(least):
-            return first + self._held[0] + fixed
-        ramps = np.concatenate([[0.0], np.cumsum(least)[:-1]])
-        through = once + ramps + self._way[1:] + self._batches * least + self._held[1:]
-        return float(max(first + self._held[0], through.max()) + fixed)
-
-    def _stage_limit(self, index: int, limit: float, once: float, least: FloatArray) -> float:
-        """Return the most a stage may cost, by its own weights, in an iteration below the limit."""
-        if index == 0:
-            return limit - self.costs.fixed_time - self._held[0]
-        others = once + least[: index - 1].sum() + self._way[index] + self._held[index]
-        return float((limit - self.costs.fixed_time - others) / self._batches)
-
-    def _once_weights(self) -> FloatArray:
-        """Return what the first stage counts on a path through another: one micro-batch and its synchronisation."""
-        return np.concatenate([[1.0, 1.0], self.weights[REDUCE:]])
-
 
 class _Combination:
     """Depth-first choice of one option per stage."""
@@ -197,15 +203,14 @@ class _Combination:
         self, simulated: Callable[[FloatArray], float], options: list[StageOptions], best: float
     ) -> None:
         self._simulated = simulated
-        self._options = [each for each in options if len(each.counts)]
-        self._is_possible = len(self._options) == len(options)
+        self._options = options
         self.iteration_time = best
         self.counts: tuple[NDArray[np.int64], ...] | None = None
         self._num_simulated = 0
 
     def run(self) -> bool:
         """Search; return whether the search ended before its limit."""
-        if not self._is_possible:
+        if not all(len(each.counts) for each in self._options):
             return True
         ideal = np.stack([options.costs.min(axis=0) for options in self._options])
         return self._descend(0, ideal, ())

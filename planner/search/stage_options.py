@@ -8,216 +8,104 @@ pass per threshold), the tour through the layouts (Pareto-optimal tours per set 
 
 Labels, partial assignments that fill strategy after strategy, are dropped when a label with as many layers
 placed is nowhere worse (a Pareto front of times and memory, not a grid of memory), or when the linear relaxation
-of what is left cannot come in below a limit. The limit starts at the bound of the whole stage and is widened
-until it holds a solution, which is then the optimum.
+of what is left cannot come in below a limit. For the one best assignment the limit starts at the bound of the
+whole stage and is widened until it holds a solution, which is then the optimum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.planner.search.non_dominated import non_dominated
-from meshwright.planner.search.relayout_tours import RelayoutTours
+from meshwright.planner.search.stage_problem import COSTS, REDUCE, MemoryHull, StageOptions, StageProblem
 
-__all__ = [
-    "BACKWARD",
-    "COSTS",
-    "FORWARD",
-    "GATHER",
-    "OPTIMIZER",
-    "REDUCE",
-    "StageOptions",
-    "StageProblem",
-    "stage_weights",
-]
+__all__ = ["StageLimit", "best_option", "pareto_options"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-COSTS = ("forward", "backward", "reduce", "gather", "optimizer")
-"""What an option costs: a micro-batch forward and backward, and three times once per iteration [s]."""
-FORWARD, BACKWARD, REDUCE, GATHER, OPTIMIZER = range(len(COSTS))
-
 # Bounds carry rounding of this relative size; pruning must not drop the optimum for it.
 _ROUNDING = 1e-12
+# First gap above the bound in which the best assignment is sought, as a share of it, how it widens, and how far.
+_FIRST_GAP, _WIDENING, _LARGEST_GAP = 1e-3, 4.0, 1.0
 
 
-def stage_weights(num_micro_batches: float, reduce_overlap: float, gather_overlap: float) -> FloatArray:
-    """Return what the first stage's costs count for in the iteration, if overlapped shares are hidden, ``(5,)``."""
-    weights = np.ones(len(COSTS))
-    weights[[FORWARD, BACKWARD]] = num_micro_batches
-    weights[REDUCE], weights[GATHER] = 1.0 - reduce_overlap, 1.0 - gather_overlap
-    return weights
+class StageLimit(NamedTuple):
+    """A weighted cost of a stage, ``weights`` of shape ``(5,)``, and the most it may be."""
+
+    weights: FloatArray
+    limit: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageProblem:
-    """One pipeline stage: how many layers, and what each strategy costs.
+def best_option(
+    problem: StageProblem, weights: FloatArray, limit: float, most_labels: int
+) -> StageOptions | None:
+    """Return the one assignment of least weighted cost, none above a limit.
 
     Parameters
     ----------
-    num_layers : int
-        Layers of the stage.
-    layer_time : FloatArray
-        Forward and backward of one layer and micro-batch, shape ``(num_strategies, 2)`` [s].
-    layer_memory : FloatArray
-        What one layer keeps: states, and activations of all micro-batches in flight, ``(num_strategies,)`` [B].
-    working_memory : FloatArray
-        What a layer needs while it runs; the neediest layer of the stage counts, ``(num_strategies,)`` [B].
-    layout : IntArray
-        How the strategy holds activations, an index of ``tours``, ``(num_strategies,)``.
-    group : IntArray
-        The group of ranks it synchronises with, ``(num_strategies,)``.
-    sync_time : FloatArray
-        Gradient reduction, parameter gather and optimizer step of a group that holds so many layers, the
-        embedding and head it may hold included, shape ``(num_groups, num_layers + 1, 3)`` [s].
-    boundary_time : FloatArray
-        Forward and backward of embedding and head on this stage, ``(2,)`` [s].
-    boundary_working_memory : float
-        What embedding or head need while they run [B].
-    memory_budget : float
-        What is left for layers: capacity less everything that does not depend on the assignment [B].
-    tours : RelayoutTours
-        Times of changing the layout, from and back to that of the stage's ends.
+    problem : StageProblem
+        The stage.
+    weights : FloatArray
+        What each cost counts, shape ``(5,)``.
+    limit : float
+        The most the weighted cost may be.
+    most_labels : int
+        Partial assignments kept at most; None is returned where they do not suffice.
     """
-
-    num_layers: int
-    layer_time: FloatArray
-    layer_memory: FloatArray
-    working_memory: FloatArray
-    layout: IntArray
-    group: IntArray
-    sync_time: FloatArray
-    boundary_time: FloatArray
-    boundary_working_memory: float
-    memory_budget: float
-    tours: RelayoutTours
-
-    def lower_bound(self, weights: FloatArray) -> float:
-        """Return a lower bound of the weighted cost of every assignment that fits, inf when none does."""
-        floor = max(self.boundary_working_memory, float(self.working_memory.min(initial=np.inf)))
-        if self.num_layers == 0:
-            floor = self.boundary_working_memory
-        budget = self.memory_budget - floor
-        if budget < 0.0:
-            return float("inf")
-        prices = self._prices(weights)
-        hull = _Hull.of(self.layer_memory, prices)
-        rest = hull.least(np.array([self.num_layers]), np.array([budget]))
-        return float(rest[0]) + self._constant(weights)
-
-    def cost(self, counts: IntArray, weights: FloatArray) -> FloatArray:
-        """Return the costs of an assignment by its best tour, shape ``(5,)`` [s]."""
-        total = np.zeros(len(COSTS))
-        total[:REDUCE] = self.boundary_time + counts @ self.layer_time
-        in_group = np.bincount(self.group, weights=counts, minlength=len(self.sync_time)).astype(np.int64)
-        total[REDUCE:] = self.sync_time[np.arange(len(self.sync_time)), in_group].sum(axis=0)
-        times = self.tours.times(self._mask(counts))
-        total[:REDUCE] += times[int((times @ weights[:REDUCE]).argmin())]
-        return total
-
-    def memory(self, counts: IntArray) -> float:
-        """Return the bytes of an assignment, to be held against ``memory_budget`` [B]."""
-        used = counts > 0
-        working = self.working_memory[used].max(initial=self.boundary_working_memory)
-        return float(counts @ self.layer_memory + working)
-
-    def best(self, weights: FloatArray, limit: float, most_labels: int) -> StageOptions | None:
-        """Return the one assignment of least weighted cost, none above ``limit``; None past ``most_labels``."""
-        return self._widened(weights, limit, most_labels, np.reshape(weights, (len(COSTS), 1)))
-
-    def options(self, weights: FloatArray, limit: float, most_labels: int) -> StageOptions | None:
-        """Return all Pareto-optimal assignments of weighted cost at most ``limit``; None past ``most_labels``."""
-        return self._search(weights, limit, most_labels, np.eye(len(COSTS)))
-
-    def _widened(
-        self, weights: FloatArray, limit: float, most_labels: int, projection: FloatArray
-    ) -> StageOptions | None:
-        bound = self.lower_bound(weights)
-        gap = 1e-3 * abs(bound)
-        while bound <= limit:
-            reach = min(bound + gap, limit)
-            found = self._search(weights, reach, most_labels, projection)
-            if found is None:
-                return None
-            if len(found.counts):
-                return found.cheapest(weights)
-            if reach >= limit:
-                break
-            gap *= 4.0
-        return StageOptions.none(len(self.layout))
-
-    def _search(
-        self, weights: FloatArray, limit: float, most_labels: int, projection: FloatArray
-    ) -> StageOptions | None:
-        """Run one pass per threshold of working memory and merge what they find."""
-        found = []
-        is_single = projection.shape[1] == 1
-        floor = self.boundary_working_memory
-        thresholds = np.unique(np.maximum(self.working_memory, floor)) if self.num_layers else [floor]
-        for threshold in thresholds:
-            part = _Pass(self, float(threshold), weights, projection)
-            options = part.run(limit, most_labels)
-            if options is None:
-                return None
-            found.append(options)
-            if is_single and len(options.counts):
-                # One best is asked for: later passes must beat it.
-                limit = min(limit, float((options.costs @ weights).min()))
-        merged = StageOptions(
-            counts=np.concatenate([each.counts for each in found]),
-            costs=np.concatenate([each.costs for each in found]),
-        )
-        return merged.pareto(projection)
-
-    def _prices(self, weights: FloatArray) -> FloatArray:
-        """Return a weighted cost per layer that, summed, is never above the true one."""
-        prices: FloatArray = self.layer_time @ weights[:REDUCE] + self._slopes(weights)[self.group]
-        return prices
-
-    def _slopes(self, weights: FloatArray) -> FloatArray:
-        """Return, per group, the least synchronisation cost per layer over every number of layers."""
-        table = self.sync_time @ weights[REDUCE:]
-        if self.num_layers == 0:
-            return np.zeros(len(table))
-        slopes: FloatArray = ((table[:, 1:] - table[:, :1]) / np.arange(1, self.num_layers + 1)).min(axis=1)
-        return slopes
-
-    def _constant(self, weights: FloatArray) -> float:
-        """Return the weighted cost of embedding, head and empty groups."""
-        return float(self.boundary_time @ weights[:REDUCE] + (self.sync_time[:, 0] @ weights[REDUCE:]).sum())
-
-    def _mask(self, counts: IntArray) -> int:
-        bits = self.tours.bits[self.layout[counts > 0]]
-        return int(np.bitwise_or.reduce(bits, initial=0))
+    bound = problem.lower_bound(weights)
+    gap = _FIRST_GAP * abs(bound)
+    while bound <= limit:
+        # So far above the bound nothing is left to gain by a limit.
+        reach = min(bound + gap, limit) if gap < _LARGEST_GAP * abs(bound) else limit
+        found = _search(problem, [StageLimit(weights, reach)], most_labels, is_single=True)
+        if found is None:
+            return None
+        if len(found.counts):
+            return found.cheapest(weights)
+        if reach >= limit:
+            break
+        gap *= _WIDENING
+    return StageOptions.none(len(problem.layout))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageOptions:
-    """Assignments: layers per strategy, ``(num_options, num_strategies)``, and costs, ``(num_options, 5)`` [s]."""
+def pareto_options(
+    problem: StageProblem, limits: Sequence[StageLimit], most_labels: int
+) -> StageOptions | None:
+    """Return every assignment within some limits that no other beats in all five costs.
 
-    counts: IntArray
-    costs: FloatArray
+    None where ``most_labels`` partial assignments do not suffice.
+    """
+    return _search(problem, limits, most_labels, is_single=False)
 
-    @classmethod
-    def none(cls, num_strategies: int) -> StageOptions:
-        """Return no option at all."""
-        return cls(counts=np.zeros((0, num_strategies), dtype=np.int64), costs=np.zeros((0, len(COSTS))))
 
-    def cheapest(self, weights: FloatArray) -> StageOptions:
-        """Return the option of least weighted cost; of equal ones that with the least times once per iteration."""
-        weighted = self.costs @ weights
-        near = np.flatnonzero(weighted <= weighted.min() * (1.0 + _ROUNDING))
-        chosen = near[[int(self.costs[near, REDUCE:].sum(axis=1).argmin())]]
-        return StageOptions(counts=self.counts[chosen], costs=self.costs[chosen])
-
-    def pareto(self, projection: FloatArray) -> StageOptions:
-        """Return the options that no other beats in every projected cost."""
-        keep = non_dominated(np.zeros(len(self.costs), dtype=np.int64), self.costs @ projection)
-        return StageOptions(counts=self.counts[keep], costs=self.costs[keep])
+def _search(
+    problem: StageProblem, limits: Sequence[StageLimit], most_labels: int, *, is_single: bool
+) -> StageOptions | None:
+    """Run one pass per threshold of working memory and merge what they find."""
+    found = []
+    floor = problem.boundary_working_memory
+    weights = limits[0].weights
+    projection = weights.reshape(len(COSTS), 1) if is_single else np.eye(len(COSTS))
+    thresholds = np.unique(np.maximum(problem.working_memory, floor)) if problem.num_layers else [floor]
+    for threshold in thresholds:
+        options = _Pass(problem, float(threshold), limits, projection).run(most_labels)
+        if options is None:
+            return None
+        found.append(options)
+        if is_single and len(options.counts):
+            # One best is asked for: later passes must beat it.
+            limits = [StageLimit(weights, min(limits[0].limit, float((options.costs @ weights).min())))]
+    merged = StageOptions(
+        counts=np.concatenate([each.counts for each in found]),
+        costs=np.concatenate([each.costs for each in found]),
+    )
+    return merged.pareto(projection)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -245,108 +133,122 @@ class _Labels:
         )
 
 
+class _Bound:
+    """A limit with what its linear relaxation needs of a stage."""
+
+    def __init__(self, problem: StageProblem, limit: StageLimit, *, is_single: bool) -> None:
+        self.problem = problem
+        self.weights = limit.weights
+        self.limit = limit.limit + _ROUNDING * abs(limit.limit)
+        # What a projected cost weighs: 1 where the projection has weighed it already.
+        self.scale = np.ones(1) if is_single else limit.weights
+        self.prices = problem.prices(limit.weights)
+        self.slopes = problem.slopes(limit.weights)
+
+    def allows(self, labels: _Labels, group: int, rest: IntArray, budget: float) -> NDArray[np.bool_]:
+        """Return which labels, a group of theirs being filled, may lead to a solution within the limit."""
+        problem = self.problem
+        hull = MemoryHull(problem.layer_memory[rest], self.prices[rest])
+        bound = labels.cost @ self.scale + self.slopes[group] * labels.in_group
+        bound += hull.least(problem.num_layers - labels.used, budget - labels.memory)
+        bound += problem.tours.least(labels.mask, self.weights[:REDUCE])
+        result: NDArray[np.bool_] = bound <= self.limit
+        return result
+
+    def promising(self, usable: IntArray, budget: float) -> IntArray:
+        """Return the strategies of which a solution within the limit may use a layer."""
+        problem = self.problem
+        memory, prices = problem.layer_memory[usable], self.prices[usable]
+        others = np.full(len(usable), problem.num_layers - 1)
+        rest = MemoryHull(memory, prices).least(others, budget - memory)
+        tour = problem.tours.least(problem.tours.bits[problem.layout[usable]], self.weights[:REDUCE])
+        return usable[problem.constant(self.weights) + prices + rest + tour <= self.limit]
+
+
 class _Pass:
     """Fill the stage strategy by strategy under one threshold of working memory."""
 
     def __init__(
-        self, problem: StageProblem, threshold: float, weights: FloatArray, projection: FloatArray
+        self, problem: StageProblem, threshold: float, limits: Sequence[StageLimit], projection: FloatArray
     ) -> None:
         self.problem, self.threshold = problem, threshold
         self.budget = problem.memory_budget - threshold
         self.projection = projection
-        # What a projected cost weighs: 1 where the projection has weighed it already.
-        self.scale = np.ones(1) if projection.shape[1] == 1 else weights
-        self.weights = weights
-        self.prices = problem._prices(weights)
-        self.slopes = problem._slopes(weights)
-        is_usable = problem.working_memory <= threshold if problem.num_layers else []
-        self.usable = np.flatnonzero(is_usable)
+        self.is_single = projection.shape[1] == 1
+        self.bounds = [_Bound(problem, limit, is_single=self.is_single) for limit in limits]
         self.cost = problem.layer_time @ projection[:REDUCE]
         self.sync = problem.sync_time @ projection[REDUCE:]
 
-    def _promising(self, limit: float) -> IntArray:
-        """Return the strategies of which a solution below the limit may use a layer."""
-        problem, usable = self.problem, self.usable
-        if problem.num_layers == 0 or not len(usable):
-            return usable
-        memory, prices = problem.layer_memory[usable], self.prices[usable]
-        others = np.full(len(usable), problem.num_layers - 1)
-        rest = _Hull.of(memory, prices).least(others, self.budget - memory)
-        tour = problem.tours.least(problem.tours.bits[problem.layout[usable]], self.weights[:REDUCE])
-        return usable[problem._constant(self.weights) + prices + rest + tour <= limit]
-
-    def _ordered(self, usable: IntArray) -> IntArray:
-        """Return the strategies group by group, the least promising first: their labels die at once."""
-        if not len(usable):
-            return usable
-        memory, prices = self.problem.layer_memory[usable], self.prices[usable]
-        share = self.budget / max(self.problem.num_layers, 1)
-        reduced = prices + _Hull.of(memory, prices).slope(share) * memory
-        group = self.problem.group[usable]
-        best = np.full(len(self.problem.sync_time), np.inf)
-        np.minimum.at(best, group, reduced)
-        return usable[np.lexsort((-reduced, group, -best[group]))]
-
-    def run(self, limit: float, most_labels: int) -> StageOptions | None:
+    def run(self, most_labels: int) -> StageOptions | None:
         """Return the options found, or None when there are too many labels."""
         problem = self.problem
         empty = StageOptions.none(len(problem.layout))
         if self.budget < 0.0:
             return empty
-        limit = limit + _ROUNDING * abs(limit)
-        promising = self._promising(limit)
+        usable = (
+            np.flatnonzero(problem.working_memory <= self.threshold) if problem.num_layers else np.arange(0)
+        )
+        for bound in self.bounds:
+            if len(usable):
+                usable = bound.promising(usable, self.budget)
         if self.threshold > problem.boundary_working_memory and not np.any(
-            problem.working_memory[promising] == self.threshold
+            problem.working_memory[usable] == self.threshold
         ):
             # Without a layer that needs so much, a lower threshold leaves more memory to the same assignments.
             return empty
-        order = self._ordered(promising)
+        order = self._ordered(usable)
         labels = self._start()
         for place, strategy in enumerate(order):
             rest = order[place + 1 :]
-            labels = self._extended(labels, int(strategy), rest, limit)
-            group = problem.group[strategy]
+            group = int(problem.group[strategy])
+            labels = self._extended(labels, int(strategy))
+            for bound in self.bounds:
+                labels = labels.take(bound.allows(labels, group, rest, self.budget))
             if not len(rest) or problem.group[rest[0]] != group:
-                labels = self._closed(labels, int(group))
+                labels = self._closed(labels, group)
             labels = self._pruned(labels)
             if len(labels.used) > most_labels:
                 return None
             if not len(labels.used):
                 return empty
-        return self._finished(labels, limit)
+        return self._finished(labels)
+
+    def _ordered(self, usable: IntArray) -> IntArray:
+        """Return the strategies group by group, the least promising first: their labels die at once."""
+        if not len(usable):
+            return usable
+        memory, prices = self.problem.layer_memory[usable], self.bounds[0].prices[usable]
+        share = self.budget / max(self.problem.num_layers, 1)
+        reduced = prices + MemoryHull(memory, prices).slope(share) * memory
+        group = self.problem.group[usable]
+        best = np.full(len(self.problem.sync_time), np.inf)
+        np.minimum.at(best, group, reduced)
+        return usable[np.lexsort((-reduced, group, -best[group]))]
 
     def _start(self) -> _Labels:
         problem = self.problem
         nothing = np.zeros(1, dtype=np.int64)
         fixed = problem.boundary_time @ self.projection[:REDUCE] + self.sync[:, 0].sum(axis=0)
-        return _Labels(
-            nothing,
-            nothing,
-            nothing,
-            np.zeros(1),
-            fixed[np.newaxis],
-            np.zeros((1, len(problem.layout)), dtype=np.int64),
-        )
+        counts = np.zeros((1, len(problem.layout)), dtype=np.int64)
+        return _Labels(nothing, nothing, nothing, np.zeros(1), fixed[np.newaxis], counts)
 
-    def _extended(self, labels: _Labels, strategy: int, rest: IntArray, limit: float) -> _Labels:
-        """Give the strategy every number of layers that may still lead to a solution below the limit."""
+    def _extended(self, labels: _Labels, strategy: int) -> _Labels:
+        """Give the strategy every number of layers."""
         problem = self.problem
-        hull = _Hull.of(problem.layer_memory[rest], self.prices[rest])
         room = problem.num_layers - labels.used + 1
         parent = np.repeat(np.arange(len(room)), room)
         count = np.arange(len(parent)) - np.repeat(np.cumsum(room) - room, room)
-        memory = labels.memory[parent] + count * problem.layer_memory[strategy]
-        cost = labels.cost[parent] + count[:, np.newaxis] * self.cost[strategy]
-        in_group = labels.in_group[parent] + count
-        mask = labels.mask[parent] | np.where(count > 0, problem.tours.bits[problem.layout[strategy]], 0)
-        used = labels.used[parent] + count
-        bound = cost @ self.scale + self.slopes[problem.group[strategy]] * in_group
-        bound += hull.least(problem.num_layers - used, self.budget - memory)
-        bound += problem.tours.least(mask, self.weights[:REDUCE])
-        keep = np.flatnonzero(bound <= limit)
-        counts = labels.counts[parent[keep]]
-        counts[:, strategy] = count[keep]
-        return _Labels(used[keep], in_group[keep], mask[keep], memory[keep], cost[keep], counts)
+        wider = labels.take(parent)
+        counts = wider.counts
+        counts[:, strategy] = count
+        return _Labels(
+            wider.used + count,
+            wider.in_group + count,
+            wider.mask | np.where(count > 0, problem.tours.bits[problem.layout[strategy]], 0),
+            wider.memory + count * problem.layer_memory[strategy],
+            wider.cost + count[:, np.newaxis] * self.cost[strategy],
+            counts,
+        )
 
     def _closed(self, labels: _Labels, group: int) -> _Labels:
         """Replace the slope of a group that is complete by its table."""
@@ -363,69 +265,30 @@ class _Pass:
         state = (labels.mask * depth + labels.used) * depth + labels.in_group
         return labels.take(non_dominated(state, np.column_stack([labels.cost, labels.memory])))
 
-    def _finished(self, labels: _Labels, limit: float) -> StageOptions:
+    def _finished(self, labels: _Labels) -> StageOptions:
+        """Add the tours to the labels that are complete, and keep what is within the limits."""
         problem = self.problem
         complete = labels.take((labels.used == problem.num_layers) & (labels.memory <= self.budget))
         # Memory is a limit, and met: it no longer distinguishes.
         complete = complete.take(non_dominated(complete.mask, complete.cost))
         counts, costs = [], []
         for row in range(len(complete.used)):
-            if self.projection.shape[1] == 1:
-                option = [problem.cost(complete.counts[row], self.weights)]
-            else:
-                option = []
-                for forward, backward in problem.tours.times(int(complete.mask[row])):
-                    total = complete.cost[row].copy()
-                    total[:REDUCE] += (forward, backward)
-                    option.append(total)
-            for total in option:
-                if total @ self.weights <= limit:
+            for cost in self._costs(complete, row):
+                if all(cost @ bound.weights <= bound.limit for bound in self.bounds):
                     counts.append(complete.counts[row])
-                    costs.append(total)
+                    costs.append(cost)
         if not counts:
             return StageOptions.none(len(problem.layout))
         return StageOptions(counts=np.stack(counts), costs=np.stack(costs))
 
-
-class _Hull:
-    """Lower convex hull of (memory, price) points: the least price per layer at a mean memory per layer."""
-
-    def __init__(self, memory: FloatArray, price: FloatArray) -> None:
-        self.memory, self.price = memory, price
-
-    @classmethod
-    def of(cls, memory: FloatArray, price: FloatArray) -> _Hull:
-        """Return the falling part of the hull."""
-        points: list[tuple[float, float]] = []
-        for index in np.lexsort((price, memory)):
-            point = (float(memory[index]), float(price[index]))
-            if points and point[1] >= points[-1][1]:
-                continue
-            while len(points) > 1 and _is_above(points[-2], points[-1], point):
-                points.pop()
-            points.append(point)
-        return cls(np.array([x for x, _ in points]), np.array([y for _, y in points]))
-
-    def least(self, num_layers: IntArray, memory: FloatArray) -> FloatArray:
-        """Return the least price of so many layers in so much memory, by linear relaxation; inf where none fits."""
-        if not len(self.memory):
-            return np.where((num_layers == 0) & (memory >= 0.0), 0.0, np.inf)
-        layers = np.maximum(num_layers, 1)
-        share = memory / layers * (1.0 + _ROUNDING)
-        price = np.where(share < self.memory[0], np.inf, np.interp(share, self.memory, self.price))
-        result: FloatArray = np.where(num_layers == 0, np.where(memory >= 0.0, 0.0, np.inf), price * layers)
-        return result
-
-    def slope(self, share: float) -> float:
-        """Return what a byte more per layer saves at a mean memory per layer."""
-        place = int(np.searchsorted(self.memory, share))
-        if place in (0, len(self.memory)):
-            return 0.0
-        rise = self.price[place - 1] - self.price[place]
-        return float(rise / (self.memory[place] - self.memory[place - 1]))
-
-
-def _is_above(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
-    """Return whether the middle point lies on or above the line between its neighbours."""
-    (x0, y0), (x1, y1), (x2, y2) = first, middle, last
-    return (y1 - y0) * (x2 - x0) >= (y2 - y0) * (x1 - x0)
+    def _costs(self, complete: _Labels, row: int) -> list[FloatArray]:
+        """Return the costs of one complete label, by every tour that may matter."""
+        problem = self.problem
+        if self.is_single:
+            return [problem.cost(complete.counts[row], self.bounds[0].weights)]
+        costs = []
+        for times in problem.tours.times(int(complete.mask[row])):
+            cost = complete.cost[row].copy()
+            cost[:REDUCE] += times
+            costs.append(cost)
+        return costs

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +16,9 @@ from meshwright.errors import CalibrationError
 from meshwright.hardware_specs.specs import GpuSpec
 from meshwright.profiler.fitting.attention import fit_attention_curve
 from meshwright.profiler.fitting.collectives import BUS_FACTORS, fit_collectives
+from meshwright.profiler.fitting.layers import LayerComparison, compare_layers
 from meshwright.profiler.fitting.operator import FitSettings, fit_operator, num_samples_needed
+from meshwright.profiler.fitting.residual import unbaked
 from meshwright.profiler.measurements import MeasuredConstant, Measurements, OperatorSamples
 
 __all__ = ["CalibrationResult", "calibrate"]
@@ -27,10 +30,11 @@ _LAYOUTS = ("gemm_dgrad", "gemm_wgrad")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationResult:
-    """A calibration and what was measured but too little to fit."""
+    """A calibration, what was measured and is not in it, and measured layers beside the sum of their operators."""
 
     document: CalibrationDocument
     notes: tuple[str, ...] = ()
+    layers: tuple[LayerComparison, ...] = ()
 
 
 def calibrate(
@@ -91,7 +95,28 @@ def calibrate(
         software={"all": software} if software else {},
         sources=sources,
     )
-    return CalibrationResult(document=document, notes=notes)
+    layers, not_compared = compare_layers(measurements.layers, operators)
+    return CalibrationResult(
+        document=document, notes=(*notes, *_unused(measurements), *not_compared), layers=layers
+    )
+
+
+def _unused(measurements: Measurements) -> Iterator[str]:
+    """Yield what was measured that no part of a calibration takes."""
+    constants = [name for name in measurements.constants if not _is_part(name)]
+    if constants:
+        yield f"{', '.join(constants)}: no cost model takes {'it' if len(constants) == 1 else 'them'}"
+    by_name: dict[str, int] = defaultdict(int)
+    for samples in measurements.collectives:
+        if samples.collective not in BUS_FACTORS:
+            by_name[samples.collective] += len(samples.seconds)
+    for name, count in by_name.items():
+        yield f"{name}: {count} samples; collectives of other kinds than {', '.join(BUS_FACTORS)} are not fitted"
+
+
+def _is_part(constant: str) -> bool:
+    names = ("memory_stream.efficiency", "attention.backward_efficiency")
+    return constant in names or constant.startswith(("sustained_clock.", "software.all."))
 
 
 def _fit_operators(
@@ -117,7 +142,8 @@ def _under_forward_residual(
     samples: OperatorSamples, forward: OperatorModel, settings: FitSettings
 ) -> OperatorModel:
     """Return a gradient layout's own roofline under the forward layout's residual."""
-    flattened = replace(samples, seconds=samples.seconds / np.exp(forward.log_correction(samples.shape)))
+    shared = unbaked(forward).log_correction(samples.shape)
+    flattened = replace(samples, seconds=samples.seconds / np.exp(shared))
     model = fit_operator(flattened, forward.rates, replace(settings, with_residual=False))
     layout = replace(model, residual=forward.residual, box=forward.box, source=f"{samples.source}; residual of gemm")
     if model.error is None:

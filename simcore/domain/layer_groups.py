@@ -50,6 +50,8 @@ class LayerGroup:
         What data parallel ranks share of these layers' states.
     recompute : GroupRecompute
         What these layers recompute.
+    recompute_modules : tuple[str, ...]
+        What selective recomputes; empty is the software's own choice.
     """
 
     num_layers: int
@@ -57,6 +59,7 @@ class LayerGroup:
     sequence_parallel: bool = False
     sharding: GroupSharding = "none"
     recompute: GroupRecompute = "none"
+    recompute_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "tp"):
@@ -76,7 +79,8 @@ class LayerGroup:
     def text(self) -> str:
         """The group in a few words, such as ``20 x tp 4 sp zero1 none``."""
         sequence = " sp" if self.sequence_parallel else ""
-        return f"{self.num_layers} x tp {self.tp}{sequence} {self.sharding} {self.recompute}"
+        modules = f"({'+'.join(self.recompute_modules)})" if self.recompute_modules else ""
+        return f"{self.num_layers} x tp {self.tp}{sequence} {self.sharding} {self.recompute}{modules}"
 
 
 def groups_by_stage(plan: ParallelPlan) -> tuple[tuple[LayerGroup, ...], ...]:
@@ -148,6 +152,8 @@ def check_layer_groups(plan: ParallelPlan) -> None:
                 f"plan.layer_groups: tp {group.tp} makes {replicas} replicas, which do not share the {sequences} "
                 "sequences of dp x micro_batch_size evenly"
             )
+        # Whatever else does not go together does not in a uniform plan either.
+        uniform_plan(plan, group)
 
 
 def uniform_plan(plan: ParallelPlan, group: LayerGroup) -> ParallelPlan:
@@ -169,6 +175,8 @@ def uniform_plan(plan: ParallelPlan, group: LayerGroup) -> ParallelPlan:
         sharding_group=None,
         secondary_group=None,
         recompute=group.recompute,
+        recompute_modules=group.recompute_modules,
+        recompute_layers=None,
         layer_groups=(),
     )
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import settings
 
+from meshwright.costmodels.calibration import AttentionCurve
 from meshwright.costmodels.context import CostContext, cost_context
+from meshwright.costmodels.operators import RooflineCurve
 from meshwright.costmodels.software import AttentionKernel
 from meshwright.hardware_specs.catalog import resolve_cluster
 from meshwright.simcore.domain.job import TrainingJob
@@ -22,6 +24,7 @@ settings.load_profile("compiles")
 
 MakeContext = Callable[..., CostContext]
 MakePlan = Callable[..., ParallelPlan]
+Idealise = Callable[[CostContext], CostContext]
 
 
 def build_context(
@@ -67,3 +70,51 @@ def make_context() -> MakeContext:
 @pytest.fixture(scope="session")
 def make_plan() -> MakePlan:
     return build_plan
+
+
+def idealised(context: CostContext) -> CostContext:
+    """Return the job on a device that computes at its data sheet's peak: no launches, endless bandwidth.
+
+    Its attention reaches the peak too, for 16-bit inputs and as many heads as one rank has without tensor parallelism.
+    """
+    model, gpu, calibration = context.model, context.gpu, context.calibration
+    curve = RooflineCurve(launch_time=0.0, compute_efficiency=1.0, memory_efficiency=1.0, exponent=1.0)
+    operators = {
+        name: replace(
+            operator,
+            curve=curve,
+            residual=None,
+            rates=replace(operator.rates, bandwidth_bytes_per_second=1e30),
+        )
+        for name, operator in calibration.operators.items()
+    }
+    head_dim = model.head_dim if model.mla is None else 0.5 * (model.head_dim + model.mla.v_head_dim)
+    # What the attention model takes off for narrow heads and few of them.
+    narrow = min(1.0, head_dim / 128.0) ** 0.4
+    attention = AttentionCurve(
+        peak_flops_per_second=gpu.peak("bf16") / narrow, half_length=-8000.0 / model.num_attention_heads
+    )
+    perfect = replace(
+        calibration,
+        operators=operators,
+        sustained_clock={"bf16": 1.0},
+        memory_stream_efficiency=1.0,
+        attention=dict.fromkeys(("flash_2", "flash_3"), attention),
+        attention_backward_efficiency=1.0,
+    )
+    node = replace(context.cluster.node, gpu=replace(gpu, memory_bandwidth_bytes_per_second=1e30))
+    software = replace(
+        context.software,
+        attention_efficiency=1.0,
+        host_launch_latency=0.0,
+        fixed_time=0.0,
+        fp8_cast_bytes=0.0,
+    )
+    return replace(
+        context, cluster=replace(context.cluster, node=node), calibration=perfect, software=software
+    )
+
+
+@pytest.fixture(scope="session")
+def idealise() -> Idealise:
+    return idealised

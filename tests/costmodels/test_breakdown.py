@@ -19,6 +19,7 @@ COMMUNICATION = (
     "context_parallel",
     "expert_parallel",
     "sharded_data_parallel",
+    "offload_copies",
     "parameter_gather",
     "gradient_reduce",
     "pipeline_send",
@@ -59,6 +60,11 @@ CASES = {
     "bidirectional": (
         {"model": "mixtral-8x7b"},
         {"pp": 4, "dp": 2, "ep": 2, "schedule": "dualpipe"},
+    ),
+    "activations offloaded": ({}, {"pp": 2, "dp": 4, "activation_offload": True}),
+    "weights offloaded": (
+        {},
+        {"dp": 8, "sharding": "zero3", "parameter_offload": "cpu", "optimizer_offload": "cpu"},
     ),
     "layer-wise": (
         {},
@@ -134,6 +140,7 @@ def test_groups_hold_every_term_once():
         ("vocabulary", ("vocabulary_exchange",), ("recompute",)),
         ("context parallel", ("context_parallel",), ("tensor_parallel", "expert_parallel")),
         ("experts", ("expert_parallel", "recompute"), ("context_parallel", "warm_up")),
+        ("activations offloaded", ("offload_copies",), ("tensor_parallel",)),
         ("layer-wise", ("layout_change", "tensor_parallel", "recompute"), ("expert_parallel",)),
     ],
 )

@@ -131,10 +131,30 @@ def test_a_longer_sequence_pays_its_serial_depth_by_the_octave() -> None:
 def test_decode_reads_its_cache_and_pads_a_group_to_sixteen_queries() -> None:
     cache = 2 * 2.0 * (2 * 128 * 2 * 128)
     queries_and_outputs = 2 * 2.0 * (2 * 64 * 128)
-    assert work_of("attention_decode", DECODE) == (4 * 2 * 64 * 128 * 128, cache + queries_and_outputs, 0.0)
+    work = work_of("attention_decode", DECODE, cached_cost=1.0)
+    assert work == (4 * 2 * 64 * 128 * 128, cache + queries_and_outputs, 0.0)
     # Four heads per group fill a quarter of the tile: as many FLOPs as sixteen.
     few = {**DECODE, "num_heads": 8}
     assert work_of("attention_decode", few)[0] == 4 * 2 * (2 * 16) * 128 * 128
+
+
+@pytest.mark.parametrize("name", ["attention_decode", "mla_decode"])
+def test_a_cache_that_stays_in_l2_counts_for_fewer_bytes(name: str) -> None:
+    decode = {field: size for field, size in DECODE.items() if field in OPERATORS[name].fields}
+
+    def saved(context_length: float) -> float:
+        """Share of the bytes of a cache that a free L2 would save."""
+        shape = {**decode, "context_length": context_length}
+        cold, cached = (work_of(name, shape, cached_cost=cost)[1] for cost in (1.0, 0.0))
+        fixed = work_of(name, {**shape, "context_length": 1e-9}, cached_cost=1.0)[1]
+        assert work_of(name, shape, cached_cost=0.5)[1] == pytest.approx((cold + cached) / 2)
+        return (cold - cached) / (cold - fixed)
+
+    per_token = work_of(name, {**decode, "context_length": 2e9}, cached_cost=1.0)[1] / 2e9
+    as_large = RATES.l2_bytes / per_token
+    assert saved(as_large) == pytest.approx(0.5, abs=0.01)
+    assert saved(as_large / 8) > 0.999
+    assert saved(as_large * 8) < 0.001
 
 
 def test_decode_waits_for_depth_for_a_cold_cache_and_for_waves() -> None:
@@ -154,7 +174,8 @@ def test_latent_attention_has_wide_keys_in_prefill_and_one_cache_in_decode() -> 
     decode = {"batch_size": 2, "context_length": 100, "num_heads": 32}
     # All heads share one latent of 512 with 64 rotary; scores over 576, values over 512.
     flops = 2 * 2 * 32 * 100 * (576 + 512)
-    assert work_of("mla_decode", decode) == (flops, 2.0 * 2 * 100 * 576 + 2.0 * 2 * 32 * (576 + 512), 0.0)
+    num_bytes = 2.0 * 2 * 100 * 576 + 2.0 * 2 * 32 * (576 + 512)
+    assert work_of("mla_decode", decode, cached_cost=1.0) == (flops, num_bytes, 0.0)
     assert work_of("mla_decode", {**decode, "num_heads": 4})[0] == flops / 2  # padded from 4 to 16 of 32
 
 

@@ -1,4 +1,4 @@
-"""Let the tests of this folder import ``export_cases``; pytest's importlib mode adds no folder to the path."""
+"""Let the tests of this folder import their helpers; pytest's importlib mode adds no folder to the path."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_SPEC = importlib.util.spec_from_file_location("export_cases", Path(__file__).with_name("export_cases.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-_MODULE = importlib.util.module_from_spec(_SPEC)
-sys.modules["export_cases"] = _MODULE
-_SPEC.loader.exec_module(_MODULE)
+# In the order of their imports.
+for _NAME in ("export_cases", "export_strategies"):
+    _SPEC = importlib.util.spec_from_file_location(_NAME, Path(__file__).with_name(f"{_NAME}.py"))
+    assert _SPEC is not None
+    assert _SPEC.loader is not None
+    _MODULE = importlib.util.module_from_spec(_SPEC)
+    sys.modules[_NAME] = _MODULE
+    _SPEC.loader.exec_module(_MODULE)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
+
+from meshwright.errors import UnsupportedByTargetError
 from meshwright.hardware_specs.specs import ClusterSpec, FabricSpec, GpuSpec, LinkSpec, NodeSpec
 from meshwright.planner.export import EXPORTERS, ExportBundle, Launcher
 from meshwright.simcore.domain.job import TrainingJob
@@ -89,6 +92,8 @@ DEEPSEEK = dataclasses.replace(
         moe_ffn_hidden_size=2048,
         shared_ffn_hidden_size=2048,
         num_dense_layers=3,
+        num_expert_groups=8,
+        top_k_groups=4,
         has_router_bias=True,
     ),
 )
@@ -136,13 +141,20 @@ def make_job(
     architecture: str = "hopper",
     gpus_per_node: int = 8,
     vendor: str = "nvidia",
+    software: str = "megatron-core",
+    **workload: object,
 ) -> TrainingJob:
-    """Return a job of a model on made-up machines."""
+    """Return a job of a model on made-up machines; further keywords are fields of the workload."""
     return TrainingJob(
         model=model,
         cluster=make_cluster(num_nodes, architecture, gpus_per_node, vendor),
-        workload=TrainingWorkload(global_batch_size=batch, sequence_length=length, precision=precision),
-        software="megatron-core",
+        workload=TrainingWorkload(
+            global_batch_size=batch,
+            sequence_length=length,
+            precision=precision,
+            **workload,  # type: ignore[arg-type]  # keywords are checked by the class
+        ),
+        software=software,
     )
 
 
@@ -219,6 +231,155 @@ CASES: dict[str, tuple[str, Launcher, TrainingJob, ParallelPlan]] = {
         make_job(num_nodes=1),
         make_plan(dp=2, tp=2, sharding="zero1"),
     ),
+    "megatron_hierarchical_context": (
+        "megatron",
+        "torchrun",
+        make_job(num_nodes=4, length=131072, batch=32),
+        make_plan(dp=1, tp=2, cp=16, cp_method="hierarchical", sequence_parallel=True, sharding="zero1"),
+    ),
+    "megatron_offload": (
+        "megatron",
+        "torchrun",
+        make_job(num_nodes=1),
+        make_plan(
+            dp=8,
+            sharding="zero1",
+            optimizer_offload="cpu",
+            optimizer_offload_fraction=0.75,
+            activation_offload=True,
+        ),
+    ),
+    "megatron_capacity": (
+        "megatron",
+        "torchrun",
+        make_job(MIXTRAL, num_nodes=4, expert_capacity_factor=1.25),
+        make_plan(
+            dp=16,
+            tp=2,
+            ep=8,
+            sequence_parallel=True,
+            sharding="zero1",
+            recompute="selective",
+            recompute_modules=("layernorm", "moe_act"),
+        ),
+    ),
+    "megatron_recompute_some": (
+        "megatron",
+        "torchrun",
+        make_job(),
+        make_plan(dp=4, pp=4, recompute="full", recompute_layers=3, layers_per_stage=(9, 9, 8, 6)),
+    ),
+    "deepspeed_infinity": (
+        "deepspeed",
+        "torchrun",
+        make_job(),
+        make_plan(
+            dp=16,
+            sharding="zero3",
+            recompute="full",
+            optimizer_offload="nvme",
+            parameter_offload="nvme",
+            activation_offload=True,
+        ),
+    ),
+    "deepspeed_secondary": (
+        "deepspeed",
+        "torchrun",
+        make_job(),
+        make_plan(
+            dp=16,
+            sharding="zero3",
+            secondary_group=8,
+            optimizer_offload="cpu",
+            optimizer_offload_fraction=0.5,
+        ),
+    ),
+    "deepspeed_ulysses": (
+        "deepspeed",
+        "torchrun",
+        make_job(length=131072, batch=16),
+        make_plan(dp=2, cp=8, cp_method="ulysses", sharding="zero3", recompute="full"),
+    ),
+    "deepspeed_autoep": (
+        "deepspeed",
+        "torchrun",
+        make_job(MIXTRAL),
+        make_plan(dp=16, ep=8, sharding="zero2", recompute="full"),
+    ),
+    "torchtitan_3d_slurm": (
+        "torchtitan",
+        "slurm",
+        make_job(num_nodes=4, software="torchtitan"),
+        make_plan(
+            dp=4,
+            tp=4,
+            pp=2,
+            vpp=2,
+            sequence_parallel=True,
+            sharding="zero3",
+            recompute="selective",
+            layers_per_stage=(9, 8, 8, 7),
+        ),
+    ),
+    "torchtitan_float8_adapters": (
+        "torchtitan",
+        "torchrun",
+        make_job(LLAMA_405B, num_nodes=32, precision="fp8", lora_rank=16, software="torchtitan"),
+        make_plan(
+            126,
+            dp=16,
+            tp=8,
+            cp=2,
+            cp_method="all_gather",
+            sequence_parallel=True,
+            sharding="hsdp",
+            sharding_group=8,
+            recompute="full",
+        ),
+    ),
+    "torchtitan_experts": (
+        "torchtitan",
+        "torchrun",
+        make_job(
+            DEEPSEEK,
+            num_nodes=32,
+            batch=1024,
+            length=4096,
+            precision="mxfp8",
+            architecture="blackwell",
+            software="torchtitan",
+        ),
+        make_plan(61, dp=128, tp=2, ep=64, sequence_parallel=True, sharding="zero3"),
+    ),
+    "torchtitan_unregistered": (
+        "torchtitan",
+        "torchrun",
+        make_job(MIXTRAL, software="torchtitan"),
+        make_plan(
+            dp=16, ep=8, sharding="zero3", parameter_offload="cpu", optimizer_offload="cpu", recompute="full"
+        ),
+    ),
+    "torchtitan_0_2_ring": (
+        "torchtitan-0.2",
+        "torchrun",
+        make_job(length=131072, batch=32, precision="fp8", software="torchtitan"),
+        make_plan(dp=2, tp=2, cp=4, sequence_parallel=True, sharding="zero3", recompute="full"),
+    ),
+    "torchtitan_0_2_dual_pipe": (
+        "torchtitan-0.2",
+        "slurm",
+        make_job(MIXTRAL, num_nodes=4, batch=256, software="torchtitan"),
+        make_plan(
+            dp=8,
+            tp=1,
+            pp=4,
+            vpp=2,
+            ep=8,
+            schedule="dualpipe_v",
+            sharding="zero2",
+            layers_per_stage=(3, 4, 4, 5, 5, 4, 4, 3),
+        ),
+    ),
     "deepspeed_zero3": (
         "deepspeed",
         "torchrun",
@@ -244,3 +405,17 @@ def export_case(name: str) -> ExportBundle:
     """Return the bundle of a golden case."""
     target, launcher, job, plan = CASES[name]
     return EXPORTERS[target].export(job, plan, launcher)
+
+
+def check_refusal(target: str, job: TrainingJob, plan: ParallelPlan, words: list[str]) -> None:
+    """Assert that exactly one reason holds all the words, and that an export raises with every reason."""
+    exporter = EXPORTERS[target]
+    reasons = exporter.unsupported(job, plan)
+    matching = [reason for reason in reasons if all(word in reason for word in words)]
+    assert len(matching) == 1, reasons
+    assert matching[0].endswith(".")
+    assert "\n" not in matching[0]
+    with pytest.raises(UnsupportedByTargetError) as error:
+        exporter.export(job, plan, "torchrun")
+    assert all(reason in str(error.value) for reason in reasons)
+    assert exporter.target_version in str(error.value)

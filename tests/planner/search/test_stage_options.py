@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from meshwright.planner.search.non_dominated import non_dominated
 from meshwright.planner.search.relayout_tours import RelayoutTours
-from meshwright.planner.search.stage_options import COSTS, REDUCE, StageProblem
+from meshwright.planner.search.stage_options import StageLimit, best_option, pareto_options
+from meshwright.planner.search.stage_problem import COSTS, REDUCE, StageProblem
 
 MOST_LABELS = 1_000_000
 
@@ -81,7 +82,7 @@ def test_the_best_option_is_what_trying_every_sequence_finds(seed: int) -> None:
     problem = random_problem(rng)
     weights = np.array([8.0, 8.0, *rng.uniform(0.0, 1.0, 3)])
     costs = brute_force(problem)
-    found = problem.best(weights, np.inf, MOST_LABELS)
+    found = best_option(problem, weights, np.inf, MOST_LABELS)
     assert found is not None
     if not len(costs):
         assert not len(found.counts)
@@ -94,23 +95,27 @@ def test_the_best_option_is_what_trying_every_sequence_finds(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_the_options_are_the_pareto_front_of_every_sequence_below_the_limit(seed: int) -> None:
+def test_the_options_are_the_pareto_front_of_every_sequence_within_the_limits(seed: int) -> None:
     rng = np.random.default_rng([1, seed])
     problem = random_problem(rng)
-    weights = np.array([4.0, 4.0, *rng.uniform(0.0, 1.0, 3)])
+    limits = [
+        StageLimit(np.array([*batches, *rng.uniform(0.0, 1.0, 3)]), np.inf)
+        for batches in ((4.0, 4.0), (1.0, 3.0))
+    ]
     costs = brute_force(problem)
-    limit = np.inf
     if len(costs):
-        limit = (costs @ weights).min() * rng.uniform(1.0, 1.3)
-        costs = costs[costs @ weights <= limit]
+        limits = [
+            StageLimit(weights, (costs @ weights).min() * rng.uniform(1.0, 1.3)) for weights, _ in limits
+        ]
+        for weights, limit in limits:
+            costs = costs[costs @ weights <= limit]
         # Sums in another order differ in their last digits, which are no trade-off.
         costs = costs[non_dominated(np.zeros(len(costs), dtype=np.int64), np.round(costs, 9))]
-    found = problem.options(weights, limit, MOST_LABELS)
+    found = pareto_options(problem, limits, MOST_LABELS)
     assert found is not None
     rounded = np.round(found.costs, 9)
     rounded = rounded[non_dominated(np.zeros(len(rounded), dtype=np.int64), rounded)]
-    expected = np.round(costs, 9)
-    assert sorted(map(tuple, rounded)) == sorted(map(tuple, expected))
+    assert sorted(map(tuple, rounded)) == sorted(map(tuple, np.round(costs, 9)))
 
 
 def test_a_stage_without_layers_costs_what_its_ends_cost() -> None:
@@ -129,7 +134,7 @@ def test_a_stage_without_layers_costs_what_its_ends_cost() -> None:
         tours=problem.tours,
     )
     weights = np.ones(len(COSTS))
-    found = empty.best(weights, np.inf, MOST_LABELS)
+    found = best_option(empty, weights, np.inf, MOST_LABELS)
     assert found is not None
     assert found.counts.tolist() == [[0] * len(problem.layout)]
     expected = [*problem.boundary_time, *problem.sync_time[:, 0].sum(axis=0)]
@@ -142,10 +147,10 @@ def test_nothing_fits_into_no_memory_and_too_many_labels_are_told() -> None:
     arguments = {name: getattr(problem, name) for name in StageProblem.__slots__}
     tight = StageProblem(**arguments | {"memory_budget": 0.5})
     assert tight.lower_bound(weights) == np.inf
-    found = tight.best(weights, np.inf, MOST_LABELS)
+    found = best_option(tight, weights, np.inf, MOST_LABELS)
     assert found is not None
     assert not len(found.counts)
-    assert problem.options(weights, np.inf, 1) is None
+    assert pareto_options(problem, [StageLimit(weights, np.inf)], 1) is None
 
 
 def test_fronts_are_kept_per_group_and_equal_rows_once() -> None:

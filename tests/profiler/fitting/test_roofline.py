@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -107,4 +109,16 @@ def test_a_fit_stays_within_its_bounds_however_odd_the_times() -> None:
     samples.seconds[:] = 1e-12
     curve, _ = fit_roofline(samples, OPERATORS["gemm"], RATES)
     assert curve.launch_time > 0.0
-    assert 0.0 < curve.compute_efficiency <= 50.0 * (1 + 1e-9)
+    assert 0.0 < curve.compute_efficiency <= 1.0
+
+
+@pytest.mark.parametrize("name", ["gemm", "attention_decode", "copy"])
+def test_only_a_nominal_data_sheet_is_passed(name: str) -> None:
+    twice = replace(TRUTH, compute_efficiency=1.4, memory_efficiency=1.6)
+    samples, operator = made(name, 300, curve=twice), OPERATORS[name]
+    curve, _ = fit_roofline(samples, operator, RATES)
+    assert curve.compute_efficiency <= 1.0
+    assert curve.memory_efficiency == pytest.approx(1.0, abs=1e-3)
+    assert curve.memory_efficiency <= 1.0
+    nominal, _ = fit_roofline(samples, operator, replace(RATES, is_nominal=True))
+    assert nominal.memory_efficiency == pytest.approx(1.6, rel=0.01)
