@@ -12,17 +12,42 @@ __all__ = ["command"]
 
 
 @click.command("export", short_help="Write the files that launch a plan.")
-@click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--to", "target", required=True, help="megatron or deepspeed.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.argument("plan", type=click.Path(path_type=Path), required=False)
+@click.option("--to", "target", help="Framework; --list names them.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--launcher", type=click.Choice(["torchrun", "slurm"]), default="torchrun", show_default=True)
+@click.option(
+    "--list", "lists_targets", is_flag=True, help="Show targets, releases and what each can express."
+)
 @common_options
-def command(*, plan: Path, target: str, out: Path, launcher: str, common: CommonOptions) -> None:
+def command(
+    *,
+    plan: Path | None,
+    target: str | None,
+    out: Path | None,
+    launcher: str,
+    lists_targets: bool,
+    common: CommonOptions,
+) -> None:
     """Write arguments, environment and launch script of PLAN for a framework; refuse what it cannot express.
 
     \b
     meshwright export plans/1.yaml --to megatron --out launch/
+    meshwright export --list
     """
+    if lists_targets:
+        _list_targets(common)
+        return
+    for value, name in ((plan, "argument 'PLAN'"), (target, "option '--to'"), (out, "option '--out'")):
+        if value is None:
+            raise click.UsageError(f"Missing {name}; --list shows the targets.")
+    assert plan is not None
+    assert target is not None
+    assert out is not None
+    _export(plan, target, out, launcher, common)
+
+
+def _export(plan: Path, target: str, out: Path, launcher: str, common: CommonOptions) -> None:
     from meshwright.cli.render.console import print_json, stdout_console
     from meshwright.errors import SpecError, did_you_mean
     from meshwright.planner.export import EXPORTERS, write_bundle
@@ -58,3 +83,21 @@ def command(*, plan: Path, target: str, out: Path, launcher: str, common: Common
     )
     for note in bundle.notes:
         console.print(f"Note: {note}", markup=False, soft_wrap=True)
+
+
+def _list_targets(common: CommonOptions) -> None:
+    from meshwright.cli.render.console import print_json, stdout_console
+    from meshwright.planner.export import EXPORTERS
+
+    if common.as_json:
+        targets = [
+            {"target": name, "target_version": exporter.target_version, "expresses": dict(exporter.expresses)}
+            for name, exporter in sorted(EXPORTERS.items())
+        ]
+        print_json({"kind": "export_targets", "targets": targets})
+        return
+    console = stdout_console()
+    for name, exporter in sorted(EXPORTERS.items()):
+        console.print(f"{name} {exporter.target_version}", markup=False, soft_wrap=True)
+        for topic, words in exporter.expresses.items():
+            console.print(f"  {topic:<11}{words}", markup=False, soft_wrap=True)

@@ -234,6 +234,7 @@ class _StageWork:
         self.extra_forward, self.extra_backward = vocab_parallel_time(
             context, columns, times.boundary_forward, times.boundary_backward
         )
+        self.contention = context.software.expert_overlap_contention
         self.has_ends = columns.vocab_parallel < VocabParallels.VOCAB_1
         in_all = leading_dense_layers(context)
         self.leading = np.minimum(in_all, columns.chunk_first).astype(np.float64)
@@ -275,11 +276,16 @@ class _StageWork:
         )
 
     def unhidden(self, work: FloatColumn, layers: IntColumn) -> FloatColumn:
-        """Return the work of a stage less what DualPipe hides of it at best: the whole expert exchange [s]."""
+        """Return the work of a stage less what DualPipe hides of it at best [s].
+
+        That is the expert exchange where the rest of the work is as long, and each second of it still slows the
+        kernels beside it.
+        """
         schedule, layer = self.columns.schedule, self.times.layer
         is_dual = (schedule == Schedules.DUALPIPE) | (schedule == Schedules.DUALPIPE_V)
-        exchange = layers * (layer.forward_axes["ep"] + layer.backward_axes["ep"])
-        result: FloatColumn = np.maximum(work - np.where(is_dual, exchange, 0.0), 0.0)
+        exchange = np.where(is_dual, layers * (layer.forward_axes["ep"] + layer.backward_axes["ep"]), 0.0)
+        hidden = np.minimum(exchange, np.maximum(work - exchange, 0.0))
+        result: FloatColumn = work - (1.0 - self.contention) * hidden
         return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.micro_batch import (
+    LayerCost,
     MicroBatchTimes,
     layers_backward,
     layers_forward,
@@ -30,7 +32,7 @@ from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.schedules import SCHEDULES
 from meshwright.simcore.training.costs import IterationCosts
 
-__all__ = ["iteration_costs"]
+__all__ = ["iteration_costs", "uniform_costs"]
 
 
 def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
@@ -46,96 +48,217 @@ def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
         from meshwright.costmodels.layer_groups import layer_group_costs
 
         return layer_group_costs(context, plan)
-    columns = PlanColumns.from_plans([plan], context.workload.global_batch_size)
-    times = micro_batch_times(context, columns)
-    # DualPipe's stages hold the model twice, without the plan splitting it any finer.
-    copies = SCHEDULES[plan.schedule].num_model_copies
-    num_chunks = plan.vpp * copies
-    placement = SCHEDULES[plan.schedule].placement(plan.pp, num_chunks)
-    num_nodes = plan.pp * num_chunks
-    layers = np.array(plan.layers_per_stage * copies, dtype=np.float64)
-    leading = np.tile(leading_per_stage(context, plan.layers_per_stage), copies)
-    recomputed = np.minimum(layers, float(columns.recompute_layers[0]))
-    behind = layers - leading
-    is_first, is_last = np.zeros(num_nodes), np.zeros(num_nodes)
-    if plan.vocab_parallel in ("none", "redistributed"):
-        is_first[:: len(plan.layers_per_stage)] = 1.0
-        is_last[len(plan.layers_per_stage) - 1 :: len(plan.layers_per_stage)] = 1.0
-    extra_forward, extra_backward = vocab_parallel_time(
-        context, columns, times.boundary_forward, times.boundary_backward
+    return uniform_costs(context, [plan])[0]
+
+
+def uniform_costs(context: CostContext, plans: Sequence[ParallelPlan]) -> list[IterationCosts]:
+    """Return what one iteration of each of some plans without layer groups costs.
+
+    Every formula is evaluated once, over the virtual stages of all plans one after the other.
+
+    Raises
+    ------
+    SpecError
+        If the batch does not divide into a plan's micro-batches.
+    """
+    columns = PlanColumns.from_plans(plans, context.workload.global_batch_size)
+    layouts = [_Layout(context, plan) for plan in plans]
+    owner = np.repeat(np.arange(len(plans)), [layout.placement.size for layout in layouts])
+    of_plans = micro_batch_times(context, columns)
+    times, edges = _of_rows(of_plans, owner), columns.take(owner)
+    layers, leading, is_first, is_last = (
+        np.concatenate([getattr(layout, name) for layout in layouts])
+        for name in ("layers", "leading", "is_first", "is_last")
     )
+    recomputed = np.minimum(layers, edges.recompute_layers.astype(np.float64))
+    behind = layers - leading
+    extra_forward, extra_backward = vocab_parallel_time(
+        context, columns, of_plans.boundary_forward, of_plans.boundary_backward
+    )
+    send = _send_times(context, layouts, edges)
+    received = [_received(context, part) for part in _split(send, layouts)]
+    received_forward, received_backward = (np.concatenate(parts) for parts in zip(*received, strict=True))
     forward = (
         layers_forward(times, layers, leading)
-        + is_first * times.embedding_forward[0]
-        + is_last * times.head_forward[0]
-        + extra_forward[0]
+        + is_first * times.embedding_forward
+        + is_last * times.head_forward
+        + extra_forward[owner]
+        + received_forward
     )
     backward = (
         layers_backward(times, layers, leading, recomputed)
-        + is_first * times.embedding_backward[0]
-        + is_last * times.head_backward[0]
-        + extra_backward[0]
+        + is_first * times.embedding_backward
+        + is_last * times.head_backward
+        + extra_backward[owner]
+        + received_backward
     )
-    edges = columns.take(np.zeros(num_nodes, dtype=np.int64))
-    send = _send_times(context, plan, edges, placement, copies)
-    received_forward, received_backward = _received(context, send)
-    forward, backward = forward + received_forward, backward + received_backward
-    parameters = virtual_stage_parameters(context, plan, edges)
+    parameters = [
+        virtual_stage_parameters(context, layout.plan, part)
+        for layout, part in zip(layouts, _split_columns(edges, layouts), strict=True)
+    ]
+    whole = _joined(parameters)
+    moved = _joined([layout.on_first_chunk(each) for layout, each in zip(layouts, parameters, strict=True)])
     overlap_reduce, overlap_gather = overlaps(context)
-    reduced, gathered = (
-        parameters if overlap else _on_first_chunk(parameters, placement)
-        for overlap in (overlap_reduce, overlap_gather)
+    stages = columns.take(np.repeat(np.arange(len(plans)), [plan.pp for plan in plans]))
+    window = np.concatenate(
+        [
+            part[layout.placement].sum(axis=1)
+            for layout, part in zip(layouts, _split(backward, layouts), strict=True)
+        ]
     )
-    stage_columns = columns.take(np.zeros(plan.pp, dtype=np.int64))
-    return IterationCosts(
-        num_stages=plan.pp,
-        num_chunks=num_chunks,
-        num_micro_batches=int(columns.num_micro_batches[0]),
-        forward_time=forward,
-        backward_time=backward,
-        weight_gradient_time=behind * times.layer.weight_gradient
+    steps = optimizer_time(
+        context,
+        stages,
+        _joined([layout.stage_sums(each) for layout, each in zip(layouts, parameters, strict=True)]),
+        window,
+    )
+    arrays = {
+        "forward_time": forward,
+        "backward_time": backward,
+        "weight_gradient_time": behind * times.layer.weight_gradient
         + leading * times.dense_layer.weight_gradient
-        + is_last * times.head_weight_gradient[0],
-        forward_communication_time=behind * times.layer.forward_communication
+        + is_last * times.head_weight_gradient,
+        "forward_communication_time": behind * times.layer.forward_communication
         + leading * times.dense_layer.forward_communication
-        + is_first * times.embedding_communication[0]
+        + is_first * times.embedding_communication
         + received_forward,
-        backward_communication_time=behind * times.layer.backward_communication
+        "backward_communication_time": behind * times.layer.backward_communication
         + leading * times.dense_layer.backward_communication
         + recomputed * times.layer.recompute_communication
-        + is_first * times.root_backward_communication[0]
-        + is_last * times.head_communication[0]
+        + is_first * times.root_backward_communication
+        + is_last * times.head_communication
         + received_backward,
-        send_time=send,
-        is_send_blocking=bool(blocks_on_send(context, columns.vpp)[0]),
-        gradient_reduce_time=sync_times(context, edges, reduced).gradient_reduce,
-        gradient_reduce_overlap=overlap_reduce,
-        parameter_gather_time=sync_times(context, edges, gathered).parameter_gather,
-        parameter_gather_overlap=overlap_gather,
-        optimizer_time=optimizer_time(
-            context, stage_columns, _stage_sums(parameters, placement), backward[placement].sum(axis=1)
-        ),
-        fixed_time=float(fixed_time(context, columns)[0]),
-        overlapped_time=_joint_times(context, plan, times, forward, backward, behind),
+        "send_time": send,
+        "gradient_reduce_time": sync_times(
+            context, edges, whole if overlap_reduce else moved
+        ).gradient_reduce,
+        "parameter_gather_time": sync_times(
+            context, edges, whole if overlap_gather else moved
+        ).parameter_gather,
+    }
+    parts = {name: _split(values, layouts) for name, values in arrays.items()}
+    exchange = [of_plans.layer.forward_axes["ep"], of_plans.layer.backward_axes["ep"]]
+    joint = [
+        _joint_times(context, layout, (exchange[0][row], exchange[1][row]), *work)
+        for row, (layout, *work) in enumerate(
+            zip(layouts, parts["forward_time"], parts["backward_time"], _split(behind, layouts), strict=True)
+        )
+    ]
+    blocks = blocks_on_send(context, columns.vpp)
+    fixed = fixed_time(context, columns)
+    of_stages = np.split(steps, np.cumsum([plan.pp for plan in plans])[:-1])
+    return [
+        IterationCosts(
+            num_stages=layout.plan.pp,
+            num_chunks=layout.placement.shape[1],
+            num_micro_batches=int(columns.num_micro_batches[row]),
+            **{name: values[row] for name, values in parts.items()},
+            is_send_blocking=bool(blocks[row]),
+            gradient_reduce_overlap=overlap_reduce,
+            parameter_gather_overlap=overlap_gather,
+            optimizer_time=of_stages[row],
+            fixed_time=float(fixed[row]),
+            overlapped_time=joint[row],
+        )
+        for row, layout in enumerate(layouts)
+    ]
+
+
+class _Layout:
+    """Where the virtual stages of a plan sit and what they hold; arrays in model order, copy after copy."""
+
+    def __init__(self, context: CostContext, plan: ParallelPlan) -> None:
+        schedule = SCHEDULES[plan.schedule]
+        # DualPipe's stages hold the model twice, without the plan splitting it any finer.
+        self.plan, self.copies = plan, schedule.num_model_copies
+        self.placement = schedule.placement(plan.pp, plan.vpp * self.copies)
+        self.layers = np.array(plan.layers_per_stage * self.copies, dtype=np.float64)
+        self.leading = np.tile(leading_per_stage(context, plan.layers_per_stage), self.copies)
+        self.is_first, self.is_last = np.zeros(self.placement.size), np.zeros(self.placement.size)
+        if plan.vocab_parallel in ("none", "redistributed"):
+            self.is_first[:: len(plan.layers_per_stage)] = 1.0
+            self.is_last[len(plan.layers_per_stage) - 1 :: len(plan.layers_per_stage)] = 1.0
+
+    def stage_of(self) -> NDArray[np.int64]:
+        """Return the physical stage of each virtual stage."""
+        stage = np.empty(self.placement.size, dtype=np.int64)
+        stage[self.placement] = np.arange(self.plan.pp)[:, np.newaxis]
+        return stage
+
+    def stage_sums(self, parameters: RankParameters) -> RankParameters:
+        """Return each stage's parameters, all its chunks, shape ``(pp,)``."""
+        return RankParameters(
+            **{f.name: getattr(parameters, f.name)[self.placement].sum(axis=1) for f in fields(parameters)}
+        )
+
+    def on_first_chunk(self, parameters: RankParameters) -> RankParameters:
+        """Put a stage's parameters on its first chunk, the last to finish backward and the first to run forward.
+
+        Without overlap frameworks synchronise a stage once, after all its chunks.
+        """
+
+        def moved(values: FloatColumn) -> FloatColumn:
+            result = np.zeros_like(values)
+            result[self.placement[:, 0]] = values[self.placement].sum(axis=1)
+            return result
+
+        return RankParameters(**{f.name: moved(getattr(parameters, f.name)) for f in fields(parameters)})
+
+
+def _of_rows(times: MicroBatchTimes, rows: NDArray[np.int64]) -> MicroBatchTimes:
+    """Return the times of some plans, one entry for each of their virtual stages."""
+
+    def taken(cost: LayerCost) -> LayerCost:
+        values = {each.name: getattr(cost, each.name) for each in fields(cost)}
+        return LayerCost(
+            **{
+                name: {axis: part[rows] for axis, part in value.items()}
+                if isinstance(value, Mapping)
+                else value[rows]
+                for name, value in values.items()
+            }
+        )
+
+    layer = taken(times.layer)
+    dense_layer = layer if times.dense_layer is times.layer else taken(times.dense_layer)
+    others = {
+        each.name: getattr(times, each.name)[rows]
+        for each in fields(times)
+        if each.name not in ("layer", "dense_layer")
+    }
+    return MicroBatchTimes(layer=layer, dense_layer=dense_layer, **others)
+
+
+def _split(values: FloatColumn, layouts: Sequence[_Layout]) -> list[FloatColumn]:
+    """Return the entries of each plan's virtual stages."""
+    return np.split(values, np.cumsum([layout.placement.size for layout in layouts])[:-1])
+
+
+def _split_columns(edges: PlanColumns, layouts: Sequence[_Layout]) -> list[PlanColumns]:
+    ends = np.cumsum([layout.placement.size for layout in layouts])
+    return [
+        edges.take(slice(end - layout.placement.size, end)) for end, layout in zip(ends, layouts, strict=True)
+    ]
+
+
+def _joined(parts: Sequence[RankParameters]) -> RankParameters:
+    """Return the parameters of some plans one after the other."""
+    return RankParameters(
+        **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(RankParameters)}
     )
 
 
-def _send_times(
-    context: CostContext,
-    plan: ParallelPlan,
-    edges: PlanColumns,
-    placement: NDArray[np.int32],
-    copies: int,
-) -> FloatColumn:
+def _send_times(context: CostContext, layouts: Sequence[_Layout], edges: PlanColumns) -> FloatColumn:
     """Return the send from each virtual stage to the next: 0 within a stage, and behind the last of a copy."""
-    stage_of = np.empty(placement.size, dtype=np.int64)
-    stage_of[placement] = np.arange(plan.pp)[:, np.newaxis]
-    stride = plan.tp * plan.cp * plan.dp
-    crosses = edge_crosses_nodes(stage_of, stride, context.cluster.node.num_gpus)
-    send = stage_send_time(context, edges, crosses)
-    stays = stage_of == np.roll(stage_of, -1)
-    ends_copy = (np.arange(placement.size) + 1) % (placement.size // copies) == 0
-    return np.where(ends_copy | (stays & (plan.pp > 1)), 0.0, send)
+    crosses, stays = [], []
+    for layout in layouts:
+        plan, stage_of = layout.plan, layout.stage_of()
+        stride = plan.tp * plan.cp * plan.dp
+        crosses.append(edge_crosses_nodes(stage_of, stride, context.cluster.node.num_gpus))
+        is_same = stage_of == np.roll(stage_of, -1)
+        ends_copy = (np.arange(stage_of.size) + 1) % (stage_of.size // layout.copies) == 0
+        stays.append(ends_copy | (is_same & (plan.pp > 1)))
+    return np.where(np.concatenate(stays), 0.0, stage_send_time(context, edges, np.concatenate(crosses)))
 
 
 def _received(context: CostContext, send: FloatColumn) -> tuple[FloatColumn, FloatColumn]:
@@ -148,8 +271,8 @@ def _received(context: CostContext, send: FloatColumn) -> tuple[FloatColumn, Flo
 
 def _joint_times(
     context: CostContext,
-    plan: ParallelPlan,
-    times: MicroBatchTimes,
+    layout: _Layout,
+    exchange_time: tuple[float, float],
     forward: FloatColumn,
     backward: FloatColumn,
     behind: FloatColumn,
@@ -158,31 +281,11 @@ def _joint_times(
 
     DualPipe runs the expert exchange of either beside the compute of both (DeepSeek-V3, arXiv 2412.19437, section
     3.2.1); what is longer than that stays exposed, and the exchange's kernels hold a share of the SMs.
+    ``exchange_time`` is that of one layer, forward and backward.
     """
-    if plan.schedule not in ("dualpipe", "dualpipe_v"):
+    if layout.plan.schedule not in ("dualpipe", "dualpipe_v"):
         return None
-    exchange = behind[::-1] * times.layer.forward_axes["ep"] + behind * times.layer.backward_axes["ep"]
+    exchange = behind[::-1] * exchange_time[0] + behind * exchange_time[1]
     compute = forward[::-1] + backward - exchange
     hidden = np.minimum(exchange, compute)
     return compute + exchange - hidden + context.software.expert_overlap_contention * hidden
-
-
-def _stage_sums(parameters: RankParameters, placement: NDArray[np.int32]) -> RankParameters:
-    """Return each stage's parameters, all its chunks, shape ``(pp,)``."""
-    return RankParameters(
-        **{f.name: getattr(parameters, f.name)[placement].sum(axis=1) for f in fields(parameters)}
-    )
-
-
-def _on_first_chunk(parameters: RankParameters, placement: NDArray[np.int32]) -> RankParameters:
-    """Put a stage's parameters on its first chunk, the last to finish backward and the first to run forward.
-
-    Without overlap frameworks synchronise a stage once, after all its chunks.
-    """
-
-    def moved(values: FloatColumn) -> FloatColumn:
-        result = np.zeros_like(values)
-        result[placement[:, 0]] = values[placement].sum(axis=1)
-        return result
-
-    return RankParameters(**{f.name: moved(getattr(parameters, f.name)) for f in fields(parameters)})

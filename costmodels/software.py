@@ -83,6 +83,8 @@ class SoftwareGeneration:
         The expert dispatch sends a token once per node (DeepEP), not once per expert.
     keeps_narrow_operands : bool
         Products in a narrow format keep their inputs, and a copy of their weights, in it (Transformer Engine).
+    has_recompute_modules : bool
+        Selective recompute takes a list of modules.
     applies_router_weights_early : bool
         The router's weights are applied within the experts' activation, so that their output need not be stored.
     expert_overlap_contention : float
@@ -141,6 +143,7 @@ class SoftwareGeneration:
     has_scatter_gather: bool = True
     deduplicates_dispatch: bool = False
     keeps_narrow_operands: bool = False
+    has_recompute_modules: bool = False
     applies_router_weights_early: bool = False
     # 20 of 132 SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.2.2).
     expert_overlap_contention: float = 0.15
@@ -179,7 +182,20 @@ _FLAGS = (
     "accumulates_bf16_in_fp32",
     "deduplicates_dispatch",
     "applies_router_weights_early",
+    "has_recompute_modules",
     "keeps_narrow_operands",
+)
+
+
+# Plan fields whose values are words.
+_WORD_FIELDS = (
+    "cp_method",
+    "optimizer_offload",
+    "parameter_offload",
+    "recompute",
+    "schedule",
+    "sharding",
+    "vocab_parallel",
 )
 
 
@@ -263,9 +279,9 @@ def _supports(section: Section) -> Mapping[str, tuple[int | str | bool, ...]]:
     """Return allowed values by plan field: words, flags, or numbers."""
     allowed: dict[str, tuple[int | str | bool, ...]] = {}
     for key in section:
-        if key == "sequence_parallel":
+        if key in ("activation_offload", "sequence_parallel"):
             allowed[key] = (section.boolean(key),)
-        elif key in ("sharding", "schedule", "recompute"):
+        elif key in _WORD_FIELDS:
             allowed[key] = section.texts(key)
         else:
             allowed[key] = section.integers(key)

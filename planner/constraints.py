@@ -101,7 +101,8 @@ def _user_limits(context: CostContext, limits: SearchLimits) -> tuple[Condition,
 
 
 def _software(context: CostContext, limits: SearchLimits) -> tuple[Condition, ...]:
-    supports = dict(context.software.supports)
+    # What the user names is taken as available: a fork may have what its generation lacks.
+    supports = {key: values for key, values in context.software.supports.items() if key not in limits.allowed}
     shardings = supports.pop("sharding", None)
     if shardings is None:
         return _within(supports)
@@ -134,8 +135,7 @@ def _recompute(context: CostContext, columns: PlanColumns) -> Mask:
     saves = context.attention_kernel == "unfused" or context.software.selective_recompute == "operators"
     named = columns.recompute_modules > 0
     result: Mask = (columns.recompute != Recomputes.SELECTIVE) | (named | saves)
-    if context.software.selective_recompute == "operators":
-        # That software picks operators itself and takes no list.
+    if not context.software.has_recompute_modules:
         result &= ~named
     return result
 

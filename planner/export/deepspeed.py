@@ -108,7 +108,8 @@ class DeepSpeedExporter:
 def _notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
     notes = [
         "TRAIN_SCRIPT builds the model, the data and the optimizer; this export sets batches, precision, sharding.",
-        "The script must take the batch sizes from ds_config.json and set the sequence length of the job itself.",
+        "The script must take the batch sizes from ds_config.json and train on sequences of "
+        f"{job.workload.sequence_length} tokens, which no key of it sets.",
     ]
     if plan.tp > 1:
         notes.append(

@@ -53,7 +53,7 @@ _LIMITS: dict[str, tuple[int | str | bool, ...]] = {
 _EXPRESSES = {
     "schedule": "gpipe, 1f1b, interleaved_1f1b, zb_h1, zb_v, dualpipe_v",
     "stages": "any number of layers each",
-    "sharding": "none (DDP), zero2, zero3, hsdp",
+    "sharding": "none (replicas), zero2, zero3, hsdp",
     "recompute": "none, selective (operators), full",
     "offload": "weights with optimizer states to cpu",
     "precision": "fp32, bf16, fp8, mxfp8",

@@ -32,6 +32,8 @@ class Flavor:
         and those that a token reaches.
     query_latent : int | None
         Width of the query latent of DeepSeek's attention; None projects queries straight from the hidden state.
+    longest_sequence : int
+        Tokens that the rotary positions of 0.3 reach.
     has_ring_attention : bool
         Built on plain SDPA in 0.2, which is what context parallelism there needs.
     """
@@ -45,6 +47,7 @@ class Flavor:
     num_query_groups: int
     ffn_hidden_size: int | None
     vocab_size: int
+    longest_sequence: int
     has_tied_embeddings: bool = False
     experts: tuple[int, ...] | None = None
     query_latent: int | None = None
@@ -62,6 +65,7 @@ def _llama3(name: str, layers: int, hidden: int, heads: int, ffn: int, *, is_tie
         num_query_groups=8,
         ffn_hidden_size=ffn,
         vocab_size=128256,
+        longest_sequence=131072,
         has_tied_embeddings=is_tied,
     )
 
@@ -80,6 +84,7 @@ def _qwen3(
         num_query_groups=groups,
         ffn_hidden_size=ffn,
         vocab_size=151936,
+        longest_sequence=40960,
         has_tied_embeddings=is_tied,
         experts=experts,
     )
@@ -105,6 +110,7 @@ def _deepseek(
         num_query_groups=heads,
         ffn_hidden_size=ffn,
         vocab_size=129280 if is_largest else 102400,
+        longest_sequence=16384,
         experts=experts,
         query_latent=query_latent,
         has_ring_attention=False,

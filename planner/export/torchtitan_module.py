@@ -37,7 +37,11 @@ def model_module(job: TrainingJob, plan: ParallelPlan, flavor: Flavor) -> str:
         ]
         arguments.append(f"num_mtp_layers={job.model.num_mtp_layers}")
         loss = ["    config.loss = MTPLoss.Config(global_vocab_size=decoder_vocab_size(config.model_spec))"]
-    arguments.append("converters=[" + ", ".join(converters) + "]")
+    arguments.append(
+        "converters=["
+        + "".join(f"\n            {call}," for call in converters)
+        + ("\n        ]" if converters else "]")
+    )
     lines = [
         f'"""Model of a Meshwright plan: {label(job.model.name)}, torchtitan\'s {flavor.family} {flavor.name}."""',
         "",

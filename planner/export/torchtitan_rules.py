@@ -266,6 +266,17 @@ def dual_pipe_overlaps_no_experts(job: TrainingJob, plan: ParallelPlan) -> str |
     )
 
 
+def positions_reach(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """The rotary positions of a registered model end somewhere."""
+    flavor, length = find_flavor(job.model, "0.3.0"), job.workload.sequence_length
+    if flavor is None or length <= flavor.longest_sequence:
+        return None
+    return (
+        f"sequence_length {length} exceeds the {flavor.longest_sequence} positions of {flavor.family} "
+        f"{flavor.name} in torchtitan 0.3; use {flavor.longest_sequence} or less."
+    )
+
+
 def multi_token_prediction_stands_alone(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """Its modules go with neither pipelines nor context parallelism (models/deepseek_v3/mtp.py)."""
     if not job.model.num_mtp_layers or plan.pp == plan.cp == 1:
@@ -314,6 +325,7 @@ TORCHTITAN_0_3_RULES: tuple[Rule, ...] = (
     context_parallel_gathers,
     expert_parallel_keeps_experts_whole,
     dual_pipe_overlaps_no_experts,
+    positions_reach,
     multi_token_prediction_stands_alone,
     adapters_beside_dense_layers,
 )

@@ -108,19 +108,28 @@ class StageProblem:
         bits = self.tours.bits[self.layout[counts > 0]]
         return int(np.bitwise_or.reduce(bits, initial=0))
 
+    @property
+    def is_feasible(self) -> bool:
+        """Whether some assignment fits: all layers under the strategy that keeps least, of those that need so little."""
+        if self.num_layers == 0:
+            return self.boundary_working_memory <= self.memory_budget
+        order = np.argsort(self.working_memory, kind="stable")
+        working = np.maximum(self.working_memory[order], self.boundary_working_memory)
+        kept = self.num_layers * np.minimum.accumulate(self.layer_memory[order])
+        return bool(np.any(kept + working <= self.memory_budget))
+
     def lower_bound(self, weights: FloatArray) -> float:
         """Return a lower bound of the weighted cost of every assignment that fits, inf when none does.
 
         Fractions of layers may be assigned, and only the least of all working memories is counted.
         """
+        if not self.is_feasible:
+            return float("inf")
         working = self.boundary_working_memory
         if self.num_layers:
-            working = max(working, float(self.working_memory.min(initial=np.inf)))
-        budget = self.memory_budget - working
-        if budget < 0.0:
-            return float("inf")
+            working = max(working, float(self.working_memory.min()))
         hull = MemoryHull(self.layer_memory, self.prices(weights))
-        rest = hull.least(np.array([self.num_layers]), np.array([budget]))
+        rest = hull.least(np.array([self.num_layers]), np.array([self.memory_budget - working]))
         return float(rest[0]) + self.constant(weights)
 
     def prices(self, weights: FloatArray) -> FloatArray:

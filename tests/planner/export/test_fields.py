@@ -125,7 +125,9 @@ DEFAULTS = {
 
 
 def is_inert(plan, field):
-    """Return whether the value says the same as the default: all of dp, all layers, nothing to share."""
+    """Return whether the value says the same as the default: all of dp, all layers, nobody to share with."""
+    if field == "sharding":
+        return plan.dp == 1
     if field == "sharding_group":
         return plan.sharding == "none" or plan.sharding_group == plan.dp
     return field == "recompute_layers" and plan.recompute_layers >= max(plan.layers_per_stage)

@@ -133,6 +133,11 @@ ONLY_0_3 = {
         make_plan(dp=8, pp=2, vpp=2, ep=4, schedule="dualpipe_v", sharding="zero3"),
         ["'dualpipe_v'", "ep 4", "torchtitan-0.2"],
     ),
+    "positions beyond rope": (
+        make_job(length=262144),
+        make_plan(dp=16, sharding="zero3"),
+        ["sequence_length 262144", "131072"],
+    ),
     "multi-token prediction in a pipeline": (
         make_job(DEEPSEEK, length=4096),
         make_plan(61, dp=8, pp=2, sharding="zero3"),

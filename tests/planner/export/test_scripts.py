@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meshwright.planner.export import EXPORTERS, write_bundle
+from meshwright.planner.export.deepspeed_config import NVME_PLACEHOLDER
 from meshwright.planner.export.megatron_arguments import megatron_arguments
 from meshwright.planner.export.scripts import ArgumentGroup, args_file, label
 
@@ -116,7 +119,12 @@ def test_any_argument_survives_the_array(words, tmp_path):
 
 
 def test_launch_needs_the_variable_it_documents(tmp_path):
-    for case, variable in (("megatron_part_of_a_node", "MEGATRON_PATH"), ("deepspeed_zero3", "TRAIN_SCRIPT")):
+    for case, variable in (
+        ("megatron_part_of_a_node", "MEGATRON_PATH"),
+        ("deepspeed_zero3", "TRAIN_SCRIPT"),
+        ("torchtitan_3d_slurm", "HF_ASSETS_PATH"),
+        ("torchtitan_0_2_ring", "HF_ASSETS_PATH"),
+    ):
         write_bundle(export_case(case), tmp_path / case, force=False)
         ran = run_script(tmp_path / case / "launch.sh", tmp_path)
         assert ran.returncode != 0
@@ -172,6 +180,68 @@ def test_slurm_job_starts_one_launcher_per_node_from_its_own_rank(tmp_path):
         *("--master-addr", "node-7", "--master-port", "24567", "my train.py"),
         *("--deepspeed", "--deepspeed_config", f"{folder}/ds_config.json", "--epochs", "1 2"),
     ]
+
+
+def test_launch_waits_for_the_folder_of_the_drive(tmp_path):
+    folder = tmp_path / "out"
+    write_bundle(export_case("deepspeed_infinity"), folder, force=False)
+    environment = {"TRAIN_SCRIPT": "train.py", "MASTER_ADDR": "node-0"}
+    ran = run_script(folder / "launch.sh", tmp_path, **environment)
+    assert ran.returncode == 2
+    assert "set nvme_path in ds_config.json" in ran.stderr
+    config = folder / "ds_config.json"
+    config.write_text(config.read_text().replace(NVME_PLACEHOLDER, "/local/nvme"))
+    assert run_script(folder / "launch.sh", tmp_path, **environment).returncode == 0
+
+
+def test_torchtitan_gets_its_model_and_the_recompute_policy_last(tmp_path):
+    folder = tmp_path / "out dir"
+    write_bundle(export_case("torchtitan_3d_slurm"), folder, force=False)
+    environment = {"HF_ASSETS_PATH": "my assets", "MASTER_ADDR": "node-0"}
+    words = run_script(folder / "launch.sh", tmp_path, "--training.steps", "7", **environment).stdout.split(
+        "\0"
+    )
+    start = words.index("-m")
+    assert words[start : start + 8] == [
+        *("-m", "torchtitan.train", "--module", "meshwright_model", "--config", "train"),
+        *("--hf-assets-path", "my assets"),
+    ]
+    assert words[-4:-1] == ["--training.steps", "7", "activation-checkpoint:selective"]
+    stages = words[words.index("--parallelism.module-fqns-per-model-part") + 1 :][:4]
+    assert [stage.count("layers.") for stage in stages] == [9, 8, 8, 7]
+    own = run_script(folder / "launch.sh", tmp_path, TORCHTITAN_MODEL="mine:big", **environment).stdout
+    assert "\0--module\0mine\0--config\0big\0" in own
+
+
+def test_a_model_that_torchtitan_lacks_must_be_named(tmp_path):
+    write_bundle(export_case("torchtitan_unregistered"), tmp_path / "out", force=False)
+    environment = {"HF_ASSETS_PATH": "assets", "MASTER_ADDR": "node-0"}
+    ran = run_script(tmp_path / "out/launch.sh", tmp_path, **environment)
+    assert ran.returncode != 0
+    assert "set TORCHTITAN_MODEL to module:function" in ran.stderr
+    ran = run_script(tmp_path / "out/launch.sh", tmp_path, TORCHTITAN_MODEL="a.b:c", **environment)
+    assert "\0--module\0a.b\0--config\0c\0" in ran.stdout
+
+
+def test_the_job_file_of_torchtitan_is_toml(tmp_path):
+    for name, (target, _, _, plan) in CASES.items():
+        if target != "torchtitan-0.2":
+            continue
+        text = next(file.text for file in export_case(name).files if file.name == "job.toml")
+        parallel = tomllib.loads(text)["parallelism"]
+        assert parallel["data_parallel_shard_degree"] * parallel["data_parallel_replicate_degree"] == plan.dp
+        stages = parallel.get("module_fqns_per_model_part", [])
+        assert len(stages) == (plan.pp * plan.vpp if plan.pp > 1 else 0)
+
+
+def test_the_model_module_of_torchtitan_is_python():
+    for name, (target, *_) in CASES.items():
+        sources = [file.text for file in export_case(name).files if file.name.endswith(".py")]
+        assert bool(sources) == (target == "torchtitan" and name != "torchtitan_unregistered")
+        for source in sources:
+            assert [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)] == [
+                "train"
+            ]
 
 
 def test_slurm_job_says_where_it_must_be_submitted(tmp_path):

@@ -2,7 +2,7 @@
 # shellcheck disable=SC2034  # read by launch.sh
 # Meshwright: llama-3-8b on 16 GPUs, DeepSpeed 0.19.
 # Note: TRAIN_SCRIPT builds the model, the data and the optimizer; this export sets batches, precision, sharding.
-# Note: The script must take the batch sizes from ds_config.json and set the sequence length of the job itself.
+# Note: The script must take the batch sizes from ds_config.json and train on sequences of 8192 tokens, which no key of it sets.
 # Note: tp 4 uses AutoTP: a Hugging Face model with a tp plan, or a preset_model or partition_config added to tensor_parallel.
 # Note: train_batch_size is left to DeepSpeed because its check may count tp ranks as data parallel.
 # Note: Every rank of a tp group must read the same batch; give the sampler dp, not world, replicas.

@@ -5,7 +5,9 @@
 # Note: Learning rate, warm-up and the 100 iterations of TRAINING_ARGS are placeholders; the plan does not set them.
 # Note: Rope base and scaling, norm epsilon and initialization keep Megatron's defaults; set them to continue from a checkpoint.
 # Note: The gated MLP is written as SwiGLU.
-# Note: Router losses and scaling keep Megatron's defaults; expert tokens are not dropped.
+# Note: The load-balancing loss and its coefficient are usual values; router scaling keeps Megatron's default.
+# Note: The prediction assumes that the busiest expert rank gets 1 times the mean.
+# Note: Experts drop no tokens.
 
 # The model's shape.
 MODEL_ARGS=(
@@ -30,6 +32,8 @@ MODEL_ARGS=(
   --moe-ffn-hidden-size 14336
   --moe-grouped-gemm
   --moe-token-dispatcher-type alltoall
+  --moe-router-load-balancing-type aux_loss
+  --moe-aux-loss-coeff 1.0e-2
 )
 
 # The plan.

@@ -5,8 +5,10 @@
 # Note: Learning rate, warm-up and the 100 iterations of TRAINING_ARGS are placeholders; the plan does not set them.
 # Note: Rope base and scaling, norm epsilon and initialization keep Megatron's defaults; set them to continue from a checkpoint.
 # Note: The gated MLP is written as SwiGLU.
-# Note: Router losses and scaling keep Megatron's defaults; expert tokens are not dropped.
-# Note: The 1 multi-token-prediction layers of the checkpoint are not trained.
+# Note: The load-balancing loss and its coefficient are usual values; router scaling keeps Megatron's default.
+# Note: The prediction assumes that the busiest expert rank gets 1 times the mean.
+# Note: Experts drop no tokens.
+# Note: The loss of multi-token prediction keeps Megatron's default weight.
 
 # The model's shape.
 MODEL_ARGS=(
@@ -38,7 +40,12 @@ MODEL_ARGS=(
   --moe-shared-expert-intermediate-size 2048
   --moe-router-score-function sigmoid
   --moe-router-enable-expert-bias
+  --moe-router-num-groups 8
+  --moe-router-group-topk 4
+  --moe-router-load-balancing-type seq_aux_loss
+  --moe-aux-loss-coeff 1.0e-4
   --moe-layer-freq '[0]*3+[1]*58'
+  --mtp-num-layers 1
 )
 
 # The plan.
@@ -50,7 +57,7 @@ PARALLEL_ARGS=(
   --tp-comm-overlap
   --expert-model-parallel-size 32
   --expert-tensor-parallel-size 1
-  --pipeline-model-parallel-layout 'Et*7|t*8|t*8|t*8|t*8|t*8|t*8|t*6L'
+  --pipeline-model-parallel-layout 'Et*7|t*8|t*8|t*8|t*8|t*8|t*8|t*6mL'
   --use-distributed-optimizer
   --overlap-grad-reduce
   --overlap-param-gather

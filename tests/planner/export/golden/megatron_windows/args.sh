@@ -5,7 +5,9 @@
 # Note: Learning rate, warm-up and the 100 iterations of TRAINING_ARGS are placeholders; the plan does not set them.
 # Note: Rope base and scaling, norm epsilon and initialization keep Megatron's defaults; set them to continue from a checkpoint.
 # Note: The gated MLP is written as SwiGLU.
-# Note: Router losses and scaling keep Megatron's defaults; expert tokens are not dropped.
+# Note: The load-balancing loss and its coefficient are usual values; router scaling keeps Megatron's default.
+# Note: The prediction assumes that the busiest expert rank gets 1 times the mean.
+# Note: Experts drop no tokens.
 # Note: Megatron-FSDP with tp or cp leaves some overlap of tp communication unused on older GPUs.
 # Note: On amd GPUs use the vendor's fork of Megatron-LM, whose options may lag behind.
 
@@ -36,6 +38,8 @@ MODEL_ARGS=(
   --moe-grouped-gemm
   --moe-token-dispatcher-type alltoall
   --moe-router-pre-softmax
+  --moe-router-load-balancing-type aux_loss
+  --moe-aux-loss-coeff 1.0e-2
   --moe-layer-freq '[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1+[0]*1+[1]*1'
 )
 

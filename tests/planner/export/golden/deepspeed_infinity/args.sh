@@ -1,0 +1,15 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # read by launch.sh
+# Meshwright: llama-3-8b on 16 GPUs, DeepSpeed 0.19.
+# Note: TRAIN_SCRIPT builds the model, the data and the optimizer; this export sets batches, precision, sharding.
+# Note: The script must take the batch sizes from ds_config.json and train on sequences of 8192 tokens, which no key of it sets.
+# Note: Recompute happens in the script: call gradient_checkpointing_enable() or deepspeed.checkpointing.
+# Note: Offload of recomputed layers' inputs needs deepspeed.checkpointing, not another checkpoint.
+# Note: The script passes deepspeed.ops.adam.DeepSpeedCPUAdam, which updates the offloaded states.
+# Note: Set nvme_path in ds_config.json to a folder on a local drive; launch.sh waits for it.
+
+# EDIT HERE if needed: options before the path of ds_config.json; for Hugging Face's Trainer: (--deepspeed)
+DEEPSPEED_ARGS=(
+  --deepspeed
+  --deepspeed_config
+)

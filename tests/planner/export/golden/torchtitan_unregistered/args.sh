@@ -1,0 +1,47 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # read by launch.sh
+# Meshwright: mixtral-8x7b on 16 GPUs, torchtitan 0.3.0.
+# Note: Data, optimizer and learning rate are those of torchtitan's config; the plan sets neither them nor the 100 steps.
+# Note: No registered model has this shape: register one and name it in TORCHTITAN_MODEL.
+# Note: The prediction assumes that the busiest expert rank gets 1 times the mean.
+# Note: Offload to host memory takes gradients along with weights and optimizer states.
+
+# Section training.
+TRAINING_ARGS=(
+  --training.local-batch-size 1
+  --training.global-batch-size 128
+  --training.seq-len 8192
+  --training.steps 100
+  --training.dtype float32
+  --training.mixed-precision-param bfloat16
+  --training.enable-cpu-offload
+  --training.disable-cuda-graphs
+)
+
+# Section parallelism.
+PARALLELISM_ARGS=(
+  --parallelism.data-parallel-replicate-degree 1
+  --parallelism.data-parallel-shard-degree 16
+  --parallelism.fsdp-reshard-after-forward always
+  --parallelism.tensor-parallel-degree 1
+  --parallelism.pipeline-parallel-degree 1
+  --parallelism.context-parallel-degree 1
+  --parallelism.expert-parallel-degree 8
+)
+
+# Section compile.
+COMPILE_ARGS=(
+  --compile.enable
+  --compile.components 'model,loss'
+  --compile.no-enable-async-tensor-parallel
+)
+
+# Section profiler.
+PROFILER_ARGS=(
+  --profiler.no-enable-profiling
+)
+
+# Recompute: a subcommand, which must come last.
+ACTIVATION_CHECKPOINT_ARGS=(
+  activation-checkpoint:full
+)
