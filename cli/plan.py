@@ -22,7 +22,9 @@ __all__ = ["command"]
 @click.option("--precision", help="bf16 (default), fp16, fp8, ...")
 @click.option("--software", help="Software generation whose overheads apply [megatron-core].")
 @click.option("--objective", help="throughput (default), cost or energy.")
-@click.option("--target", help="Only plans this export target can run: megatron, deepspeed.")
+@click.option(
+    "--target", help="Only plans this export target can run: megatron, deepspeed, torchtitan, torchtitan-0.2."
+)
 @click.option(
     "--search",
     type=click.Choice(["exhaustive", "layerwise"]),

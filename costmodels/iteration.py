@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -209,15 +210,14 @@ def _of_rows(times: MicroBatchTimes, rows: NDArray[np.int64]) -> MicroBatchTimes
     """Return the times of some plans, one entry for each of their virtual stages."""
 
     def taken(cost: LayerCost) -> LayerCost:
-        values = {each.name: getattr(cost, each.name) for each in fields(cost)}
-        return LayerCost(
-            **{
-                name: {axis: part[rows] for axis, part in value.items()}
-                if isinstance(value, Mapping)
-                else value[rows]
-                for name, value in values.items()
-            }
-        )
+        changes: dict[str, Any] = {}
+        for each in fields(cost):
+            value = getattr(cost, each.name)
+            is_by_axis = isinstance(value, Mapping)
+            changes[each.name] = (
+                {axis: part[rows] for axis, part in value.items()} if is_by_axis else value[rows]
+            )
+        return replace(cost, **changes)
 
     layer = taken(times.layer)
     dense_layer = layer if times.dense_layer is times.layer else taken(times.dense_layer)

@@ -193,7 +193,13 @@ def print_fit(result: CalibrationResult) -> None:
 
 
 def _print_layers(console: Console, layers: Sequence[LayerComparison]) -> None:
-    headers = (("", False), ("format", False), ("measured", True), ("sum of operators", True), ("error", True))
+    headers = (
+        ("", False),
+        ("format", False),
+        ("measured", True),
+        ("sum of operators", True),
+        ("error", True),
+    )
     table = make_table("One layer against the sum of its operators", headers)
     for each in layers:
         sample = each.sample

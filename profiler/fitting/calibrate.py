@@ -145,7 +145,9 @@ def _under_forward_residual(
     shared = unbaked(forward).log_correction(samples.shape)
     flattened = replace(samples, seconds=samples.seconds / np.exp(shared))
     model = fit_operator(flattened, forward.rates, replace(settings, with_residual=False))
-    layout = replace(model, residual=forward.residual, box=forward.box, source=f"{samples.source}; residual of gemm")
+    layout = replace(
+        model, residual=forward.residual, box=forward.box, source=f"{samples.source}; residual of gemm"
+    )
     if model.error is None:
         return layout
     plain = np.abs(model.time(samples.shape) / samples.seconds - 1.0)

@@ -18,6 +18,7 @@ from meshwright.profiler.fitting.calibrate import calibrate
 from meshwright.profiler.fitting.operator import FitSettings
 from meshwright.profiler.measurements import (
     CollectiveSamples,
+    LayerSample,
     MeasuredConstant,
     Measurements,
     OperatorSamples,
@@ -25,6 +26,13 @@ from meshwright.profiler.measurements import (
 
 H200 = load_gpu("h200-sxm-141")
 SMOOTH_ONLY = FitSettings(with_trees=False)
+LAYER = {
+    "hidden_size": 128.0,
+    "ffn_hidden_size": 256.0,
+    "num_heads": 4.0,
+    "num_kv_heads": 4.0,
+    "head_dim": 32.0,
+}
 CURVE = RooflineCurve(launch_time=4e-6, compute_efficiency=0.65, memory_efficiency=0.8, exponent=1.8)
 
 
@@ -59,6 +67,18 @@ def prefill(peak: float = 6e14, half_length: float = 1500.0, width: float = 128.
         shape=shape,
         seconds=2.0 * batch * heads * length**2 * width / rate,
         source="made-up attention",
+    )
+
+
+def adam() -> OperatorSamples:
+    """Optimizer steps at 3 TB/s after 2 us."""
+    num_bytes = 2.0 ** np.arange(16, 34, 2)
+    return OperatorSamples(
+        operator="adam_fused",
+        precision="fp32",
+        shape={"num_bytes": num_bytes},
+        seconds=2e-6 + num_bytes / 3e12,
+        source="made-up adam",
     )
 
 
@@ -165,6 +185,41 @@ def test_an_operator_with_too_few_shapes_is_left_out_with_a_note() -> None:
     result = calibrate(measured(products("gemm", 60), products("gemm_dgrad", 5)), H200, SMOOTH_ONLY)
     assert list(result.document.operators) == ["gemm.bf16"]
     assert result.notes == ("gemm_dgrad.bf16: 5 measured shapes are too few; measure at least 7 more",)
+
+
+def test_what_no_part_of_a_calibration_takes_is_said() -> None:
+    constants = {
+        name: MeasuredConstant(value=1.0, source="once")
+        for name in (
+            "launch.kernel",
+            "sustained_clock.bf16",
+            "sustained.bf16.power_watts.after",
+            "contention.copy",
+        )
+    }
+    sends = [replace(collective("send"), ranks=ranks) for ranks in (2, 4)]
+    layers = tuple(
+        LayerSample(step="optimizer", precision=precision, is_compiled=False, shape=LAYER, seconds=1e-3)
+        for precision in ("fp32", "bf16")
+    )
+    made = measured(
+        adam(),
+        collectives=(collective(), *sends, collective("broadcast")),
+        constants=constants,
+        layers=layers,
+    )
+    result = calibrate(made, H200, SMOOTH_ONLY)
+    assert result.notes == (
+        "launch.kernel, sustained.bf16.power_watts.after, contention.copy: no cost model takes them",
+        "send: 40 samples; collectives of other kinds than all_reduce, all_gather, reduce_scatter, all_to_all "
+        "are not fitted",
+        "broadcast: 20 samples; collectives of other kinds than all_reduce, all_gather, reduce_scatter, all_to_all "
+        "are not fitted",
+        "layer optimizer in bf16: nothing to compare with, adam_fused.bf16 not fitted",
+    )
+    (compared,) = result.layers
+    weights = 3 * 128 * 128 + 128 * 128 + 3 * 128 * 256 + 2 * 128
+    assert compared.predicted == pytest.approx(2e-6 + 28 * weights / 3e12, rel=0.05)
 
 
 def test_nothing_to_fit_is_an_error_that_says_how_many_more() -> None:

@@ -97,8 +97,40 @@ def test_steps_take_trees() -> None:
     assert mean_error(model, unseen) < 0.6 * mean_error(fit_operator(samples, RATES, SMOOTH_ONLY), unseen)
 
 
+def test_few_samples_grow_no_trees() -> None:
+    model = fit_operator(made(149, step=0.4), RATES)
+    assert isinstance(model.residual, RbfResidual)
+
+
+def test_the_share_of_trees_is_the_one_that_errs_least_on_shapes_not_seen() -> None:
+    rng = np.random.default_rng(5)
+    true, wide = 0.02 * rng.normal(size=500), 0.2 * rng.normal(size=500)
+    share = fitting._share_of_trees
+    attention = OPERATORS["attention_prefill"]
+    assert share([wide], attention) == 0.0
+    assert share([true, wide], attention) == 0.0
+    assert share([wide, true], attention) == 1.0
+    assert share([wide, -wide], attention) == 0.5
+    # Three parts of one error in four cancel one part of three times as much.
+    assert share([true - wide / 3.0, wide], attention) == 0.25
+    # Two independent errors of one size are less in the mean; alike ones are not, and a grid is faster.
+    assert share([wide, 0.2 * rng.normal(size=500)], attention) == 0.5
+    assert share([wide, 0.97 * wide], attention) == 0.5
+    assert share([wide, 0.97 * wide], GEMM) == 0.0
+
+
+def test_a_mean_of_residuals_errs_as_the_mean_of_their_errors() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn grows the trees")
+    samples, unseen = made(200, step=0.4), made(300, seed=1, step=0.4)
+    models = fitting._with_residuals(fit_operator(samples, RATES, SMOOTH_ONLY), samples, with_trees=True)
+    errors = [fitting._log_errors(model, unseen) for model in models]
+    mixed = fitting._log_errors(fitting._mixed(models, 0.25), unseen)
+    np.testing.assert_allclose(mixed, fitting._mixed_errors(errors, 0.25), atol=1e-12)
+    np.testing.assert_allclose(mixed, 0.75 * errors[0] + 0.25 * errors[1], atol=1e-12)
+
+
 def test_without_scikit_learn_residuals_are_smooth(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = made(60, step=0.4)
+    samples = made(160, step=0.4)
     expected = fit_operator(samples, RATES, SMOOTH_ONLY)
     for module in (fitting, residuals):
         monkeypatch.setattr(module, "has_trees", lambda: False)
