@@ -7,7 +7,8 @@ The first job is the one Galvatron's search engine (Hetu-Galvatron cea12ff) was 
 program over a 1 MB grid of memory. Ours reads no profile: every strategy is costed from the catalog as well. CPU-seconds
 of one process, compiled kernels warm (a first search runs before the clock starts).
 
-Each job is searched twice: among all uniform plans, and without offload, which layer-wise plans go without.
+Each job is searched three times: against all uniform plans; without offload, which layer-wise plans go without; and
+without schedules of several chunks per stage either. Layer-wise plans have no offload and one chunk in all three.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from meshwright.simcore.schedules import SCHEDULES
 # Model, cluster, global batch, sequence length.
 JOBS = (
     ("llama-2-7b", "dgx-a100-40:1", 64, 2048),
+    ("llama-2-7b", "rtx-4090-8:1", 32, 4096),
+    ("llama-3-8b", "rtx-4090-8:1", 16, 4096),
+    ("llama-3-8b", "dgx-a100-40:1", 16, 8192),
     ("llama-2-13b", "dgx-a100-40:1", 64, 4096),
     ("llama-3-70b", "dgx-a100-40:8", 256, 8192),
-    ("llama-2-13b", "a10g-8:4", 128, 4096),
 )
 # 38 of 40 GB for the first job, and a usual reserve for the others.
 HEADROOM = 0.05
@@ -74,7 +77,7 @@ def words(plan: ParallelPlan) -> str:
     if plan.layer_groups:
         return layer_groups_text(plan)
     return (
-        f"tp {plan.tp} pp {plan.pp} vpp {plan.vpp} dp {plan.dp} {plan.schedule}, {plan.sharding}, recompute "
+        f"tp {plan.tp} cp {plan.cp} pp {plan.pp} vpp {plan.vpp} dp {plan.dp} {plan.schedule}, {plan.sharding}, recompute "
         f"{plan.recompute}, offload {plan.optimizer_offload}, activations {'out' if plan.activation_offload else 'kept'}"
     )
 

@@ -42,6 +42,14 @@ __all__ = ["command"]
     show_default=True,
     help="How MFU counts attention.",
 )
+@click.option("--pareto", is_flag=True, help="Also show what is best in time, dollars or memory.")
+@click.option("--max-seconds", type=float, metavar="S", help="Stop after S seconds with the best so far.")
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep the search's state in FILE and continue from it.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -64,6 +72,9 @@ def command(  # one parameter per flag is click's calling convention
     search: str,
     top: int,
     flops: str,
+    pareto: bool,
+    max_seconds: float | None,
+    resume: Path | None,
     out: Path,
     common: CommonOptions,
 ) -> None:
@@ -77,11 +88,13 @@ def command(  # one parameter per flag is click's calling convention
     """
     from meshwright.cli.render.console import ProgressLine
     from meshwright.costmodels.context import cost_context
-    from meshwright.errors import InfeasiblePlanError
+    from meshwright.errors import InfeasiblePlanError, SpecError
     from meshwright.planner.job_file import JobFlags, read_request
     from meshwright.planner.relaxation import infeasible
     from meshwright.planner.search import SEARCHES, SearchRequest
 
+    if search != "exhaustive" and (pareto or max_seconds is not None or resume is not None):
+        raise SpecError(f"--pareto, --max-seconds and --resume go with --search exhaustive, not {search}")
     request = read_request(
         job,
         JobFlags(
@@ -103,6 +116,9 @@ def command(  # one parameter per flag is click's calling convention
         objective=request.objective,
         num_plans=top,
         flops=flops,  # type: ignore[arg-type]  # click.Choice holds the words
+        max_seconds=max_seconds,
+        resume=resume,
+        wants_front=pareto,
     )
     started = time.perf_counter()
     with ProgressLine(common.quiet or common.as_json) as progress:

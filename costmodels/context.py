@@ -136,7 +136,7 @@ def cost_context(
     job : TrainingJob
         The job.
     features : frozenset[str]
-        Software switches beyond the generation's defaults.
+        Software switches beyond the generation's defaults and those the job names.
     attention_kernel : AttentionKernel | None
         Another attention kernel than the generation's.
     calibration_paths : Sequence[Path]
@@ -168,7 +168,7 @@ def cost_context(
         software=software,
         calibration=calibration,
         attention_kernel=attention_kernel or _default_kernel(job, software),
-        features=features,
+        features=features | frozenset(job.features),
     )
 
 

@@ -183,6 +183,8 @@ class PlanColumns:
         # Any plan of a combination stands for it.
         member = np.zeros(num_codes, dtype=np.int64)
         member[inverse.reshape(-1)] = np.arange(inverse.size)
+        if len(shape) == 1:
+            return self.take(member), inverse
         chosen = np.unravel_index(member, shape)
 
         def of_members(values: NDArray[np.generic]) -> NDArray[np.generic]:

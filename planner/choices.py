@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.plan_columns import IntColumn
@@ -70,15 +71,15 @@ class Choices:
         parts = [(names, mask[np.ix_(*(options[name] for name in names))]) for names, mask in self.parts]
         return Choices(self.block.restricted(options), parts)
 
-    def cells(self, rows: tuple[str, ...], index: Sequence[IntColumn], cells: tuple[str, ...]) -> Mask:
+    def cells(self, rows: tuple[str, ...], index: NDArray[np.int64], cells: tuple[str, ...]) -> Mask:
         """Return which options of some axes are left for combinations of others.
 
         Parameters
         ----------
         rows : tuple[str, ...]
             Axes whose options are given.
-        index : Sequence[IntColumn]
-            Their options, one array for each axis, shape ``(num_rows,)``.
+        index : NDArray[np.int64]
+            Their options, shape ``(num_row_axes, num_rows)``.
         cells : tuple[str, ...]
             The other axes.
 

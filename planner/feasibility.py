@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.memory import MemoryShare, activation_share, state_share
 from meshwright.costmodels.parallelism.offload_memory import host_demand
-from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, Offloads
+from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, Offloads, PlanColumns
 from meshwright.planner.choices import Choices
 from meshwright.planner.constraints import HOST_MEMORY, MEMORY, Mask, allowed_memory
 from meshwright.planner.space import SearchLimits
@@ -43,8 +43,10 @@ class FeasiblePart:
     ----------
     block : SpaceBlock
         The block with the options that are left.
+    whole : SpaceBlock
+        The whole block.
     options : Mapping[str, IntColumn]
-        For each axis the number that each of these options has in the whole block.
+        For each axis the number that each of the options that are left has in the whole block.
     rows : NDArray[np.int64]
         Of each row of the table the options of :data:`OUTER_AXES` and :data:`STATE_AXES`, shape ``(4, num_rows)``.
     fits : NDArray[np.bool_]
@@ -54,19 +56,39 @@ class FeasiblePart:
     """
 
     block: SpaceBlock
+    whole: SpaceBlock
     options: Mapping[str, IntColumn]
     rows: NDArray[np.int64]
     fits: NDArray[np.bool_]
     free: NDArray[np.int64]
 
-    @property
-    def free_axes(self) -> tuple[str, ...]:
-        """Axes that are in no table."""
-        return _free_axes(self.block)
-
     def __len__(self) -> int:
         """Return the number of feasible plans."""
         return int(np.count_nonzero(self.fits)) * len(self.free)
+
+    def plans(self, row: IntColumn, *cell: IntColumn) -> tuple[IntColumn, PlanColumns]:
+        """Return the plans of some cells, with every combination of the free axes.
+
+        Parameters
+        ----------
+        row, cell : IntColumn
+            Where the cells are, as :func:`numpy.nonzero` of ``fits`` says it.
+
+        Returns
+        -------
+        tuple[IntColumn, PlanColumns]
+            Rows in the whole block, and the plans; ``len(free)`` of them for each cell.
+        """
+        chosen = dict(zip((*_ROW_AXES, *BATCH_AXES), (*self.rows[:, row], *cell), strict=True))
+        spread = {name: np.repeat(values, len(self.free)) for name, values in chosen.items()}
+        for place, name in enumerate(_free_axes(self.block)):
+            spread[name] = np.tile(self.free[:, place], len(row))
+        ordered = [spread[name] for name in self.block.axes]
+        of_whole = [self.options[name][own] for name, own in zip(self.block.axes, ordered, strict=True)]
+        return (
+            np.ravel_multi_index(of_whole, self.whole.shape).astype(np.int64),
+            self.block.columns(np.ravel_multi_index(ordered, self.block.shape)),
+        )
 
 
 def feasible_parts(
@@ -105,6 +127,7 @@ def feasible_parts(
             kept = np.flatnonzero(fits.any(axis=1))
             yield FeasiblePart(
                 block=tables.block,
+                whole=choices.block,
                 options=options,
                 rows=tables.rows[:, kept],
                 fits=fits[kept].reshape(len(kept), *tables.sizes[len(_ROW_AXES) :]),

@@ -15,7 +15,7 @@ from meshwright.hardware_specs.yaml_document import Section, read_yaml
 from meshwright.planner.export import EXPORTERS
 from meshwright.planner.objectives import OBJECTIVES, Objective
 from meshwright.planner.space import LIMIT_KEYS, SearchLimits
-from meshwright.planner.workload_options import WorkloadOptions, workload_options
+from meshwright.planner.workload_options import WorkloadOptions, software_features, workload_options
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.model_catalog import load_model, model_from_section
@@ -101,6 +101,7 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
         cluster=cluster,
         workload=_workload(section, flags),
         software=_software(section, flags),
+        features=software_features(section),
     )
     known = load_software(job.software).precisions
     if known and job.workload.precision not in known:

@@ -17,7 +17,7 @@ from meshwright.errors import SpecError
 from meshwright.hardware_specs.catalog import cluster_from_section
 from meshwright.hardware_specs.spec_writing import cluster_to_mapping, dump_yaml
 from meshwright.hardware_specs.yaml_document import Section, read_yaml
-from meshwright.planner.workload_options import workload_options
+from meshwright.planner.workload_options import software_features, workload_options
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.layer_groups import (
     GROUP_RECOMPUTES,
@@ -82,6 +82,7 @@ def plan_document_text(document: PlanDocument, context: CostContext, prediction:
         "plan": _plan_mapping(plan),
         "prediction": prediction_mapping(prediction),
         "software": job.software,
+        **({"features": list(job.features)} if job.features else {}),
         "calibration": dict(context.calibration.identity),
         "workload": _workload_mapping(job.workload),
         "origin": {
@@ -156,6 +157,7 @@ def read_plan(path: Path) -> PlanDocument:
             **workload_options(workload),
         ),
         software=section.choice("software", list_software()),
+        features=software_features(section),
     )
     workload.close()
     plan = _plan(section.section("plan"))

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from meshwright.costmodels.context import CostContext
 from meshwright.errors import InfeasiblePlanError
-from meshwright.planner.constraints import CONSTRAINTS, apply_constraints
+from meshwright.planner.choices import choices_left
+from meshwright.planner.constraints import CONSTRAINTS
 from meshwright.planner.export import EXPORTERS
+from meshwright.planner.feasibility import FeasiblePart, feasible_parts
 from meshwright.planner.objectives import world_sizes
-from meshwright.planner.space import SearchLimits, enumerate_space, plan_of_row
+from meshwright.planner.space import SearchLimits, plan_of_row, space_blocks
 from meshwright.simcore.domain.job import TrainingJob
 
 __all__ = ["infeasible", "nearest_relaxations"]
@@ -18,6 +22,8 @@ __all__ = ["infeasible", "nearest_relaxations"]
 # Clusters up to this many times the asked size are tried.
 _MAX_GROWTH = 64
 _SHORTEST_SEQUENCE = 512
+# Plans that an export target is asked about at once.
+_PLANS_AT_ONCE = 64
 
 
 def infeasible(
@@ -89,14 +95,21 @@ def _fits_on(job: TrainingJob, context: CostContext, limits: SearchLimits, num_n
 
 
 def _is_feasible(job: TrainingJob, context: CostContext, limits: SearchLimits) -> bool:
-    for block in enumerate_space(context, limits, world_sizes("throughput", context)):
-        feasible = apply_constraints(context, block, limits, {})
-        if limits.target is None:
-            if len(feasible):
+    for block in space_blocks(context, limits, world_sizes("throughput", context)):
+        for part in feasible_parts(context, choices_left(context, block, limits, {}), limits, {}):
+            if limits.target is None or _can_export(job, part, limits.target):
                 return True
-        elif any(
-            not EXPORTERS[limits.target].unsupported(job, plan_of_row(job, feasible, row))
-            for row in range(len(feasible))
+    return False
+
+
+def _can_export(job: TrainingJob, part: FeasiblePart, target: str) -> bool:
+    """Return whether an export target can express one of the plans."""
+    cells = np.nonzero(part.fits)
+    for start in range(0, len(cells[0]), _PLANS_AT_ONCE):
+        _, columns = part.plans(*(index[start : start + _PLANS_AT_ONCE] for index in cells))
+        if any(
+            not EXPORTERS[target].unsupported(job, plan_of_row(job, columns, row))
+            for row in range(len(columns))
         ):
             return True
     return False

@@ -1,12 +1,14 @@
-"""What job and plan files may say of a workload beyond batch, length and precision."""
+"""What job and plan files may say of a workload and its software beyond batch, length and precision."""
 
 from __future__ import annotations
 
 from typing import TypedDict
 
+from meshwright.costmodels.context import KNOWN_FEATURES
+from meshwright.errors import did_you_mean
 from meshwright.hardware_specs.yaml_document import Section
 
-__all__ = ["WorkloadOptions", "workload_options"]
+__all__ = ["WorkloadOptions", "software_features", "workload_options"]
 
 
 class WorkloadOptions(TypedDict, total=False):
@@ -36,3 +38,24 @@ def workload_options(section: Section) -> WorkloadOptions:
     if rank is not None:
         options["lora_rank"] = rank
     return options
+
+
+def software_features(section: Section | None) -> tuple[str, ...]:
+    """Return the software switches a file names under ``features:``, sorted, each once; none without the key.
+
+    Raises
+    ------
+    SpecError
+        If one is unknown: file, line and the nearest known one.
+    """
+    if section is None or not section.has("features"):
+        return ()
+    words = section.texts("features")
+    for word in words:
+        if word not in KNOWN_FEATURES:
+            known = sorted(KNOWN_FEATURES)
+            raise section.error(
+                "features",
+                f"unknown feature '{word}'{did_you_mean(word, known) or ';'} known: {', '.join(known)}",
+            )
+    return tuple(sorted(set(words)))

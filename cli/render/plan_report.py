@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from meshwright.cli.render.console import stdout_console
@@ -13,7 +14,7 @@ from meshwright.planner.job_file import PlanRequest
 from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_yaml, replace_file
 from meshwright.planner.plan_file import PlanDocument, plan_document_text, prediction_mapping
 from meshwright.planner.reasons import winning_reason
-from meshwright.planner.search.base import SearchResult
+from meshwright.planner.search.base import RankedPlan, SearchResult
 from meshwright.simcore.domain.layer_groups import layer_groups_text
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -49,11 +50,25 @@ def report_mapping(
         "rejections": dict(result.rejections),
         "notes": list(result.notes),
         "reason": winning_reason(result, request.objective),
-        "plans": [
-            {"plan": _degrees(entry.plan), "prediction": prediction_mapping(entry.prediction)}
-            for entry in result.ranked
-        ],
+        "plans": _entries(result.ranked),
+        **_optional(result),
     }
+
+
+def _entries(ranked: Sequence[RankedPlan]) -> list[dict[str, object]]:
+    return [
+        {"plan": _degrees(entry.plan), "prediction": prediction_mapping(entry.prediction)} for entry in ranked
+    ]
+
+
+def _optional(result: SearchResult) -> dict[str, object]:
+    """Return what a report only says where it was asked for or came about: Pareto front, a search cut short."""
+    optional: dict[str, object] = {}
+    if result.front:
+        optional["pareto_front"] = _entries(result.front)
+    if result.cut is not None:
+        optional["cut"] = {"num_unscored": result.cut.num_unscored, "bound_gap": result.cut.gap}
+    return optional
 
 
 def write_plans(
@@ -104,6 +119,9 @@ def print_report(
     for place, entry in enumerate(result.ranked, start=1):
         if entry.plan.layer_groups:
             console.print(f"Layers of {place}: {layer_groups_text(entry.plan)}.", soft_wrap=True)
+    if result.front:
+        title = "Pareto front of the simulated plans: iteration time, dollars, memory of the fullest rank"
+        console.print(ranked_table(title, result.front, request.objective))
     for note in result.notes:
         console.print(note, soft_wrap=True)
     console.print(f"Why: {winning_reason(result, request.objective)}", soft_wrap=True)
@@ -148,12 +166,21 @@ def _degrees(plan: ParallelPlan) -> dict[str, object]:
         "vpp",
         "dp",
         "cp",
+        "cp_method",
+        "ep",
+        "etp",
         "sequence_parallel",
         "micro_batch_size",
         "schedule",
         "recompute",
+        "recompute_modules",
+        "recompute_layers",
         "sharding",
         "sharding_group",
+        "optimizer_offload",
+        "optimizer_offload_fraction",
+        "parameter_offload",
+        "activation_offload",
     )
     degrees = {name: getattr(plan, name) for name in names}
     if plan.layer_groups:

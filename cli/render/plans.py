@@ -46,6 +46,7 @@ _COLUMNS = (
 
 # Columns that are shown only where some plan of the table makes use of them.
 _RARE_COLUMNS = ("cp", "ep", "layers", "offload")
+_WORD_COLUMNS = ("cp", "offload", "recompute")
 _UNUSED = "-"
 
 
@@ -66,6 +67,9 @@ def ranked_table(title: str, ranked: Sequence[RankedPlan], objective: Objective)
         if name not in _RARE_COLUMNS or any(row[index] != _UNUSED for row in rows)
     ]
     table = make_table(title, tuple(columns[index] for index in shown))
+    for column in table.columns:
+        # Words give way to figures where the terminal is narrow.
+        column.no_wrap = column.header not in _WORD_COLUMNS
     for place, row in enumerate(rows):
         table.add_row(*(row[index] for index in shown), style="bold green" if place == 0 else None)
     return table
@@ -114,23 +118,21 @@ def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
 
 def recompute_text(plan: ParallelPlan) -> str:
     """Return what is recomputed: the word, the modules, or how many layers of each virtual stage."""
-    if plan.layer_groups:
-        return "/".join(dict.fromkeys(group.recompute for group in plan.layer_groups))
     if plan.recompute_modules:
-        return "+".join(plan.recompute_modules)
+        return " ".join(plan.recompute_modules)
     return plan.recompute if plan.recompute_layers is None else f"{plan.recompute} x {plan.recompute_layers}"
 
 
 def offload_text(plan: ParallelPlan) -> str:
-    """Return what rests off the device, in a few words; empty where nothing does."""
+    """Return what rests in host memory (or on drives), in a few words; empty where nothing does."""
     parts = []
     if plan.optimizer_offload != "none":
         share = "" if plan.optimizer_offload_fraction == 1.0 else f" {plan.optimizer_offload_fraction:.0%}"
-        parts.append(f"optimizer{share} {plan.optimizer_offload}")
+        parts.append(f"optimizer{share}" + ("" if plan.optimizer_offload == "cpu" else " nvme"))
     if plan.parameter_offload != "none":
-        parts.append(f"weights {plan.parameter_offload}")
+        parts.append("weights" + ("" if plan.parameter_offload == "cpu" else " nvme"))
     if plan.activation_offload:
-        parts.append("activations cpu")
+        parts.append("activations")
     return ", ".join(parts)
 
 

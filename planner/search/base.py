@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.flops import FlopsConvention
 from meshwright.costmodels.prediction import Prediction
+from meshwright.errors import SpecError
 from meshwright.planner.objectives import Objective
 from meshwright.planner.space import SearchLimits
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["Progress", "RankedPlan", "Search", "SearchRequest", "SearchResult"]
+__all__ = ["Progress", "RankedPlan", "Search", "SearchCut", "SearchRequest", "SearchResult"]
 
 # Called with what is being done, how far it is and how far it goes (0 when unknown).
 Progress = Callable[[str, int, int], None]
@@ -22,7 +24,25 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRequest:
-    """What to search: a job, restrictions, and how many plans to return."""
+    """What to search: a job, restrictions, and how many plans to return.
+
+    Parameters
+    ----------
+    job, context, limits, objective, num_plans, flops : ...
+        The job, what it costs, the user's restrictions, what is best, how many plans to rank, how MFU counts
+        attention.
+    max_seconds : float | None
+        Stop after about this long with the best so far; None searches everything [s].
+    resume : Path | None
+        File that the state of the search is kept in, and taken from where it exists.
+    wants_front : bool
+        Also return the simulated plans that none beats in time, money and memory at once.
+
+    Raises
+    ------
+    SpecError
+        If there is no time at all.
+    """
 
     job: TrainingJob
     context: CostContext
@@ -30,6 +50,15 @@ class SearchRequest:
     objective: Objective = "throughput"
     num_plans: int = 10
     flops: FlopsConvention = "causal"
+    max_seconds: float | None = None
+    resume: Path | None = None
+    wants_front: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_seconds is not None and not self.max_seconds > 0.0:
+            raise SpecError(
+                f"the seconds of a search must be above 0, not {self.max_seconds:g}; leave them out to search all"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,6 +68,22 @@ class RankedPlan:
     plan: ParallelPlan
     prediction: Prediction
     bound: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchCut:
+    """What a search left undone when its time was up.
+
+    Parameters
+    ----------
+    num_unscored : int
+        Plans of the space that were not even counted.
+    gap : float
+        How much better than the winner a plan may be that was not simulated, as a share of the winner's time.
+    """
+
+    num_unscored: int
+    gap: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +106,11 @@ class SearchResult:
         is the optimum of the space under the model.
     notes : tuple[str, ...]
         What else the search has to say, one sentence each.
+    cut : SearchCut | None
+        What was left undone for want of time; None where everything was searched.
+    front : tuple[RankedPlan, ...]
+        Simulated plans that none beats in iteration time, dollars and memory at once, fastest first; empty where
+        they were not asked for.
     """
 
     ranked: tuple[RankedPlan, ...]
@@ -71,6 +121,8 @@ class SearchResult:
     rejections: Mapping[str, int]
     is_certified: bool
     notes: tuple[str, ...] = ()
+    cut: SearchCut | None = None
+    front: tuple[RankedPlan, ...] = ()
 
 
 class Search(Protocol):

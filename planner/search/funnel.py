@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from meshwright.costmodels.bound import iteration_time_bound
 from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns
-from meshwright.planner.feasibility import BATCH_AXES, OUTER_AXES, STATE_AXES, FeasiblePart, feasible_parts
+from meshwright.planner.feasibility import FeasiblePart, feasible_parts
 from meshwright.planner.objectives import objective_values
 from meshwright.planner.search.base import SearchRequest
 from meshwright.planner.search.outline import CELL_AXES, BlockOutline
 from meshwright.planner.space_block import SpaceBlock, concatenate
 
-__all__ = ["BestBounds", "feasible_plans"]
+__all__ = ["BestBounds", "Bounded", "Funnel", "no_plans"]
 
 # Plans bounded at once: bounds the working memory to some tens of MiB whatever the space.
 _MOST_ROWS = 16_384
@@ -72,11 +72,15 @@ class BestBounds:
         Plans to keep.
     above : tuple[float, int, int] | None
         Keep plans behind this value, block and row only; None keeps the best of all.
+    at_most : float
+        Keep plans up to this value only.
     """
 
-    def __init__(self, num_kept: int, above: tuple[float, int, int] | None = None) -> None:
+    def __init__(
+        self, num_kept: int, above: tuple[float, int, int] | None = None, at_most: float = np.inf
+    ) -> None:
         self.num_kept, self.above = num_kept, above
-        self.threshold = np.inf
+        self.threshold = at_most
         self._parts = [no_plans()]
         self._num_waiting = 0
 
@@ -87,9 +91,7 @@ class BestBounds:
             plans = plans.take(_is_behind(plans, self.above))
         self._parts.append(plans)
         self._num_waiting += len(plans)
-        if self._num_waiting > self.num_kept or (
-            self._num_waiting and sum(len(part) for part in self._parts) >= self.num_kept
-        ):
+        if self._num_waiting > self.num_kept or sum(len(part) for part in self._parts) == self.num_kept:
             self._merge()
 
     def _merge(self) -> None:
@@ -97,7 +99,7 @@ class BestBounds:
         if len(every) > self.num_kept:
             every = every.take(np.sort(_order(every)[: self.num_kept]))
         if len(every) == self.num_kept:
-            self.threshold = float(every.value.max())
+            self.threshold = min(self.threshold, float(every.value.max()))
         self._parts, self._num_waiting = [every], 0
 
     def kept(self) -> Bounded:
@@ -127,43 +129,65 @@ def _is_behind(plans: Bounded, place: tuple[float, int, int]) -> NDArray[np.bool
     return behind
 
 
-def feasible_plans(
-    request: SearchRequest, outline: BlockOutline, best: BestBounds, rejections: dict[str, int]
-) -> int:
-    """Count the feasible plans of a block, and add those to the best whose bounds may be among them.
+class Funnel:
+    """Counts the feasible plans of blocks and keeps those with the best bounds.
 
     Parameters
     ----------
     request : SearchRequest
         The search.
-    outline : BlockOutline
-        Of the block.
     best : BestBounds
-        Added to in place.
-    rejections : dict[str, int]
-        Plans each constraint rejected; added to in place.
-
-    Returns
-    -------
-    int
-        Feasible plans.
+        What is kept.
     """
-    for name, count in outline.rejections.items():
-        rejections[name] = rejections.get(name, 0) + count
-    num_feasible = 0
-    for part in feasible_parts(request.context, outline.choices, request.limits, rejections):
-        num_feasible += len(part)
-        for rows, columns in _promising(part, outline, best):
-            bound = iteration_time_bound(request.context, columns)
-            best.add(
-                Bounded(
-                    block=np.full(len(rows), outline.number, dtype=np.int64),
-                    row=rows,
-                    value=objective_values(request.objective, columns, bound),
-                    bound=bound,
-                )
+
+    def __init__(self, request: SearchRequest, best: BestBounds) -> None:
+        self.request, self.best = request, best
+        self._waiting: list[tuple[int, IntColumn, PlanColumns]] = []
+        self._num_waiting = 0
+
+    def pour(self, outline: BlockOutline, rejections: dict[str, int]) -> int:
+        """Return how many plans of a block are feasible, and consider those that may be among the best.
+
+        Parameters
+        ----------
+        outline : BlockOutline
+            Of the block.
+        rejections : dict[str, int]
+            Plans each constraint rejected; added to in place.
+        """
+        for name, count in outline.rejections.items():
+            rejections[name] = rejections.get(name, 0) + count
+        num_feasible = 0
+        request = self.request
+        for part in feasible_parts(request.context, outline.choices, request.limits, rejections):
+            num_feasible += len(part)
+            for rows, columns in _promising(part, outline, self.best):
+                self._waiting.append((outline.number, rows, columns))
+                self._num_waiting += len(rows)
+                if self._num_waiting >= _MOST_ROWS:
+                    self._bound()
+        return num_feasible
+
+    def kept(self) -> Bounded:
+        """Return the plans with the best bounds of all blocks so far, in the order of the space."""
+        self._bound()
+        return self.best.kept()
+
+    def _bound(self) -> None:
+        """Bound the plans that wait; the more at once, the less each costs."""
+        if not self._waiting:
+            return
+        columns = concatenate([part for _, _, part in self._waiting])
+        bound = iteration_time_bound(self.request.context, columns)
+        self.best.add(
+            Bounded(
+                block=np.concatenate([np.full(len(rows), number) for number, rows, _ in self._waiting]),
+                row=np.concatenate([rows for _, rows, _ in self._waiting]),
+                value=objective_values(self.request.objective, columns, bound),
+                bound=bound,
             )
-    return num_feasible
+        )
+        self._waiting, self._num_waiting = [], 0
 
 
 def _promising(
@@ -183,15 +207,4 @@ def _promising(
         chosen = order[start : start + step]
         if bounds[chosen[0]] > best.threshold * (1.0 + _ROUNDING):
             return
-        options = dict(zip((*OUTER_AXES, *STATE_AXES), part.rows[:, row[chosen]], strict=True))
-        options |= dict(zip(BATCH_AXES, (index[chosen] for index in cell), strict=True))
-        times = len(part.free)
-        spread = {name: np.repeat(values, times) for name, values in options.items()}
-        for place, name in enumerate(part.free_axes):
-            spread[name] = np.tile(part.free[:, place], len(chosen))
-        ordered = [spread[name] for name in part.block.axes]
-        of_whole = [part.options[name][values] for name, values in zip(part.block.axes, ordered, strict=True)]
-        yield (
-            np.ravel_multi_index(of_whole, outline.block.shape).astype(np.int64),
-            part.block.columns(np.ravel_multi_index(ordered, part.block.shape)),
-        )
+        yield part.plans(row[chosen], *(index[chosen] for index in cell))

@@ -8,6 +8,7 @@ layers, decides whether its layers are assigned at all, and where they are, they
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +17,10 @@ from meshwright.costmodels.layer_strategies import require_equal_layers
 from meshwright.costmodels.prediction import predict
 from meshwright.errors import InfeasiblePlanError, SpecError
 from meshwright.planner.objectives import Objective, world_sizes
-from meshwright.planner.search.base import Progress, RankedPlan, SearchRequest, SearchResult
+from meshwright.planner.search.base import Progress, RankedPlan, SearchCut, SearchRequest, SearchResult
 from meshwright.planner.search.exhaustive import ExhaustiveSearch
 from meshwright.planner.search.layerwise_space import Configuration, pipeline_spaces
+from meshwright.planner.search.non_dominated import non_dominated
 from meshwright.planner.search.pipeline_options import PipelineProblem
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -52,13 +54,18 @@ class LayerwiseSearch:
                 "target: leave out the target, or search uniform plans (--search exhaustive)"
             )
         require_equal_layers(request.context)
+        started = time.monotonic()
+        # Of limited time uniform plans get half.
+        seconds = None if request.max_seconds is None else request.max_seconds * 0.5
         rejections: dict[str, int] = {}
         uniform = None
         try:
-            uniform = ExhaustiveSearch().run(request, progress)
+            uniform = ExhaustiveSearch().run(replace(request, max_seconds=seconds), progress)
         except InfeasiblePlanError as error:
             rejections = dict(error.rejections)
-        state = _State(request, np.inf if uniform is None else _value(request.objective, uniform.ranked[0]))
+        best = np.inf if uniform is None else _value(request.objective, uniform.ranked[0])
+        deadline = np.inf if request.max_seconds is None else started + request.max_seconds
+        state = _State(request, best, deadline)
         state.search(_frames(request, uniform), progress)
         if uniform is None and not state.found:
             raise InfeasiblePlanError("no plan satisfies every constraint, uniform or layer-wise", rejections)
@@ -77,29 +84,39 @@ class _Candidate:
 class _State:
     """What a layer-wise search has found so far."""
 
-    def __init__(self, request: SearchRequest, best: float) -> None:
-        self.request, self.best = request, best
+    def __init__(self, request: SearchRequest, best: float, deadline: float) -> None:
+        self.request, self.best, self.deadline = request, best, deadline
         self.found: list[RankedPlan] = []
         self.num_configurations = self.num_feasible = self.num_solved = 0
         self.is_certified = True
+        # Least bound of what was left for want of time, 0 where not everything was bounded; None where nothing was.
+        self.least_left: float | None = None
 
     def search(self, frames: list[ParallelPlan], progress: Progress) -> None:
         """Assign layers in every configuration that may beat what is known, in the order of their bounds."""
         candidates = self._candidates(frames, progress)
         candidates.sort(key=lambda each: each.bound * each.weight)
         for place, candidate in enumerate(candidates):
-            if candidate.bound * candidate.weight >= self.best * (1.0 - _GAIN):
+            value = candidate.bound * candidate.weight
+            if value >= self.best * (1.0 - _GAIN):
+                break
+            if time.monotonic() >= self.deadline:
+                self.least_left = value if self.least_left is None else self.least_left
                 break
             progress("assigning layers", place + 1, len(candidates))
             self._solve(candidate)
+        self.is_certified &= self.least_left is None
 
     def _candidates(self, frames: list[ParallelPlan], progress: Progress) -> list[_Candidate]:
         request = self.request
-        candidates = []
+        candidates: list[_Candidate] = []
         for frame in frames:
             for num_gpus in world_sizes(request.objective, request.context):
                 weight = 1.0 if request.objective == "throughput" else float(num_gpus)
                 for space in pipeline_spaces(request.context, request.limits, frame, num_gpus):
+                    if time.monotonic() >= self.deadline:
+                        self.least_left = 0.0
+                        return candidates
                     for configuration in space.configurations():
                         self.num_configurations += 1
                         bound = configuration.quick_bound()
@@ -161,9 +178,35 @@ def _merged(
         num_feasible=(uniform.num_feasible if uniform else 0) + state.num_feasible,
         num_simulated=(uniform.num_simulated if uniform else 0) + state.num_solved,
         rejections=uniform.rejections if uniform else rejections,
-        is_certified=state.is_certified and (uniform is None or uniform.is_certified),
+        is_certified=state.is_certified and (uniform is None or bool(uniform.is_certified)),
         notes=(_note(request.objective, uniform, state),),
+        cut=_cut(uniform, state),
+        front=_front([*layered, *uniform.front] if uniform else layered) if request.wants_front else (),
     )
+
+
+def _cut(uniform: SearchResult | None, state: _State) -> SearchCut | None:
+    """Return what the uniform or the layer-wise part left undone, by the larger gap; None where neither did."""
+    cut = None if uniform is None else uniform.cut
+    if state.least_left is None:
+        return cut
+    gap = 1.0 if np.isinf(state.best) else max(0.0, 1.0 - state.least_left / state.best)
+    if cut is None:
+        return SearchCut(num_unscored=0, gap=gap)
+    return SearchCut(num_unscored=cut.num_unscored, gap=max(gap, cut.gap))
+
+
+def _front(entries: list[RankedPlan]) -> tuple[RankedPlan, ...]:
+    """Return the plans that none beats in iteration time, GPU-seconds and memory at once, fastest first."""
+    values = np.array(
+        [
+            (seconds, seconds * entry.plan.num_gpus, entry.prediction.peak_memory_bytes)
+            for entry in entries
+            for seconds in (entry.prediction.iteration_time,)
+        ]
+    ).reshape(-1, 3)
+    kept = non_dominated(np.zeros(len(entries), dtype=np.int64), values)
+    return tuple(entries[row] for row in sorted(kept.tolist(), key=lambda row: values[row, 0]))
 
 
 def _note(objective: Objective, uniform: SearchResult | None, state: _State) -> str:

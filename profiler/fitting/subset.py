@@ -90,7 +90,7 @@ def _with_farthest(points: Matrix, picked: Rows, count: int, rng: np.random.Gene
     points, is_picked = points[order], np.isin(order, picked)
     squared = cKDTree(points[is_picked]).query(points)[0] ** 2
     squared[is_picked] = -1.0
-    more = []
+    more: list[int] = []
     while len(picked) + len(more) < count:
         farthest = int(np.argmax(squared))
         more.append(farthest)

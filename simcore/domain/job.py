@@ -21,9 +21,12 @@ class TrainingJob:
         What runs where.
     software : str
         Id of the software generation whose overheads apply (``megatron-core``, ``torchtitan``, ...).
+    features : tuple[str, ...]
+        Switches of the software beyond its defaults (``deepep``, ``async_tp``, ...), sorted.
     """
 
     model: ModelSpec
     cluster: ClusterSpec
     workload: TrainingWorkload
     software: str
+    features: tuple[str, ...] = ()

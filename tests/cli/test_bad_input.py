@@ -70,8 +70,7 @@ JOB_EDITS = [
     Edit("llama-3.2-1b", "1", "job.yaml:3: model: expected text, got the number 1"),
     Edit("llama-3.2-1b", "[llama-3.2-1b]", "job.yaml:3: model: expected a single value, got a list"),
     Edit("model: llama-3.2-1b\n", "", "no model: name a preset"),
-    Edit("llama-3.2-1b", "mixtral-8x7b", "mixtral-8x7b has mixture-of-experts layers"),
-    Edit("llama-3.2-1b", "deepseek-v3", "multi-head latent attention layers"),
+    Edit("llama-3.2-1b", "mixtral-8x7c", "did you mean 'mixtral-8x7b'"),
     Edit(
         "llama-3.2-1b", "{name: x, hidden_size: 8}", "job.yaml:3: model.num_layers: is required but missing"
     ),

@@ -57,9 +57,7 @@ def test_a_layer_wise_plan_file_is_simulated_to_its_own_prediction_and_not_expor
     for key in ("iteration_time_seconds", "peak_memory_bytes", "mfu", "hfu"):
         assert again[key] == pytest.approx(predicted[key])
     assert again["memory_bytes"] == pytest.approx(predicted["memory_bytes"])
-    refused = meshwright(
-        "export", str(out / "1.yaml"), "--target", "megatron", "--out", str(tmp_path / "run")
-    )
+    refused = meshwright("export", str(out / "1.yaml"), "--to", "megatron", "--out", str(tmp_path / "run"))
     assert refused.code != 0
     assert "layer_groups" in refused.stderr
     assert "Traceback" not in refused.stderr

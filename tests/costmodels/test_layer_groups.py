@@ -112,6 +112,26 @@ def test_groups_that_are_alike_cost_and_hold_what_the_uniform_plan_does(seed: in
         assert np.allclose(getattr(found, field.name), getattr(held, field.name), rtol=1e-12, atol=0.1)
 
 
+@pytest.mark.parametrize(("cp", "ep"), [(1, 4), (2, 1), (2, 2)])
+def test_groups_of_a_mixture_of_experts_cost_and_hold_what_the_uniform_plan_does(cp: int, ep: int) -> None:
+    context = make_context("mixtral-8x7b", "dgx-h100:1", length=4096)
+    uniform = make_plan(
+        dp=4 // cp,
+        cp=cp,
+        ep=ep,
+        sequence_parallel=True,
+        sharding="zero1",
+        recompute="full",
+        micro_batch_size=2,
+    )
+    grouped = as_groups(uniform, split=3)
+    grouped_costs, costs = layer_group_costs(context, grouped), iteration_costs(context, uniform)
+    for name in ("forward_time", "backward_time", "gradient_reduce_time", "optimizer_time"):
+        assert getattr(grouped_costs, name) == pytest.approx(getattr(costs, name), rel=1e-12)
+    held, found = plan_memory(context, uniform), layer_group_memory(context, grouped)
+    assert found.total == pytest.approx(held.total, rel=1e-12)
+
+
 def test_a_stage_is_the_sum_of_its_layers_and_their_changes_of_layout() -> None:
     context = make_context()
     one, other = LayerGroup(num_layers=5, tp=2), LayerGroup(num_layers=3, tp=8, sequence_parallel=True)

@@ -11,6 +11,7 @@ from meshwright.costmodels.plan_columns import PlanColumns
 from meshwright.hardware_specs.catalog import resolve_cluster
 from meshwright.planner.constraints import CONSTRAINTS, apply_constraints
 from meshwright.planner.space import SearchLimits, enumerate_space, plan_of_row
+from meshwright.planner.space_block import concatenate
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model_catalog import load_model
 from meshwright.simcore.domain.workload import TrainingWorkload
@@ -46,10 +47,8 @@ def job_of(context: CostContext) -> TrainingJob:
     )
 
 
-def space(context: CostContext) -> PlanColumns:
-    blocks = list(enumerate_space(job_of(context), (context.cluster.num_gpus,)))
-    assert len(blocks) == 1
-    return blocks[0]
+def space(context: CostContext, limits: SearchLimits = FREE) -> PlanColumns:
+    return concatenate(list(enumerate_space(context, limits, (context.cluster.num_gpus,))))
 
 
 def kept_by(name: str, context: CostContext, limits: SearchLimits = FREE) -> PlanColumns:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -119,11 +120,11 @@ def compositions(total: int, parts: int) -> list[NDArray[np.int64]]:
     ]
 
 
-def random_configuration(seed: int) -> tuple[SearchRequest, Configuration]:
-    """Return a configuration of one or two stages that fits, with two to four strategies."""
+@functools.cache
+def fitting_configurations(seed: int) -> tuple[SearchRequest, list[Configuration]]:
+    """Return a job with the configurations of one or two stages that fit."""
     for attempt in itertools.count():
-        rng = np.random.default_rng([2, seed, attempt])
-        request = random_small_request(rng)
+        request = random_small_request(np.random.default_rng([2, seed, attempt]))
         found = [
             configuration
             for space in spaces(request)
@@ -132,8 +133,24 @@ def random_configuration(seed: int) -> tuple[SearchRequest, Configuration]:
             if len(configuration.rows) > 1 and np.isfinite(configuration.quick_bound())
         ]
         if found:
-            return request, few_strategies(found[int(rng.integers(len(found)))], rng)
+            return request, found
     raise AssertionError("the counter does not end")
+
+
+def random_configuration(seed: int) -> tuple[SearchRequest, Configuration]:
+    """Return a configuration of one of 40 jobs, with two to four of its strategies."""
+    rng = np.random.default_rng([3, seed])
+    request, found = fitting_configurations(seed % 40)
+    return request, few_strategies(found[int(rng.integers(len(found)))], rng)
+
+
+def with_random_memory(problem: PipelineProblem, rng: np.random.Generator) -> PipelineProblem:
+    """Return the same pipeline with memory between what the least and what the most assignment holds."""
+    stages = []
+    for stage in problem.stages:
+        held = [stage.memory(counts) for counts in compositions(stage.num_layers, len(stage.layout))]
+        stages.append(replace(stage, memory_budget=float(rng.uniform(0.98 * min(held), max(held)))))
+    return PipelineProblem(stages, problem.costs, problem.schedule)
 
 
 def fastest_assignment(problem: PipelineProblem) -> float:
@@ -156,7 +173,7 @@ def fastest_assignment(problem: PipelineProblem) -> float:
 @pytest.mark.parametrize("seed", range(200))
 def test_assigned_layers_are_the_fastest_of_all_assignments_that_fit(seed: int) -> None:
     _, configuration = random_configuration(seed)
-    problem = pipeline_problem(configuration)
+    problem = with_random_memory(pipeline_problem(configuration), np.random.default_rng([6, seed]))
     fastest = fastest_assignment(problem)
     choice = problem.best(np.inf)
     assert choice.is_optimal
@@ -174,7 +191,7 @@ def test_assigned_layers_are_the_fastest_of_all_assignments_that_fit(seed: int) 
 @pytest.mark.parametrize("seed", range(60))
 def test_tables_price_an_assignment_as_its_plan_is_priced(seed: int) -> None:
     request, configuration = random_configuration(seed)
-    rng = np.random.default_rng([3, seed])
+    rng = np.random.default_rng([5, seed])
     problem = pipeline_problem(configuration)
     counts = []
     for stage in problem.stages:
@@ -201,8 +218,8 @@ def random_request(seed: int) -> SearchRequest:
     }
     return make_request(
         str(rng.choice(["llama-2-7b", "llama-3-8b", "gpt2-xl", "qwen2.5-0.5b", "llama-2-13b"])),
-        str(rng.choice(["dgx-a100-40:1", "l40s-8:1", "dgx-h100:2", "a10g-8:2"])),
-        batch=int(rng.choice([4, 8, 16])),
+        str(rng.choice(["dgx-a100-40:1", "l40s-8:1", "dgx-h100:2", "a10g-8:1"])),
+        batch=int(rng.choice([4, 8])),
         length=int(rng.choice([1024, 4096, 8192])),
         num_layers=int(rng.integers(4, 13)),
         gpus_per_node=int(rng.choice([2, 4])),
@@ -328,6 +345,26 @@ def test_strategies_obey_the_users_limits() -> None:
 def test_two_runs_give_equal_plans() -> None:
     first, second = run(memory_tight_request()), run(memory_tight_request())
     assert [entry.plan for entry in first.ranked] == [entry.plan for entry in second.ranked]
+
+
+def test_a_search_without_time_says_what_it_left_and_one_with_time_leaves_nothing() -> None:
+    request = memory_tight_request()
+    cut = run(replace(request, max_seconds=1e-6))
+    assert cut.cut is not None
+    assert cut.cut.gap > 0.0
+    assert not cut.is_certified
+    assert cut.ranked
+    assert run(replace(request, max_seconds=1e6)).cut is None
+
+
+def test_the_front_holds_layered_plans_that_nothing_beats() -> None:
+    result = run(replace(memory_tight_request(), wants_front=True))
+    assert result.front[0].plan == result.ranked[0].plan
+    figures = [
+        (entry.prediction.iteration_time, entry.prediction.peak_memory_bytes) for entry in result.front
+    ]
+    assert figures == sorted(figures)
+    assert [memory for _, memory in figures] == sorted((memory for _, memory in figures), reverse=True)
 
 
 def test_groups_follow_the_tour_through_the_layouts_from_the_ends_own() -> None:

@@ -24,7 +24,9 @@ def random_tours(rng: np.random.Generator, num_layouts: int) -> RelayoutTours:
 
 
 def random_problem(rng: np.random.Generator) -> StageProblem:
-    num_strategies, num_layers = int(rng.integers(2, 5)), int(rng.integers(3, 7))
+    num_strategies = int(rng.integers(2, 5))
+    # At most 1,024 sequences.
+    num_layers = int(rng.integers(3, 6 if num_strategies == 4 else 7))
     num_layouts, num_groups = int(rng.integers(1, 4)), int(rng.integers(1, 4))
     layer_memory = rng.uniform(1.0, 4.0, num_strategies)
     working_memory = rng.uniform(0.0, 3.0, num_strategies) * rng.integers(0, 2, num_strategies)
