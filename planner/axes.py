@@ -109,10 +109,13 @@ def expert_axis(model: ModelSpec, ranks: int, tp: int) -> Axis:
     return _axis(ep=[ep for ep, _ in grids], etp=[etp for _, etp in grids])
 
 
-def sharding_axis(dp: int, tp: int, gpus_per_node: int) -> Axis:
-    """Return shardings with their groups: all of dp, and for HSDP whole nodes and upwards."""
+def sharding_axis(dp: int, cp: int, tp: int, gpus_per_node: int) -> Axis:
+    """Return shardings with their groups: all of dp, and for HSDP whole nodes and upwards.
+
+    Context parallel ranks hold the same weights and share them out as well, so one replica on several shards too.
+    """
     choices = [("none", 1)]
-    if dp > 1:
+    if dp * cp > 1:
         choices = [(name, dp) for name in SHARDINGS if name != "hsdp"]
         group = max(2, gpus_per_node // tp)
         while group < dp:

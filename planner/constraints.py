@@ -110,7 +110,7 @@ def _software(context: CostContext, limits: SearchLimits) -> tuple[Condition, ..
 
     def is_listed_or_alone(context: CostContext, columns: PlanColumns) -> Mask:
         # A single replica shards nothing, whatever the software would.
-        keep: Mask = is_listed(context, columns) | (columns.dp == 1)
+        keep: Mask = is_listed(context, columns) | (columns.dp * columns.cp == 1)
         return keep
 
     return (*_within(supports), is_listed_or_alone)
@@ -126,7 +126,13 @@ def _within(allowed: Mapping[str, tuple[int | str | bool, ...]]) -> tuple[Condit
     def condition(key: str, values: tuple[int | str | bool, ...]) -> Condition:
         known = _WORDS.get(key)
         codes = [known.index(str(value)) for value in values] if known else [int(value) for value in values]
-        return lambda context, columns: np.isin(getattr(columns, key), codes)
+
+        def is_allowed(context: CostContext, columns: PlanColumns) -> Mask:
+            keep: Mask = np.isin(getattr(columns, key), codes)
+            # One rank exchanges nothing, whatever the method.
+            return keep | (columns.cp == 1) if key == "cp_method" else keep
+
+        return is_allowed
 
     return tuple(condition(key, values) for key, values in allowed.items())
 

@@ -152,7 +152,7 @@ def space_blocks(
                         "sequence": sequence_axis(tp),
                         "context": context_axis(cp, tp, per_node),
                         "recompute": recompute,
-                        "sharding": sharding_axis(dp, tp, per_node),
+                        "sharding": sharding_axis(dp, cp, tp, per_node),
                         "offload": offload,
                         "overlap": Axis(columns={"expert_overlap": np.array([int(d) for d in overlaps])}),
                     }

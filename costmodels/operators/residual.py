@@ -221,11 +221,12 @@ def _add_trees(
     value: FloatColumn,
     total: FloatColumn,
 ) -> None:
-    """Add each tree's leaf value to ``total``, in place."""
-    for case in range(len(total)):
+    """Add each tree's leaf value to ``total``, in place; in blocks of cases, so that one tree at a time is in cache."""
+    for start in range(0, len(total), 256):
         for tree in range(len(roots)):
-            node = roots[tree]
-            while left[node] >= 0:
-                goes_left = coordinates[case, feature[node]] <= threshold[node]
-                node = left[node] if goes_left else right[node]
-            total[case] += value[node]
+            for case in range(start, min(start + 256, len(total))):
+                node = roots[tree]
+                while left[node] >= 0:
+                    goes_left = coordinates[case, feature[node]] <= threshold[node]
+                    node = left[node] if goes_left else right[node]
+                total[case] += value[node]

@@ -20,7 +20,7 @@ from meshwright.planner.space import space_blocks
 from meshwright.planner.space_block import SpaceBlock
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["ExhaustiveSearch"]
+__all__ = ["ExhaustiveSearch", "by_rank"]
 
 # Plans kept by their bounds, and how many times as many are collected where these do not suffice.
 NUM_KEPT = 2_000
@@ -162,7 +162,7 @@ class _Run:
     def _ranked(self, simulation: Simulation) -> SearchResult:
         if not simulation.simulated:
             raise InfeasiblePlanError("no plan satisfies every constraint", simulation.rejections)
-        state, found = self.state, _sorted(simulation.simulated)
+        state, found = self.state, by_rank(simulation.simulated)
         winner = found[0]
         others = (entry for entry in found if _degrees(entry.plan) != _degrees(winner.plan))
         rival = next(others, None)
@@ -198,7 +198,7 @@ class _Run:
         return RankedPlan(plan=entry.plan, prediction=prediction, bound=entry.bound)
 
 
-def _sorted(simulated: Sequence[SimulatedPlan]) -> list[SimulatedPlan]:
+def by_rank(simulated: Sequence[SimulatedPlan]) -> list[SimulatedPlan]:
     """Return plans best first: by the objective, then by memory, then in the order of the space."""
     values = without_noise(np.array([entry.value for entry in simulated]))
     order = sorted(

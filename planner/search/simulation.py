@@ -130,8 +130,8 @@ class Simulation:
             Told how many plans were simulated, and how many are at least.
         """
         self._queue = queue = _Queue(self.request, self.blocks, kept)
-        while not (self.is_settled or self.is_exhausted):
-            if is_over() and len(self.simulated) >= self.request.num_plans:
+        while not self.is_settled:
+            if self._must_stop or (self._has_enough and is_over()):
                 break
             batch = queue.pop(max(_BATCH, self._num_missing))
             if not batch:
@@ -149,6 +149,15 @@ class Simulation:
             progress(len(self.simulated), self._num_wanted)
 
     @property
+    def _has_enough(self) -> bool:
+        """Whether there are as many plans to rank as were asked for."""
+        return len(self.simulated) >= self.request.num_plans
+
+    @property
+    def _must_stop(self) -> bool:
+        return self.is_exhausted and self._has_enough
+
+    @property
     def _num_wanted(self) -> int:
         return max(NUM_SIMULATED, self.request.num_plans)
 
@@ -159,7 +168,8 @@ class Simulation:
 
     def _is_loose(self, queue: _Queue, index: int) -> bool:
         """Return whether the schedule of a plan is to be simulated alone first."""
-        return queue.is_loose(index) and queue.group(index) not in self._is_relaxed
+        is_relaxed = queue.group(index) in self._is_relaxed or self.is_exhausted
+        return queue.is_loose(index) and not is_relaxed
 
     def _simulate(self, queue: _Queue, batch: Sequence[int]) -> list[int]:
         """Simulate plans in order until the rest is not worth it, and return the rest."""
@@ -185,7 +195,8 @@ class Simulation:
         for index in sorted(certain, key=lambda index: _size(plans[index], costs.get(index))):
             timed(index)
         for done, index in enumerate(batch):
-            if not self._num_missing and queue.values[index] >= self.best(self.request.num_plans):
+            is_beaten = queue.values[index] >= self.best(self.request.num_plans)
+            if (not self._num_missing and is_beaten) or self._must_stop:
                 return list(batch[done:])
             self._add(queue, index, plans[index], timed(index))
             self.num_evaluated += 1

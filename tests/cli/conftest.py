@@ -19,7 +19,10 @@ constraints:
   memory_headroom: 5 %
   tp: [1, 2]
   pp: [1, 2]
+  cp: 1
   recompute: none
+  optimizer_offload: none
+  activation_offload: false
 """
 
 
@@ -53,11 +56,21 @@ def plans(tmp_path_factory, job_text, meshwright):
     return root / "plans"
 
 
+@pytest.fixture(scope="session")
+def flat_plan(tmp_path_factory, job_text, meshwright):
+    """The best plan of the small job without a pipeline, as text."""
+    root = tmp_path_factory.mktemp("flat")
+    (root / "job.yaml").write_text(job_text.replace("pp: [1, 2]", "pp: 1").replace("tp: [1, 2]", "tp: 2"))
+    outcome = meshwright("plan", root / "job.yaml", "--out", root / "plans", "--top", 1)
+    assert outcome.code == 0, outcome.stderr
+    return (root / "plans" / "1.yaml").read_text()
+
+
 @pytest.fixture
-def plan_file(plans, folder):
-    """A copy of the best plan, free to be changed."""
+def plan_file(flat_plan, folder):
+    """A plan of one stage, free to be changed."""
     path = folder / "plan.yaml"
-    path.write_text((plans / "1.yaml").read_text())
+    path.write_text(flat_plan)
     return path
 
 

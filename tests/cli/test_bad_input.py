@@ -287,7 +287,7 @@ BAD_TABLES = {
 
 BAD_FLAGS = {
     "unknown model": ({"--model": "llama-3.2-2b"}, "unknown model 'llama-3.2-2b'; did you mean"),
-    "model of experts": ({"--model": "qwen3-30b-a3b"}, "mixture-of-experts layers"),
+    "model of experts": ({"--model": "qwen3-30b-a3c"}, "did you mean 'qwen3-30b-a3b'?"),
     "missing config": ({"--model": "./config.json"}, "config.json: cannot be read: No such file"),
     "empty model": ({"--model": ""}, "unknown model ''"),
     "no model": ({"--model": None}, "no model: name a preset or a config.json with --model"),

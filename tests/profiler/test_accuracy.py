@@ -50,7 +50,7 @@ def test_a_pool_holds_its_qualities_and_no_other(off: Callable[..., ScoredRun]) 
 def test_a_headline_takes_95_percent_of_the_rows(
     off: Callable[..., ScoredRun], num_skipped: int, is_claimed: bool
 ) -> None:
-    rows = [off(0.02) for _ in range(19)] + [off(0.02, recompute="") for _ in range(num_skipped)]
+    rows = [off(0.02) for _ in range(19)] + [off(0.02, gpu="H100-79GB") for _ in range(num_skipped)]
     assert pooled(rows, ("ok",)).is_claimed is is_claimed
 
 
