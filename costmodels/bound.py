@@ -314,7 +314,8 @@ def _cheapest_layer(times: MicroBatchTimes, may_be_dense: NDArray[np.bool_]) -> 
 
     def least(name: str) -> FloatColumn:
         mine = getattr(layer, name)
-        return np.where(may_be_dense, np.minimum(mine, getattr(dense, name)), mine)
+        smaller: FloatColumn = np.where(may_be_dense, np.minimum(mine, getattr(dense, name)), mine)
+        return smaller
 
     least_layer = replace(
         layer, forward=least("forward"), backward=least("backward"), recompute=least("recompute")

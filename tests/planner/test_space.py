@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshwright.costmodels.bound import schedule_time_bound
 from meshwright.costmodels.context import cost_context
 from meshwright.costmodels.plan_columns import ALL_LAYERS, PlanColumns
 from meshwright.errors import SpecError
@@ -192,6 +193,22 @@ def test_a_mesh_of_a_block_holds_its_rows() -> None:
         for name in PlanColumns.__slots__:
             spread = np.broadcast_to(getattr(mesh, name), block.shape)
             assert spread[index].tolist() == getattr(rows_of, name).tolist(), name
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "gpt2-xl", "mixtral-8x7b", "deepseek-v3"])
+def test_a_mesh_is_bounded_like_its_rows(model: str) -> None:
+    job = replace(make_job(batch=8, model=model, length=4096), software="torchtitan")
+    context = cost_context(job)
+    rng = np.random.default_rng(SEED)
+    blocks = list(space_blocks(context, FREE, (8,)))
+    axes = ("experts", "micro_batch", "layout", "sequence", "context", "recompute")
+    for block in (blocks[index] for index in rng.integers(0, len(blocks), 6)):
+        rows_of = rng.integers(0, len(block), 50)
+        index = dict(zip(block.axes, np.unravel_index(rows_of, block.shape), strict=True))
+        shape = [len(block.axes[name]) for name in axes]
+        values = np.broadcast_to(schedule_time_bound(context, block.mesh(axes)), shape)
+        expected = schedule_time_bound(context, block.columns(rows_of))
+        assert np.array_equal(values[tuple(index[name] for name in axes)], expected, equal_nan=True)
 
 
 def test_a_restricted_block_holds_the_chosen_options() -> None:
