@@ -28,9 +28,18 @@ class SearchRequest:
 
     Parameters
     ----------
-    job, context, limits, objective, num_plans, flops : ...
-        The job, what it costs, the user's restrictions, what is best, how many plans to rank, how MFU counts
-        attention.
+    job : TrainingJob
+        The job.
+    context : CostContext
+        What it costs.
+    limits : SearchLimits
+        The user's restrictions.
+    objective : Objective
+        What is best.
+    num_plans : int
+        Plans to rank.
+    flops : FlopsConvention
+        How MFU counts attention.
     max_seconds : float | None
         Stop after about this long with the best so far; None searches everything [s].
     resume : Path | None
