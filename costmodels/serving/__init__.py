@@ -1,0 +1,3 @@
+"""What serving costs: engine steps from operator tables, engine constants, KV cache memory."""
+
+__all__: list[str] = []

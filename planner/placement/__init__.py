@@ -1,0 +1,3 @@
+"""Expert placement: routing data, objectives, solvers with certified bounds, and engines' files."""
+
+__all__: list[str] = []

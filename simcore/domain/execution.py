@@ -1,0 +1,59 @@
+"""An execution: a training plan reduced to what a worker process needs to run it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from meshwright.simcore.domain.model import ModelSpec
+from meshwright.simcore.domain.model_catalog import model_to_mapping
+from meshwright.simcore.domain.plan import ParallelPlan
+from meshwright.simcore.domain.workload import TrainingWorkload
+
+__all__ = ["Execution", "ExecutionDevice", "execution_text"]
+
+ExecutionDevice = Literal["cpu", "cuda"]
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """A plan to run for a few steps on random tokens.
+
+    Parameters
+    ----------
+    model, plan, workload : ModelSpec, ParallelPlan, TrainingWorkload
+        What runs, how it is laid out, and the size of a step.
+    device : ExecutionDevice
+        ``cuda`` with NCCL or ``cpu`` with gloo.
+    num_steps, num_warmup_steps : int
+        Measured steps, after steps that are run and not measured.
+    seed : int
+        Of weights and tokens.
+    """
+
+    model: ModelSpec
+    plan: ParallelPlan
+    workload: TrainingWorkload
+    device: ExecutionDevice
+    num_steps: int
+    num_warmup_steps: int = 2
+    seed: int = 0
+
+
+def execution_text(execution: Execution) -> str:
+    """Return the execution as JSON, with its schema version; the order of keys is fixed."""
+    document = {
+        "schema_version": _SCHEMA_VERSION,
+        "kind": "execution",
+        "written_by": "meshwright",
+        "device": execution.device,
+        "num_steps": execution.num_steps,
+        "num_warmup_steps": execution.num_warmup_steps,
+        "seed": execution.seed,
+        "plan": asdict(execution.plan),
+        "workload": asdict(execution.workload),
+        "model": model_to_mapping(execution.model),
+    }
+    return json.dumps(document, indent=2) + "\n"

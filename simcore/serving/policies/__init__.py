@@ -1,0 +1,3 @@
+"""Batching policies, one file each."""
+
+__all__: list[str] = []
