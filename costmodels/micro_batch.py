@@ -17,7 +17,7 @@ from meshwright.costmodels.memory import layer_activations
 from meshwright.costmodels.parallelism.data import fsdp_times, shard_ranks
 from meshwright.costmodels.parallelism.offload import activation_offload_time, parameter_offload_time
 from meshwright.costmodels.parameters import RankParameters, boundary_parameters, layer_parameters
-from meshwright.costmodels.plan_columns import FloatColumn, Offloads, PlanColumns, Recomputes
+from meshwright.costmodels.plan_columns import ALL_LAYERS, FloatColumn, Offloads, PlanColumns, Recomputes
 from meshwright.simcore.domain.plan import RECOMPUTE_MODULES
 
 __all__ = ["LayerCost", "MicroBatchTimes", "layers_backward", "layers_forward", "micro_batch_times"]
@@ -199,7 +199,10 @@ def _copy_times(
     """Return what copies to and from host memory add to one layer, forward and backward [s]."""
     copies_forward, copies_backward = np.zeros(len(columns)), np.zeros(len(columns))
     if columns.activation_offload.any():
-        stored = np.where(columns.activation_offload, layer_activations(context, columns).stored, 0.0)
+        layer = layer_activations(context, columns)
+        # Where only some layers are recomputed all are priced as those that keep everything.
+        kept = np.where(columns.recompute_layers < ALL_LAYERS, layer.whole, layer.stored)
+        stored = np.where(columns.activation_offload, kept, 0.0)
         activations = activation_offload_time(context, stored, forward, backward)
         copies_forward, copies_backward = activations.forward, activations.backward
     if (columns.parameter_offload != Offloads.NONE).any():

@@ -20,6 +20,7 @@ from meshwright.costmodels.parallelism.offload import (
 )
 from meshwright.costmodels.parallelism.offload_memory import OffloadMemory, host_demand, offload_memory
 from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, Offloads, PlanColumns
+from meshwright.costmodels.prediction import predict
 from meshwright.errors import SpecError
 from meshwright.hardware_specs import HostSpec, load_node
 from meshwright.simcore.domain.plan import ParallelPlan
@@ -418,3 +419,19 @@ def test_host_memory_is_that_of_published_runs(make_context: MakeContext, make_p
         )
         needed = host_demand(context, memory.host, memory.nvme).host_bytes[0]
         assert needed == pytest.approx(gibibytes * 2**30, rel=0.15)
+
+
+def test_layers_that_keep_everything_pay_for_copying_everything(
+    make_context: MakeContext, make_plan: MakePlan
+) -> None:
+    # A slow host, so that the copies of whole layers cannot hide behind their compute.
+    context = on_host(
+        make_context(batch=8, length=8192), replace(ROUND, memory_bandwidth_bytes_per_second=40e9)
+    )
+
+    def seconds(**changes: object) -> float:
+        return predict(context, make_plan(dp=8, sharding="zero3", recompute="full", **changes)).iteration_time
+
+    extra_partly = seconds(activation_offload=True, recompute_layers=16) - seconds(recompute_layers=16)
+    extra_fully = seconds(activation_offload=True) - seconds()
+    assert extra_partly > 2.0 * extra_fully >= 0.0
