@@ -29,6 +29,7 @@ from meshwright.costmodels.stage import (
     overlaps,
     virtual_stage_parameters,
 )
+from meshwright.costmodels.topology import with_link_factors
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.schedules import SCHEDULES
 from meshwright.simcore.training.costs import IterationCosts
@@ -148,7 +149,7 @@ def uniform_costs(context: CostContext, plans: Sequence[ParallelPlan]) -> list[I
     blocks = blocks_on_send(context, columns.vpp)
     fixed = fixed_time(context, columns)
     of_stages = np.split(steps, np.cumsum([plan.pp for plan in plans])[:-1])
-    return [
+    costs = [
         IterationCosts(
             num_stages=layout.plan.pp,
             num_chunks=layout.placement.shape[1],
@@ -163,6 +164,9 @@ def uniform_costs(context: CostContext, plans: Sequence[ParallelPlan]) -> list[I
         )
         for row, layout in enumerate(layouts)
     ]
+    if context.cluster.topology is not None:
+        return [with_link_factors(context, plan, each) for plan, each in zip(plans, costs, strict=True)]
+    return costs
 
 
 class _Layout:

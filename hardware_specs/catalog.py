@@ -23,6 +23,7 @@ from meshwright.hardware_specs.spec_reading import (
     read_node,
 )
 from meshwright.hardware_specs.specs import ClusterSpec, FabricSpec, GpuSpec, NodeSpec
+from meshwright.hardware_specs.topology_reading import read_topology
 from meshwright.hardware_specs.yaml_document import Section, parse_yaml, read_yaml
 from meshwright.hardware_specs.yaml_nodes import shown
 
@@ -172,7 +173,8 @@ def cluster_from_section(section: Section) -> ClusterSpec:
     section : Section
         ``{node: ID or mapping, count: 8, fabric: ID or mapping}`` or ``{preset: ID}``. An inline node (and its
         inline ``gpu``, and an inline fabric) may name a ``base`` and change single keys. A ``count`` or
-        ``fabric`` beside ``preset`` replaces the preset's.
+        ``fabric`` beside ``preset`` replaces the preset's. ``topology`` says what lies between the nodes
+        (:func:`meshwright.hardware_specs.topology_reading.read_topology`).
 
     Returns
     -------
@@ -193,8 +195,14 @@ def cluster_from_section(section: Section) -> ClusterSpec:
     node = preset.node if preset else _read_node(section)
     count = NumberReader(section, {}).count("count", preset.num_nodes if preset else 1, _MAX_NODES)
     fabric = _read_fabric(section, node, preset.fabric if preset else None)
+    part = section.optional_section("topology")
+    topology = preset.topology if preset and preset.num_nodes == count else None
+    if part is not None:
+        topology = read_topology(part, count)
     section.close()
-    return ClusterSpec(id=identity or f"{node.id}:{count}", node=node, num_nodes=count, fabric=fabric)
+    return ClusterSpec(
+        id=identity or f"{node.id}:{count}", node=node, num_nodes=count, fabric=fabric, topology=topology
+    )
 
 
 def _uniform_cluster(node: NodeSpec, count: int) -> ClusterSpec:

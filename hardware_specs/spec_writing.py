@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from meshwright.hardware_specs.specs import ClusterSpec, FabricSpec, GpuSpec, HostSpec, LinkSpec, NodeSpec
+from meshwright.hardware_specs.topology import ClusterTopology, IslandSpec
+from meshwright.hardware_specs.topology_reading import GIGABYTE, MAX_MATRIX_NODES, MICROSECOND
 from meshwright.hardware_specs.yaml_nodes import ScalarNode
 from meshwright.units import Kind, format_quantity, parse_quantity
 
@@ -61,6 +65,7 @@ def cluster_to_mapping(cluster: ClusterSpec) -> dict[str, object]:
         "node": node_to_mapping(cluster.node),
         "count": cluster.num_nodes,
         "fabric": fabric_to_mapping(cluster.fabric),
+        **({"topology": topology_to_mapping(cluster.topology)} if cluster.topology is not None else {}),
     }
 
 
@@ -199,3 +204,45 @@ def fabric_to_mapping(fabric: FabricSpec) -> dict[str, object]:
         "oversubscription": oversubscription,
         "rail_optimized": fabric.is_rail_optimized,
     }
+
+
+def topology_to_mapping(topology: ClusterTopology) -> dict[str, object]:
+    """Return plain data that :func:`meshwright.hardware_specs.topology_reading.read_topology` reads back; a matrix too large for a file is left out."""
+    mapping: dict[str, object] = {}
+    if topology.tiers:
+        mapping["tiers"] = [
+            {
+                "name": tier.name,
+                "nodes": tier.nodes_per_group,
+                "oversubscription": tier.oversubscription,
+                "latency": exact_quantity(tier.latency, "seconds"),
+            }
+            for tier in topology.tiers
+        ]
+    if topology.islands:
+        mapping["islands"] = [_island_mapping(island) for island in topology.islands]
+    if topology.island_bandwidth is not None:
+        mapping["island_bandwidth"] = exact_quantity(topology.island_bandwidth, "bytes_per_second")
+    if topology.island_latency is not None:
+        mapping["island_latency"] = exact_quantity(topology.island_latency, "seconds")
+    if topology.matrix is not None and len(topology.matrix.bandwidth) <= MAX_MATRIX_NODES:
+        mapping["matrix"] = {
+            "bandwidth_gigabytes_per_second": _rows(topology.matrix.bandwidth, GIGABYTE),
+            "latency_microseconds": _rows(topology.matrix.latency, MICROSECOND),
+        }
+    if topology.hosts:
+        mapping["hosts"] = list(topology.hosts)
+    return mapping
+
+
+def _island_mapping(island: IslandSpec) -> dict[str, object]:
+    mapping: dict[str, object] = {"name": island.name, "nodes": island.num_nodes}
+    if island.bandwidth is not None:
+        mapping["bandwidth"] = exact_quantity(island.bandwidth, "bytes_per_second")
+    if island.latency is not None:
+        mapping["latency"] = exact_quantity(island.latency, "seconds")
+    return mapping
+
+
+def _rows(matrix: NDArray[np.float64], unit: float) -> list[str]:
+    return [" ".join(f"{value / unit:.6g}" for value in row) for row in matrix]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from meshwright.errors import SpecError, did_you_mean
+from meshwright.hardware_specs.topology import ClusterTopology, LinkMatrix
 
 __all__ = ["ClusterSpec", "FabricSpec", "GpuSpec", "HostSpec", "IntraNodeTopology", "LinkSpec", "NodeSpec"]
 
@@ -259,15 +260,21 @@ class FabricSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """``num_nodes`` nodes of one kind, joined by one fabric."""
+    """``num_nodes`` nodes of one kind, joined by one fabric.
+
+    ``topology`` says what lies between them where the fabric is not flat; None where it is, or nobody knows.
+    """
 
     id: str
     node: NodeSpec
     num_nodes: int
     fabric: FabricSpec
+    topology: ClusterTopology | None = None
 
     def __post_init__(self) -> None:
         _require_positive("num_nodes", self.num_nodes)
+        if self.topology is not None:
+            self.topology.check_fits(self.num_nodes)
 
     @property
     def num_gpus(self) -> int:
@@ -278,6 +285,13 @@ class ClusterSpec:
     def gpu(self) -> GpuSpec:
         """The cluster's accelerator."""
         return self.node.gpu
+
+    @property
+    def pair_links(self) -> LinkMatrix:
+        """What every pair of nodes gets of the network when all nodes send at once."""
+        topology = self.topology or ClusterTopology()
+        bandwidth = self.node.num_nics * self.node.nic.bandwidth_bytes_per_second
+        return topology.pair_links(self.num_nodes, bandwidth, self.fabric.latency)
 
 
 def _require_positive(name: str, value: float, *, or_zero: bool = False) -> None:

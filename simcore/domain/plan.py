@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from meshwright.errors import SpecError, did_you_mean
+from meshwright.simcore.domain.device_mapping import DeviceMapping
 from meshwright.simcore.domain.layer_groups import LayerGroup, check_layer_groups
 
 __all__ = [
@@ -118,6 +119,9 @@ class ParallelPlan:
         Groups of consecutive layers, in model order, each with its own tp, sequence parallelism, sharding and
         recompute; the fields above are then those of embedding and head, and of what stages send each other.
         Empty when all layers run alike. A group ends with every stage.
+    device_mapping : DeviceMapping | None
+        Which host and which GPU runs each rank; None is their natural order. Costs take account of hosts where the
+        cluster has a topology.
     """
 
     dp: int
@@ -145,6 +149,7 @@ class ParallelPlan:
     vocab_parallel: VocabParallel = "none"
     layers_per_stage: tuple[int, ...]
     layer_groups: tuple[LayerGroup, ...] = ()
+    device_mapping: DeviceMapping | None = None
 
     def __post_init__(self) -> None:
         for axis in ("dp", "tp", "pp", "vpp", "cp", "ep", "etp", "expert_overlap", "micro_batch_size"):

@@ -1,0 +1,94 @@
+"""The ``topology:`` section of a cluster, from plain data."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.hardware_specs.topology import ClusterTopology, IslandSpec, LinkMatrix, TierSpec
+from meshwright.hardware_specs.yaml_document import Section
+
+__all__ = ["GIGABYTE", "MAX_MATRIX_NODES", "MICROSECOND", "read_topology"]
+
+# A matrix of more nodes would not fit a YAML file of the size we read.
+MAX_MATRIX_NODES: Final = 512
+# Matrices are written in these units, six digits each.
+GIGABYTE, MICROSECOND = 1e9, 1e-6
+
+
+def read_topology(section: Section, num_nodes: int) -> ClusterTopology:
+    """Return the topology a mapping describes.
+
+    Parameters
+    ----------
+    section : Section
+        ``tiers: [{name, nodes, oversubscription, latency}]``, ``islands: [{name, nodes, bandwidth, latency}]``,
+        ``island_bandwidth``, ``island_latency``, ``matrix: {bandwidth_gigabytes_per_second: [ROW, ...],
+        latency_microseconds: [ROW, ...]}`` with one text of numbers per node, ``hosts: [NAME, ...]``; all optional.
+    num_nodes : int
+        Nodes of the cluster.
+
+    Raises
+    ------
+    SpecError
+        If a key or value is wrong, or the parts cover another number of nodes.
+    """
+    tiers = tuple(_read_tier(each) for each in section.sections("tiers")) if section.has("tiers") else ()
+    islands = (
+        tuple(_read_island(each) for each in section.sections("islands")) if section.has("islands") else ()
+    )
+    matrix = section.optional_section("matrix")
+    topology = ClusterTopology(
+        tiers=tiers,
+        islands=islands,
+        island_bandwidth=section.optional_quantity("island_bandwidth", "bytes_per_second"),
+        island_latency=section.optional_quantity("island_latency", "seconds"),
+        matrix=None if matrix is None else _read_matrix(matrix),
+        hosts=section.texts("hosts"),
+    )
+    section.close()
+    topology.check_fits(num_nodes)
+    return topology
+
+
+def _read_tier(section: Section) -> TierSpec:
+    tier = TierSpec(
+        name=section.text("name"),
+        nodes_per_group=section.integer("nodes", minimum=1),
+        oversubscription=section.number("oversubscription", default=1.0, minimum=1.0),
+        latency=section.quantity("latency", "seconds", default=0.0),
+    )
+    section.close()
+    return tier
+
+
+def _read_island(section: Section) -> IslandSpec:
+    island = IslandSpec(
+        name=section.text("name"),
+        num_nodes=section.integer("nodes", minimum=1),
+        bandwidth=section.optional_quantity("bandwidth", "bytes_per_second"),
+        latency=section.optional_quantity("latency", "seconds"),
+    )
+    section.close()
+    return island
+
+
+def _read_matrix(section: Section) -> LinkMatrix:
+    matrix = LinkMatrix(
+        bandwidth=_read_rows(section, "bandwidth_gigabytes_per_second", GIGABYTE),
+        latency=_read_rows(section, "latency_microseconds", MICROSECOND),
+    )
+    section.close()
+    return matrix
+
+
+def _read_rows(section: Section, key: str, unit: float) -> NDArray[np.float64]:
+    rows = [text.split() for text in section.texts(key)]
+    if any(len(row) != len(rows) for row in rows) or not rows:
+        raise section.error(key, f"must hold one text of {len(rows)} numbers for each of {len(rows)} nodes")
+    try:
+        return np.array(rows, dtype=np.float64) * unit
+    except ValueError:
+        raise section.error(key, "holds a word that is not a number") from None
