@@ -10,11 +10,13 @@ import functools
 import importlib.resources
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from meshwright.errors import SpecError, did_you_mean
+from meshwright.hardware_specs.importers.base import ImportedTopology
 from meshwright.hardware_specs.spec_reading import (
     NumberReader,
     check_schema,
@@ -30,6 +32,7 @@ from meshwright.hardware_specs.yaml_nodes import shown
 __all__ = [
     "SpecKind",
     "cluster_from_section",
+    "imported_cluster",
     "list_specs",
     "load_cluster",
     "load_fabric",
@@ -203,6 +206,53 @@ def cluster_from_section(section: Section) -> ClusterSpec:
     return ClusterSpec(
         id=identity or f"{node.id}:{count}", node=node, num_nodes=count, fabric=fabric, topology=topology
     )
+
+
+def imported_cluster(
+    imported: ImportedTopology, node: str | None, count: int | None, name: str
+) -> tuple[ClusterSpec, tuple[str, ...]]:
+    """Return the cluster of an imported file, and what else was guessed for it.
+
+    Parameters
+    ----------
+    imported : ImportedTopology
+        What the file says; it wins over the built-in node.
+    node : str | None
+        Built-in node that the machines are; None takes the one the file suggests.
+    count : int | None
+        Nodes, where the file describes one.
+    name : str
+        The file, for messages.
+
+    Raises
+    ------
+    SpecError
+        If nobody says what the machines are, or how many.
+    """
+    chosen = node or imported.node_guess
+    if chosen is None:
+        raise SpecError(f"{name}: does not say what the machines are; add --node, e.g. --node dgx-h100")
+    if imported.num_nodes is not None and count not in (None, imported.num_nodes):
+        raise SpecError(f"{name}: names {imported.num_nodes} nodes, --count says {count}")
+    spec, guesses = load_node(chosen), []
+    for field, value in (
+        ("num_gpus", imported.num_gpus),
+        ("topology", imported.intra_node),
+        ("num_nics", imported.num_nics),
+    ):
+        if value is not None and value != getattr(spec, field):
+            guesses.append(f"{field} {value} instead of the {getattr(spec, field)} of {spec.id}")
+            changes: dict[str, Any] = {field: value, "id": f"{load_node(chosen).id}-imported", "aliases": ()}
+            spec = replace(spec, **changes)
+    if imported.nic_bandwidth is not None and imported.nic_bandwidth != spec.nic.bandwidth_bytes_per_second:
+        spec = replace(spec, nic=replace(spec.nic, bandwidth_bytes_per_second=imported.nic_bandwidth))
+        spec = replace(spec, id=f"{load_node(chosen).id}-imported", aliases=())
+    num_nodes = imported.num_nodes or count or 1
+    if imported.num_nodes is None and count is None:
+        guesses.append("one node; say how many there are with --count")
+    cluster = _uniform_cluster(spec, num_nodes)
+    guesses.append(f"fabric {cluster.fabric.id}, as {spec.id} usually has")
+    return replace(cluster, topology=imported.topology), tuple(guesses)
 
 
 def _uniform_cluster(node: NodeSpec, count: int) -> ClusterSpec:

@@ -13,6 +13,7 @@ from meshwright.hardware_specs.catalog import (
     load_fabric,
     load_gpu,
     load_node,
+    resolve_cluster,
 )
 from meshwright.hardware_specs.spec_writing import (
     cluster_to_mapping,
@@ -20,10 +21,11 @@ from meshwright.hardware_specs.spec_writing import (
     gpu_to_mapping,
     node_to_mapping,
 )
+from meshwright.hardware_specs.specs import ClusterSpec
 from meshwright.simcore.domain.model_catalog import list_models, load_model, model_to_mapping
 from meshwright.simcore.domain.model_parameters import parameter_breakdown
 
-__all__ = ["find_spec", "spec_names"]
+__all__ = ["find_cluster", "find_spec", "spec_names"]
 
 
 def _model_mapping(name: str) -> dict[str, object]:
@@ -36,11 +38,17 @@ def _model_mapping(name: str) -> dict[str, object]:
     }
 
 
+def find_cluster(name: str) -> ClusterSpec:
+    """Return a cluster by id, alias, ``NODE:COUNT`` or the path of its YAML file."""
+    is_described = name.lower().endswith((".yaml", ".yml")) or ":" in name
+    return resolve_cluster(name) if is_described else load_cluster(name)
+
+
 _SHOWERS: dict[str, Callable[[str], dict[str, object]]] = {
     "gpu": lambda name: gpu_to_mapping(load_gpu(name)),
     "node": lambda name: node_to_mapping(load_node(name)),
     "fabric": lambda name: fabric_to_mapping(load_fabric(name)),
-    "cluster": lambda name: cluster_to_mapping(load_cluster(name)),
+    "cluster": lambda name: cluster_to_mapping(find_cluster(name)),
     "model": _model_mapping,
 }
 

@@ -93,3 +93,36 @@ def test_an_unknown_name_is_refused_with_the_nearest(meshwright, name, guess):
     outcome = meshwright("specs", "show", name)
     assert outcome.code == 2
     assert f"'{name}'; did you mean '{guess}'?" in outcome.stderr
+
+
+LINKS = "source,destination,bandwidth,latency\na,b,40 GB/s,5 us\nb,a,20 GB/s,6 us\n"
+
+
+def test_measured_links_become_a_cluster_that_is_shown_with_its_bottleneck(meshwright, tmp_path):
+    (tmp_path / "links.csv").write_text(LINKS)
+    out = tmp_path / "cluster.yaml"
+    outcome = meshwright("specs", "import", tmp_path / "links.csv", "--node", "dgx-h100", "--out", out)
+    assert outcome.code == 0, outcome.stderr
+    assert "Guessed: directions of a pair differ" in outcome.stdout
+    assert out.read_text().startswith("# written by meshwright from a CSV of links")
+    shown = meshwright("specs", "show", out).stdout
+    assert "# 2 x dgx-h100: 8 GPUs, 8 NICs, 400 GB/s per node" in shown
+    assert "# bottleneck: b to a" in shown
+    assert (
+        json.loads(meshwright("specs", "show", out, "--json").stdout)["links"][
+            "slowest_pair_bytes_per_second"
+        ]
+        == 20e9
+    )
+    # Ours is replaced; somebody else's is not.
+    assert meshwright("specs", "import", tmp_path / "links.csv", "--node", "dgx-h100", "--out", out).code == 0
+    out.write_text("mine")
+    assert meshwright("specs", "import", tmp_path / "links.csv", "--node", "dgx-h100", "--out", out).code == 2
+    assert out.read_text() == "mine"
+
+
+def test_a_file_no_importer_knows_is_refused(meshwright, tmp_path):
+    (tmp_path / "note.txt").write_text("hello")
+    outcome = meshwright("specs", "import", tmp_path / "note.txt")
+    assert outcome.code == 2
+    assert "Known: NCCL's topology XML" in outcome.stderr

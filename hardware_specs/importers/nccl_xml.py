@@ -1,0 +1,94 @@
+"""The file that NCCL writes to ``NCCL_TOPO_DUMP_FILE``."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from typing import Final
+
+from meshwright.errors import SpecError
+from meshwright.hardware_specs.importers.base import ImportedTopology
+
+__all__ = ["read_nccl_xml", "recognises_nccl_xml"]
+
+# Compute capability of a GPU to a node with such GPUs, eight to a server.
+_NODE_OF_SM: Final = {
+    "70": "dgx-1v",
+    "80": "dgx-a100",
+    "90": "dgx-h100",
+    "100": "dgx-b200",
+    "103": "dgx-b300",
+}
+# PCI class of an NVSwitch, to which links lead where GPUs do not face each other.
+_SWITCH_CLASS: Final = "0x068000"
+_MEGABIT: Final = 1e6 / 8.0
+
+
+def recognises_nccl_xml(text: str) -> bool:
+    """Return whether a text looks like NCCL's topology."""
+    return re.search(r"<system\b[^>]*\bversion=", text) is not None
+
+
+def read_nccl_xml(text: str, name: str) -> ImportedTopology:
+    """Return what NCCL saw of the node.
+
+    Raises
+    ------
+    SpecError
+        If it is not NCCL's XML, or shows no GPU.
+    """
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise SpecError(f"{name}: NCCL writes no document type or entities; give the file it wrote")
+    try:
+        system = ET.fromstring(text)
+    except ET.ParseError as error:
+        raise SpecError(f"{name}: not well-formed XML ({error}); give the file that NCCL wrote") from None
+    gpus = list(system.iter("gpu"))
+    if system.tag != "system" or not gpus:
+        raise SpecError(f"{name}: no <gpu> inside <system>; set NCCL_TOPO_DUMP_FILE on a node with GPUs")
+    targets = [link for gpu in gpus for link in gpu.iter("nvlink")]
+    guesses = []
+    if not targets:
+        intra = "pcie"
+    elif all(link.get("tclass") == _SWITCH_CLASS for link in targets):
+        intra = "switch"
+    else:
+        intra = "mesh"
+        guesses.append("GPUs face each other without a switch: every pair is taken to have equal links")
+    models = sorted({gpu.get("sm", "") for gpu in gpus})
+    if len(models) > 1:
+        raise SpecError(
+            f"{name}: GPUs of different kinds (sm {', '.join(models)}) in one node are not described"
+        )
+    guess = _NODE_OF_SM.get(models[0])
+    if guess is not None:
+        guesses.append(f"GPUs of compute capability {models[0]}: taken for those of {guess}")
+    speeds = _speeds(system, name)
+    if len(set(speeds)) > 1:
+        guesses.append(
+            f"NICs of {len(set(speeds))} speeds: those of the fastest are taken for the compute fabric"
+        )
+    fastest = max(speeds, default=0.0)
+    if not speeds:
+        guesses.append("the file shows no NIC")
+    return ImportedTopology(
+        num_gpus=len(gpus),
+        intra_node=intra,  # type: ignore[arg-type]  # one of the literal's words
+        num_nics=speeds.count(fastest) or None,
+        nic_bandwidth=fastest * _MEGABIT or None,
+        node_guess=guess,
+        guesses=tuple(guesses),
+    )
+
+
+def _speeds(system: ET.Element, name: str) -> list[float]:
+    """Return the speed of each NIC [Mbit/s]."""
+    speeds = []
+    for net in system.iter("net"):
+        text = net.get("speed", "")
+        if not text.isdecimal():
+            raise SpecError(
+                f"{name}: <net name='{net.get('name', '')[:40]}'> has speed '{text[:40]}', not a whole number of Mbit/s"
+            )
+        speeds.append(float(text))
+    return speeds
