@@ -56,9 +56,10 @@ def link_factors(context: CostContext, plan: ParallelPlan) -> LinkFactors | None
     cluster = context.cluster
     if cluster.topology is None:
         return None
-    slowdown = np.maximum(1.0, flat_bandwidth(context) / _links(cluster).bandwidth)
-    np.fill_diagonal(slowdown, 1.0)
-    slowdown = np.maximum(slowdown, slowdown.T)
+    bandwidth = _links(cluster).bandwidth.copy()
+    np.fill_diagonal(bandwidth, np.inf)
+    # A hop goes forward with activations and back with gradients: the slower direction counts.
+    slowdown = np.maximum(1.0, flat_bandwidth(context) / np.minimum(bandwidth, bandwidth.T))
     hosts = _hosts(plan, cluster)
     columns = np.unique(hosts, axis=1)
     path = slowdown[columns[:-1], columns[1:]].sum(axis=0)

@@ -47,6 +47,8 @@ def plan_of(dp: int = 2, pp: int = 4, **changes: object) -> ParallelPlan:
 
 def random_matrix(seed: int, num_nodes: int = 8) -> ClusterTopology:
     bandwidth = np.random.default_rng(seed).uniform(50e9, 320e9, (num_nodes, num_nodes))
+    # As importers leave it.
+    np.fill_diagonal(bandwidth, 0.0)
     return ClusterTopology(
         matrix=LinkMatrix(bandwidth=bandwidth, latency=np.full((num_nodes, num_nodes), 5e-6))
     )
