@@ -120,7 +120,7 @@ class ServingWorkload:
     num_turns : int
         Requests of one session; each turn's prompt holds all earlier ones.
     requests_file : str | None
-        The trace, as the user wrote it.
+        The trace, as the user wrote it; with an arrival other than ``trace`` only its lengths are used.
     """
 
     arrival: Arrival
@@ -144,7 +144,7 @@ class ServingWorkload:
         if self.arrival == "trace":
             if self.requests_file is None:
                 raise SpecError("workload.requests: name the file of the trace")
-        elif self.input_length is None or self.output_length is None:
+        elif self.requests_file is None and (self.input_length is None or self.output_length is None):
             raise SpecError(
                 "workload: input_length and output_length are needed unless requests names a file"
             )

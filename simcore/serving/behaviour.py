@@ -1,0 +1,161 @@
+"""How an engine schedules, as plain numbers: all that the time of a step does not say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshwright.errors import SpecError, did_you_mean
+from meshwright.simcore.domain.serving import POLICIES, PolicyName
+
+__all__ = ["EngineBehaviour", "TransferLink"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineBehaviour:
+    """One replica's scheduler, KV cache and front end.
+
+    A replica has ``attention_dp * pipeline_stages`` engines, each with its own queue, sequences and KV cache; they
+    step together. The ranks of ``attention_dp`` wait for the slowest, so a step lasts as long as the fullest rank's.
+    Micro-batches of a pipeline follow each other: with step times ``t_i`` a round over them lasts
+    ``max(max t_i, stage_share * sum t_i)``, ``stage_share`` from the step table.
+
+    Parameters
+    ----------
+    policy : PolicyName
+        How a step is formed.
+    max_num_sequences : int
+        Most requests running at a time, of each engine: the slot limit.
+    max_num_batched_tokens : int
+        Most tokens in a step, of each engine; policies without a token budget ignore it.
+    num_kv_blocks, block_size : int
+        Blocks of the KV cache of each engine, and tokens of a block.
+    watermark : float
+        Share of the blocks that admission of a further request leaves free.
+    has_output_lag : bool
+        A token reaches the client when the step after its own has ended: the engine handles outputs while it runs
+        the next step.
+    serial_time_per_request, fixed_time_per_request : float
+        A request passes a front end that takes the first, one at a time, and then waits the second [s].
+    stream_time_per_token : float
+        Time of the one process that sends tokens to clients, for each [s]; it bounds tokens per second.
+    burst_spread : float
+        Time between the first requests of a closed loop's clients [s].
+    num_speculative_tokens : int
+        Tokens drafted a step; 0 is off.
+    acceptance_rate : float
+        Chance that a drafted token is accepted when those before it were: a step yields
+        ``1 + accepted`` tokens, ``P(accepted >= i) = acceptance_rate^i``.
+    acceptance_lengths : tuple[float, ...]
+        Probability of 1, 2, ... tokens a step, where measured; overrides the rate.
+    has_prefix_cache : bool
+        Shared parts of prompts that :class:`RequestTable` names stay cached until evicted, least recently used
+        first.
+    cached_prompt_share : float
+        Share of every prompt found in the cache, for workloads without named parts; ignored with
+        ``has_prefix_cache``.
+    attention_dp, pipeline_stages : int
+        Engines of a replica, as above.
+    splits_prompts, reserves_output : bool | None
+        Override what the policy does; None leaves it.
+    """
+
+    policy: PolicyName = "chunked_prefill"
+    max_num_sequences: int = 256
+    max_num_batched_tokens: int = 8192
+    num_kv_blocks: int = 1 << 20
+    block_size: int = 16
+    watermark: float = 0.0
+    has_output_lag: bool = False
+    serial_time_per_request: float = 0.0
+    fixed_time_per_request: float = 0.0
+    stream_time_per_token: float = 0.0
+    burst_spread: float = 0.0
+    num_speculative_tokens: int = 0
+    acceptance_rate: float = 0.7
+    acceptance_lengths: tuple[float, ...] = ()
+    has_prefix_cache: bool = False
+    cached_prompt_share: float = 0.0
+    attention_dp: int = 1
+    pipeline_stages: int = 1
+    splits_prompts: bool | None = None
+    reserves_output: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise SpecError(
+                f"engine behaviour: unknown policy '{self.policy}'{did_you_mean(self.policy, POLICIES) or '.'} "
+                f"Known: {', '.join(POLICIES)}."
+            )
+        for name in (
+            "max_num_sequences",
+            "max_num_batched_tokens",
+            "num_kv_blocks",
+            "block_size",
+            "attention_dp",
+            "pipeline_stages",
+        ):
+            if getattr(self, name) < 1:
+                raise SpecError(f"engine behaviour: {name} must be at least 1, not {getattr(self, name)}")
+        for name in (
+            "serial_time_per_request",
+            "fixed_time_per_request",
+            "stream_time_per_token",
+            "burst_spread",
+            "num_speculative_tokens",
+        ):
+            if not getattr(self, name) >= 0:
+                raise SpecError(f"engine behaviour: {name} must not be below 0, nor {getattr(self, name)}")
+        for name in ("watermark", "acceptance_rate", "cached_prompt_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise SpecError(
+                    f"engine behaviour: {name} is a share from 0 to 1, not {getattr(self, name):g}"
+                )
+        lengths = self.acceptance_lengths
+        if lengths and (
+            len(lengths) > self.num_speculative_tokens + 1
+            or min(lengths) < 0.0
+            or abs(sum(lengths) - 1.0) > 1e-6
+        ):
+            raise SpecError(
+                "engine behaviour: acceptance_lengths are the probabilities of 1 to num_speculative_tokens + 1 "
+                f"tokens a step, which sum to 1; got {lengths}"
+            )
+
+    @property
+    def step_token_probabilities(self) -> tuple[float, ...]:
+        """Probabilities of 1, 2, ... tokens of one sequence in one decode step."""
+        if self.acceptance_lengths:
+            return self.acceptance_lengths
+        count, rate = self.num_speculative_tokens, self.acceptance_rate
+        return (*(rate**i * (1.0 - rate) for i in range(count)), rate**count)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean tokens that one sequence gets from one decode step: ``(1 - a^(k+1)) / (1 - a)`` for a constant rate.
+
+        Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", ICML 2023, equation 1.
+        """
+        return sum(share * (1 + index) for index, share in enumerate(self.step_token_probabilities))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferLink:
+    """The way of a KV cache from a prefill replica to the decode pool; transfers of one replica queue.
+
+    Parameters
+    ----------
+    bytes_per_token : float
+        KV cache of one token over all layers [B].
+    bandwidth : float
+        Of one prefill replica's links together [B/s].
+    latency : float
+        Beside the transfer itself [s].
+    """
+
+    bytes_per_token: float
+    bandwidth: float
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.bytes_per_token >= 0.0 and self.bandwidth > 0.0 and self.latency >= 0.0):
+            raise SpecError("transfer link: bytes and latency must not be below 0, bandwidth must be above 0")

@@ -1,0 +1,239 @@
+"""Places of the fields of the records that the event loop works on, and the meanings of their values."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "AFTER",
+    "AGGREGATED",
+    "ARRIVAL",
+    "BALANCES",
+    "BEFORE",
+    "BLOCK",
+    "BLOCKED",
+    "BLOCKS_AT",
+    "BUDGET",
+    "BY_CHUNK",
+    "CACHED",
+    "CACHED_SHARE",
+    "CACHE_AT",
+    "CAN_SKIP",
+    "COMPUTED",
+    "CONTEXT",
+    "CONTEXTS_AT",
+    "CONTEXT_HINT",
+    "COUNTER",
+    "CROSS",
+    "DECODE",
+    "DECODES",
+    "DECODE_AT",
+    "DECODE_BUSY",
+    "DECODING",
+    "DONE",
+    "DONE_COUNT",
+    "DONE_HEAD",
+    "EAGER_HOST",
+    "ENGINE",
+    "ENGINE_STRIDE",
+    "ENTRY",
+    "EVENTS_AT",
+    "EVICTABLE",
+    "FILLS_EMPTY",
+    "FINAL_SEGMENT",
+    "FINISH",
+    "FINISHED",
+    "FIRST_CACHED",
+    "FIRST_ENGINE",
+    "FIRST_ENGINE_OF",
+    "FIRST_OF_POOL",
+    "FIRST_SEGMENT",
+    "FIRST_TOKEN",
+    "FIXED",
+    "FOLLOWS",
+    "FREE",
+    "FRESHEST",
+    "FRONT_FREE",
+    "GROWTH_AT",
+    "HAS_BUDGET",
+    "HAS_CACHE",
+    "HAS_FEEDBACK",
+    "HAS_LAG",
+    "HEAP",
+    "HOST",
+    "HOST_SEQUENCE",
+    "INDEX",
+    "IS_BUSY",
+    "IS_CLOSED",
+    "IS_DECODING",
+    "IS_HIDDEN",
+    "KEY",
+    "LATENCY",
+    "LINK",
+    "LINK_FREE",
+    "LINK_LATENCY",
+    "LINK_PER_TOKEN",
+    "LIVE",
+    "LOAD",
+    "MAX_DIFFERENCE",
+    "MAX_GRAPH",
+    "MAX_RATIO",
+    "MAX_SEQUENCES",
+    "MICRO_BATCHES",
+    "MIXES",
+    "NEWER",
+    "NEWEST",
+    "NEXT",
+    "NEXT_ROOT",
+    "NO_BUDGET",
+    "NUM_CONTEXTS",
+    "NUM_ENGINES",
+    "NUM_PROMPTS",
+    "NUM_REPLICAS",
+    "NUM_ROOTS",
+    "NUM_SEGMENTS",
+    "NUM_TOKENS",
+    "OLDER",
+    "OUTPUT",
+    "PACE",
+    "PARTIAL",
+    "PENDING",
+    "PENDING_HEAD",
+    "PER_TOKEN",
+    "PHASE",
+    "POOL",
+    "POOLS_AT",
+    "POOL_STRIDE",
+    "PREEMPTIONS",
+    "PREFILL",
+    "PREFILLED",
+    "PREFILLING",
+    "PRIVATE",
+    "PROMPT",
+    "PROMPTS_AT",
+    "PROMPT_BUSY",
+    "PROMPT_HINT",
+    "QUEUED",
+    "RATE",
+    "RATES",
+    "RATE_SQUARE",
+    "READY",
+    "RECORDED",
+    "RECORD_AT",
+    "RECORD_DECODES",
+    "RECORD_END",
+    "RECORD_ENGINE",
+    "RECORD_FIRST_TOKENS",
+    "RECORD_PROMPT_TOKENS",
+    "RECORD_SIZE",
+    "RECORD_START",
+    "RECORD_STRIDE",
+    "REFS",
+    "REPLICA",
+    "REPLICAS_AT",
+    "REPLICAS_OF_POOL",
+    "REPLICA_INDEX",
+    "REPLICA_STRIDE",
+    "REQUEST_STRIDE",
+    "RESERVES",
+    "ROLE",
+    "ROOTS_AT",
+    "RUNNING",
+    "SCHEDULED",
+    "SERIAL",
+    "SKEW",
+    "SPECULATION",
+    "SPLITS",
+    "SQUARE",
+    "STAGE_SHARE",
+    "STALEST",
+    "STEPS",
+    "STEPS_RUN",
+    "STEP_START",
+    "STEP_TIME",
+    "STEP_TOKENS",
+    "STREAM_FREE",
+    "STRIDE",
+    "SUCCESSOR",
+    "THINK",
+    "TOKENS_AT",
+    "TOKEN_HINT",
+    "TRANSFER",
+    "TRANSFERRED",
+    "TURN",
+    "WAITING",
+    "WAIT_HEAD",
+    "WAIT_TAIL",
+    "WATERMARK",
+    "WHEEL_AT",
+    "WHEEL_SIZE",
+    "Floats",
+    "Ints",
+]
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+# The header of ints.
+NEXT_ROOT, NUM_ROOTS, IS_CLOSED, HAS_FEEDBACK, HEAP, CAN_SKIP, STEPS_RUN, FINISHED = 0, 1, 2, 3, 4, 5, 6, 7
+RECORDED, RECORD_SIZE, RECORD_AT, EVENTS_AT, ROOTS_AT, BLOCKS_AT, REPLICAS_AT = 8, 9, 10, 11, 12, 13, 14
+NUM_REPLICAS, WHEEL_SIZE, POOLS_AT = 15, 16, 17
+# A request. PROMPT grows by what was generated when it is recomputed.
+PROMPT, COMPUTED, STEPS, ENTRY, PHASE, PRIVATE, KEY, REFS = 0, 1, 2, 3, 4, 5, 6, 7
+LINK, PENDING, OLDER, NEWER, AFTER, BEFORE, ENGINE, PREEMPTIONS = 8, 9, 10, 11, 12, 13, 14, 15
+SUCCESSOR, CACHED, FIRST_SEGMENT, NUM_SEGMENTS, FINAL_SEGMENT, FIRST_ENGINE_OF = 16, 17, 18, 19, 20, 21
+OUTPUT, FIRST_CACHED, REQUEST_STRIDE = 22, 23, 24
+ARRIVAL, READY, SCHEDULED, PREFILLED, FIRST_TOKEN, FINISH, RATE, THINK, TRANSFER = 0, 1, 2, 3, 4, 5, 6, 7, 8
+# PHASE
+QUEUED, PREFILLING, DECODING, DONE, TRANSFERRED = 0, 1, 2, 3, 4
+# An engine. Its floats sum context, context^2, rate, rate^2 and context * rate over decoding sequences.
+WAIT_HEAD, WAIT_TAIL, WAITING, RUNNING, DECODES, COUNTER, FREE, PARTIAL = 0, 1, 2, 3, 4, 5, 6, 7
+DONE_HEAD, DONE_COUNT, IS_DECODING, NEWEST, PENDING_HEAD, BLOCKED, REPLICA, LIVE = (
+    8,
+    9,
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+)
+EVICTABLE, STALEST, FRESHEST, STEP_TOKENS, GROWTH_AT, WHEEL_AT, CACHE_AT = 16, 17, 18, 19, 20, 21, 22
+INDEX, ENGINE_STRIDE = 23, 24
+CONTEXT, SQUARE, RATES, RATE_SQUARE, CROSS, STEP_TIME, PROMPT_BUSY, DECODE_BUSY = 0, 1, 2, 3, 4, 5, 6, 7
+# A replica.
+IS_BUSY, LOAD, FIRST_ENGINE, NUM_ENGINES, POOL, REPLICA_INDEX, REPLICA_STRIDE = 0, 1, 2, 3, 4, 5, 6
+NEXT, FRONT_FREE, STREAM_FREE, LINK_FREE, STEP_START = 0, 1, 2, 3, 4
+# A pool. What ends in _AT and _HINT are places in floats.
+MAX_SEQUENCES, BUDGET, BLOCK, STRIDE, WATERMARK, MIXES, SPLITS, HAS_BUDGET = 0, 1, 2, 3, 4, 5, 6, 7
+RESERVES, BY_CHUNK, FILLS_EMPTY, HAS_LAG, SPECULATION, HAS_CACHE, ROLE, MICRO_BATCHES = (
+    8,
+    9,
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+)
+TOKENS_AT, NUM_TOKENS, PROMPTS_AT, NUM_PROMPTS, CONTEXTS_AT, NUM_CONTEXTS, DECODE_AT = (
+    16,
+    17,
+    18,
+    19,
+    20,
+    21,
+    22,
+)
+TOKEN_HINT, PROMPT_HINT, CONTEXT_HINT, IS_HIDDEN, FIRST_OF_POOL, REPLICAS_OF_POOL = 23, 24, 25, 26, 27, 28
+TURN, BALANCES, FOLLOWS, POOL_STRIDE = 29, 30, 31, 32
+SERIAL, FIXED, PER_TOKEN, SKEW, LATENCY, HOST, HOST_SEQUENCE, EAGER_HOST = 0, 1, 2, 3, 4, 5, 6, 7
+MAX_GRAPH, STAGE_SHARE, CACHED_SHARE, LINK_LATENCY, LINK_PER_TOKEN, PACE = 8, 9, 10, 11, 12, 13
+MAX_DIFFERENCE, MAX_RATIO = 14, 15
+# ROLE
+AGGREGATED, PREFILL, DECODE = 0, 1, 2
+# A recorded step.
+RECORD_ENGINE, RECORD_DECODES, RECORD_PROMPT_TOKENS, RECORD_FIRST_TOKENS, RECORD_STRIDE = 0, 1, 2, 3, 4
+RECORD_START, RECORD_END = 0, 1
+NO_BUDGET = 1 << 60
