@@ -35,6 +35,11 @@ class LazyGroup(click.Group):
             "meshwright.cli.export",
             "Write the files that launch a plan on Megatron-LM or DeepSpeed.",
         ),
+        "run": (
+            "meshwright.cli.run",
+            "Execute a plan on this machine or under torchrun; compare and keep it.",
+        ),
+        "place": ("meshwright.cli.place", "Place the experts of a mixture-of-experts model on ranks."),
         "validate": ("meshwright.cli.validate", "Score predictions against a table of measured runs."),
         "profile": ("meshwright.cli.profile", "Measure this machine: kernels, copies, collectives, clocks."),
         "calibrate": (

@@ -22,6 +22,13 @@ __all__ = ["command"]
     help="Append samples to this .jsonl.",
 )
 @click.option("--quick", is_flag=True, help="Under a minute: fewer shapes, 16 and 8 bits.")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["bf16", "fp8", "fp16", "fp32", "tf32"]),
+    help="Measure only this format (repeatable); else all the device has, quick 16 and 8 bits.",
+)
 @click.option("--model", metavar="MODEL", help="Add the exact shapes of this model (id or config.json).")
 @click.option(
     "--device",
@@ -37,6 +44,7 @@ def command(
     *,
     out: Path,
     quick: bool,
+    precisions: tuple[str, ...],
     model: str | None,
     device: str,
     collectives: bool,
@@ -49,7 +57,7 @@ def command(
 
     \b
     meshwright profile --out h200.jsonl
-    meshwright profile --quick --device cpu --out host.jsonl
+    meshwright profile --quick --device cpu --precision fp32 --out host.jsonl
     torchrun --nnodes 2 --nproc-per-node 8 -m meshwright profile --out across.jsonl
     """
     from dataclasses import replace
@@ -64,6 +72,8 @@ def command(
     spec = None if model is None else load_model(model)
     settings = quick_settings(spec) if quick else ProfileSettings(model=spec)
     settings = replace(settings, with_collectives=collectives, seed=common.seed)
+    if precisions:
+        settings = replace(settings, precisions=precisions)
     if max_seconds is not None:
         settings = replace(settings, max_seconds=max_seconds)
     found = discover_device(cast('Literal["auto", "cuda", "cpu"]', device))

@@ -83,18 +83,29 @@ def built_in_documents(name: str, gpu: GpuSpec, engine: str | None = None) -> tu
     return (_for_training(fitted), by_hand) if engine is None else (by_hand, fitted)
 
 
-def load_device_calibration(gpu: GpuSpec, node: NodeSpec | None = None) -> DeviceCalibration:
+def load_device_calibration(
+    gpu: GpuSpec, node: NodeSpec | None = None, *, engine: str | None = None
+) -> DeviceCalibration:
     """Return the built-in calibration of a device, or the one that represents its architecture.
 
     Curves of collectives measured over NVLink say nothing about GPUs that meet on PCIe: in such a ``node`` they
     are those of the measured PCIe device.
+
+    Parameters
+    ----------
+    gpu : GpuSpec
+        The device.
+    node : NodeSpec | None
+        Where it sits.
+    engine : str | None
+        Serving engine whose kernels run; None for training.
 
     Raises
     ------
     CalibrationError
         If neither the device nor its architecture has one.
     """
-    documents, reason, basis = _documents(gpu, node)
+    documents, reason, basis = _documents(gpu, node, engine)
     return _overlaid(documents, reason, basis)
 
 
@@ -135,7 +146,9 @@ def read_device_calibrations(
     except CalibrationError:
         return overlay(given, mine, is_estimate=False)
     # What was measured on the device itself is no estimate once its matrix products are.
-    if any("gemm.bf16" in document.operators for document in given):
+    if any(
+        name in document.operators for document in given for name in ("gemm.bf16", "gemm.fp16", "gemm.fp32")
+    ):
         basis = "calibrated"
     return _overlaid((*documents, *given), f"{mine}; what it lacks: {reason}", basis)
 
@@ -147,11 +160,11 @@ def _overlaid(
 
 
 def _documents(
-    gpu: GpuSpec, node: NodeSpec | None
+    gpu: GpuSpec, node: NodeSpec | None, engine: str | None = None
 ) -> tuple[tuple[CalibrationDocument, ...], str, CalibrationBasis]:
     """Return the built-in documents for a device in a node, why these, and what they rest on."""
     lender, is_borrowed, reason = _choose(gpu)
-    documents = built_in_documents(lender, gpu)
+    documents = built_in_documents(lender, gpu, engine)
     if is_borrowed:
         documents = tuple(_carried(document, gpu, load_gpu(lender)) for document in documents)
     basis: CalibrationBasis = "prior of the same generation" if is_borrowed else "calibrated"

@@ -80,6 +80,13 @@ class JsonRow:
             raise self.error(f"{name}: expected an object {{...}}")
         return value
 
+    def items(self, name: str) -> list[object]:
+        """Return a list."""
+        value = self._value(name)
+        if not isinstance(value, list):
+            raise self.error(f"{name}: expected a list [...]")
+        return value
+
     def text(self, name: str) -> str:
         """Return a text."""
         value = self._value(name)

@@ -70,6 +70,7 @@ _NODES: Mapping[str, str] = {
     "a10g": "a10g-8",
     "rtx-4090": "rtx-4090-8",
     "rtx-pro-6000-server": "rtx-pro-6000-8",
+    "cpu-host": "cpu-host-1",
 }
 # Named stacks without a generation file of their own, and the one whose overheads they borrow.
 _SOFTWARE_LENDERS: Mapping[str, str] = {

@@ -160,8 +160,13 @@ def layer_times(context: CostContext, cases: LayerCases, *, is_moe: bool = False
     forward = forward + kernels * forward_kernels * launch
     backward = backward + kernels * backward_kernels * launch
     # GEMM launches are in both figures, so the bound counts every kernel once: products and the others.
-    forward = np.maximum(forward, host * (kernels * forward_kernels + num_products))
-    backward = np.maximum(backward, host * (kernels * backward_kernels + 2.0 * num_products))
+    forward_launches = host * (kernels * forward_kernels + num_products)
+    backward_launches = host * (kernels * backward_kernels + 2.0 * num_products)
+    if context.gpu.architecture == "cpu":
+        # The processor that launches is the one that computes: nothing of it is hidden.
+        forward, backward = forward + forward_launches, backward + backward_launches
+    forward = np.maximum(forward, forward_launches)
+    backward = np.maximum(backward, backward_launches)
     selective, selective_axes = attention_forward, {"cp": context_forward}
     if context.software.selective_recompute == "operators":
         # Operator-level selective recompute keeps attention, every second product and the scattered sums; it

@@ -65,7 +65,13 @@ def calibrate(
     operators, notes = _fit_operators(measurements, gpu, settings or FitSettings())
     constants = measurements.constants
     link = (gpu.scale_up or gpu.host_link).bandwidth_bytes_per_second
-    collectives = fit_collectives(measurements.collectives, link)
+    try:
+        collectives = fit_collectives(measurements.collectives, link)
+    except CalibrationError as error:
+        # A profile that ran out of time among its collectives still tells everything else.
+        if not operators and not constants:
+            raise
+        collectives, notes = {}, (*notes, str(error))
     if not operators and not collectives and not constants:
         raise CalibrationError("; ".join(notes) or _nothing(measurements))
     attention = _attention_curves(measurements)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
 
+from meshwright.costmodels.operators.base import element_bytes
 from meshwright.profiler.device import Device
 from meshwright.profiler.sampling import gemm_shapes
 from meshwright.profiler.settings import ProfileSettings
@@ -15,8 +17,8 @@ from meshwright.profiler.suites.limits import Shape, fits_gemm, limits_of
 from meshwright.profiler.suites.model_shapes import model_gemm_shapes
 from meshwright.profiler.suites.operands import (
     dtype_of,
-    half_precision,
     lacks,
+    main_precision,
     normal,
     unsupported,
     wanted_precisions,
@@ -27,16 +29,18 @@ __all__ = ["SUITE", "prepare_product"]
 _NAME = "gemm"
 # Gradients of short batches are never computed: a model trains on thousands of tokens.
 _LEAST_GRADIENT_TOKENS = 1024
+# More than a core's own caches (2 MiB of the largest server cores of 2023), and how many sets of tiny operands at most.
+_ROTATED_BYTES, _MOST_SETS = 8.0 * 2**20, 256
 
 
 class _GemmSuite:
     name = _NAME
 
     def cases(self, device: Device, settings: ProfileSettings) -> Iterator[Case]:
-        half = half_precision(device)
+        main = main_precision(device, settings)
         for precision in wanted_precisions(device, settings):
             limits = limits_of(device, precision)
-            share = 1 if precision in (half, "fp8") else 3
+            share = 1 if precision in (main, "fp8") else 3
             count = -(-settings.num_points("gemm") // share)
             shapes = gemm_shapes(count, settings.seed, limits, precision)
             reason = lacks(device, precision)
@@ -44,13 +48,13 @@ class _GemmSuite:
                 yield from (unsupported(_NAME, "gemm", precision, shape, reason) for shape in shapes[:1])
                 continue
             yield from _cases("gemm", precision, shapes, device)
-            if precision == half:
+            if precision == main:
                 yield from self._gradients(precision, device, settings)
-            if settings.model is not None and precision in (half, "fp8"):
+            if settings.model is not None and precision in (main, "fp8"):
                 exact = model_gemm_shapes(settings.model, settings.tensor_parallel)
                 fitting = [shape for shape in exact if fits_gemm(shape, limits, precision, is_exact=True)]
                 yield from _cases("gemm", precision, fitting, device)
-                if precision == half:
+                if precision == main:
                     trained = [shape for shape in fitting if shape["m"] >= _LEAST_GRADIENT_TOKENS]
                     yield from _cases("gemm_dgrad", precision, map(_dgrad_shape, trained), device)
                     yield from _cases("gemm_wgrad", precision, map(_wgrad_shape, trained), device)
@@ -132,6 +136,31 @@ def _wgrad_shape(forward: Shape) -> Shape:
     return {"m": forward["n"], "n": forward["k"], "k": forward["m"]}
 
 
+def _prepare_rotation(
+    operator: str, precision: str, shape: Mapping[str, float], device: Device
+) -> Callable[[], object]:
+    """Return a product that finds its operands outside the core's own caches, as those of a training step are.
+
+    On a GPU the caches are flushed before each call; here one operand set after the other takes its turn.
+    """
+    product = prepare_product(operator, precision, shape, device)
+    m, n, k = (int(shape[name]) for name in ("m", "n", "k"))
+    num_bytes = (m * k + k * n + m * n) * element_bytes(precision)
+    count = min(_MOST_SETS, int(_ROTATED_BYTES / num_bytes))
+    turns = itertools.cycle([product, *(_repeated(product) for _ in range(count))])
+
+    def next_product() -> object:
+        return next(turns)()
+
+    return next_product
+
+
+def _repeated(product: Callable[[], object]) -> Callable[[], object]:
+    """Return the same product on copies of its operands, their layouts kept."""
+    assert isinstance(product, partial)
+    return partial(product.func, *(each.clone() for each in product.args), **product.keywords)
+
+
 def _cases(operator: str, precision: str, shapes: Iterable[Shape], device: Device) -> Iterator[Case]:
     for shape in shapes:
         yield Case(
@@ -139,5 +168,7 @@ def _cases(operator: str, precision: str, shapes: Iterable[Shape], device: Devic
             operator=operator,
             precision=precision,
             shape=shape,
-            prepare=partial(prepare_product, operator, precision, shape, device),
+            prepare=partial(
+                prepare_product if device.is_gpu else _prepare_rotation, operator, precision, shape, device
+            ),
         )

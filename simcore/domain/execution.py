@@ -11,7 +11,7 @@ from meshwright.simcore.domain.model_catalog import model_to_mapping
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.domain.workload import TrainingWorkload
 
-__all__ = ["Execution", "ExecutionDevice", "execution_text"]
+__all__ = ["Execution", "ExecutionDevice", "execution_mapping", "execution_text"]
 
 ExecutionDevice = Literal["cpu", "cuda"]
 _SCHEMA_VERSION = 1
@@ -42,9 +42,9 @@ class Execution:
     seed: int = 0
 
 
-def execution_text(execution: Execution) -> str:
-    """Return the execution as JSON, with its schema version; the order of keys is fixed."""
-    document = {
+def execution_mapping(execution: Execution) -> dict[str, object]:
+    """Return the execution as plain data, with its schema version; the order of keys is fixed, absent fields have none."""
+    return {
         "schema_version": _SCHEMA_VERSION,
         "kind": "execution",
         "written_by": "meshwright",
@@ -52,8 +52,21 @@ def execution_text(execution: Execution) -> str:
         "num_steps": execution.num_steps,
         "num_warmup_steps": execution.num_warmup_steps,
         "seed": execution.seed,
-        "plan": asdict(execution.plan),
+        "plan": _plan_mapping(execution.plan),
         "workload": asdict(execution.workload),
         "model": model_to_mapping(execution.model),
     }
-    return json.dumps(document, indent=2) + "\n"
+
+
+def execution_text(execution: Execution) -> str:
+    """Return the execution as JSON."""
+    return json.dumps(execution_mapping(execution), indent=2) + "\n"
+
+
+def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:
+    mapping = {key: value for key, value in asdict(plan).items() if value is not None}
+    if plan.device_mapping is not None:
+        # Rows as CUDA_VISIBLE_DEVICES writes them, as in plan files.
+        rows = [",".join(map(str, row)) for row in plan.device_mapping.gpu_orders]
+        mapping["device_mapping"] = asdict(plan.device_mapping) | {"gpu_orders": rows}
+    return mapping

@@ -16,6 +16,7 @@ DOCUMENTED = {
     "megatron-deepspeed-2022",
     "megatron-2024",
     "megatron-core",
+    "meshwright-executor",
     "llm-foundry-fsdp1",
     "torchtitan",
     "internevo",

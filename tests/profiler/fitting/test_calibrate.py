@@ -187,6 +187,17 @@ def test_an_operator_with_too_few_shapes_is_left_out_with_a_note() -> None:
     assert result.notes == ("gemm_dgrad.bf16: 5 measured shapes are too few; measure at least 7 more",)
 
 
+def test_collectives_cut_short_are_left_out_with_a_note_when_others_can_be_fitted() -> None:
+    whole = collective()
+    cut = replace(whole, num_bytes=whole.num_bytes[:3], seconds=whole.seconds[:3])
+    result = calibrate(measured(products("gemm", 60), collectives=(cut,)), H200, SMOOTH_ONLY)
+    assert list(result.document.operators) == ["gemm.bf16"]
+    assert result.document.collectives == {}
+    assert any("3 message sizes are too few" in note for note in result.notes)
+    with pytest.raises(CalibrationError, match="3 message sizes are too few"):
+        calibrate(measured(collectives=(cut,)), H200, SMOOTH_ONLY)
+
+
 def test_what_no_part_of_a_calibration_takes_is_said() -> None:
     constants = {
         name: MeasuredConstant(value=1.0, source="once")
