@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from meshwright.cli.options import CommonOptions, common_options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from meshwright.planner.export import ExportBundle, Exporter, ServingExporter
 
 __all__ = ["command"]
 
 
 @click.command("export", short_help="Write the files that launch a plan.")
 @click.argument("plan", type=click.Path(path_type=Path), required=False)
-@click.option("--to", "target", help="Framework; --list names them.")
+@click.option("--to", "target", help="Framework or engine; --list names them.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--launcher", type=click.Choice(["torchrun", "slurm"]), default="torchrun", show_default=True)
+@click.option("--target-version", help="Release of the target; the newest that is known unless given.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["torchrun", "slurm", "kubernetes"]),
+    help="What starts a training plan: torchrun by hand on every node (default), Slurm or Kubernetes.",
+)
+@click.option(
+    "--placement",
+    "writes_placement",
+    is_flag=True,
+    help="Write host lists and GPU orders of a training plan even where ranks keep their natural order.",
+)
 @click.option(
     "--list", "lists_targets", is_flag=True, help="Show targets, releases and what each can express."
 )
@@ -25,7 +43,9 @@ def command(
     plan: Path | None,
     target: str | None,
     out: Path | None,
-    launcher: str,
+    target_version: str | None,
+    launcher: str | None,
+    writes_placement: bool,
     lists_targets: bool,
     common: CommonOptions,
 ) -> None:
@@ -44,22 +64,50 @@ def command(
     assert plan is not None
     assert target is not None
     assert out is not None
-    _export(plan, target, out, launcher, common)
+    from meshwright.planner.serving.plan_file import is_serving_plan
+
+    if is_serving_plan(plan):
+        for given, name in ((launcher is not None, "--launcher"), (writes_placement, "--placement")):
+            if given:
+                raise click.UsageError(
+                    f"{name} is for training plans; --list shows the targets of serving plans."
+                )
+        bundle = _serving_bundle(plan, target, target_version)
+    else:
+        bundle = _training_bundle(plan, target, target_version, launcher or "torchrun", writes_placement)
+    _write(bundle, out, common)
 
 
-def _export(plan: Path, target: str, out: Path, launcher: str, common: CommonOptions) -> None:
-    from meshwright.cli.render.console import print_json, stdout_console
-    from meshwright.errors import SpecError, did_you_mean
-    from meshwright.planner.export import EXPORTERS, write_bundle
+def _training_bundle(
+    plan: Path, target: str, version: str | None, launcher: str, writes_placement: bool
+) -> ExportBundle:
+    from meshwright.planner.export import EXPORTERS, SERVING_EXPORTERS
+    from meshwright.planner.export.selection import find_exporter
     from meshwright.planner.plan_file import read_plan
+    from meshwright.simcore.domain.device_mapping import DeviceMapping
 
-    if target not in EXPORTERS:
-        raise SpecError(
-            f"--to: unknown target '{target}'{did_you_mean(target, EXPORTERS) or ';'} known: "
-            f"{', '.join(sorted(EXPORTERS))}"
-        )
+    exporter = find_exporter(EXPORTERS, SERVING_EXPORTERS, target, version, "training")
     document = read_plan(plan)
-    bundle = EXPORTERS[target].export(document.job, document.plan, launcher)  # type: ignore[arg-type]  # click.Choice
+    placed = document.plan
+    if writes_placement and placed.device_mapping is None:
+        placed = dataclasses.replace(placed, device_mapping=DeviceMapping())
+    return exporter.export(document.job, placed, launcher)  # type: ignore[arg-type]  # click.Choice
+
+
+def _serving_bundle(plan: Path, target: str, version: str | None) -> ExportBundle:
+    from meshwright.planner.export import EXPORTERS, SERVING_EXPORTERS
+    from meshwright.planner.export.selection import find_exporter
+    from meshwright.planner.serving.plan_file import read_serving_plan
+
+    exporter = find_exporter(SERVING_EXPORTERS, EXPORTERS, target, version, "serving")
+    document = read_serving_plan(plan)
+    return exporter.export(document.job, document.plan)
+
+
+def _write(bundle: ExportBundle, out: Path, common: CommonOptions) -> None:
+    from meshwright.cli.render.console import print_json, stdout_console
+    from meshwright.planner.export import write_bundle
+
     paths = write_bundle(bundle, out, common.force)
     if common.as_json:
         print_json(
@@ -87,17 +135,30 @@ def _export(plan: Path, target: str, out: Path, launcher: str, common: CommonOpt
 
 def _list_targets(common: CommonOptions) -> None:
     from meshwright.cli.render.console import print_json, stdout_console
-    from meshwright.planner.export import EXPORTERS
+    from meshwright.planner.export import EXPORTERS, SERVING_EXPORTERS
 
+    tables: dict[str, Mapping[str, Exporter | ServingExporter]] = {
+        "training": EXPORTERS,
+        "serving": SERVING_EXPORTERS,
+    }
+    rows = [
+        (kind, name, exporter.target_version, dict(exporter.expresses))
+        for kind, table in tables.items()
+        for name, exporter in sorted(table.items())
+    ]
     if common.as_json:
         targets = [
-            {"target": name, "target_version": exporter.target_version, "expresses": dict(exporter.expresses)}
-            for name, exporter in sorted(EXPORTERS.items())
+            {"target": name, "target_version": version, "plans": kind, "expresses": expresses}
+            for kind, name, version, expresses in rows
         ]
         print_json({"kind": "export_targets", "targets": targets})
         return
     console = stdout_console()
-    for name, exporter in sorted(EXPORTERS.items()):
-        console.print(f"{name} {exporter.target_version}", markup=False, soft_wrap=True)
-        for topic, words in exporter.expresses.items():
+    heading = ""
+    for kind, name, version, expresses in rows:
+        if kind != heading:
+            heading = kind
+            console.print(f"For {kind} plans:", markup=False)
+        console.print(f"{name} {version}", markup=False, soft_wrap=True)
+        for topic, words in expresses.items():
             console.print(f"  {topic:<11}{words}", markup=False, soft_wrap=True)

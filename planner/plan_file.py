@@ -17,6 +17,7 @@ from meshwright.errors import SpecError
 from meshwright.hardware_specs.catalog import cluster_from_section
 from meshwright.hardware_specs.spec_writing import cluster_to_mapping, dump_yaml
 from meshwright.hardware_specs.yaml_document import Section, read_yaml
+from meshwright.planner.device_mapping_section import device_mapping_mapping, device_mapping_of_section
 from meshwright.planner.workload_options import software_features, workload_options
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.layer_groups import (
@@ -59,6 +60,7 @@ _RARE_FIELDS = (
     "parameter_offload",
     "activation_offload",
     "layer_groups",
+    "device_mapping",
 )
 
 
@@ -171,6 +173,8 @@ def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:
     for key in ("layers_per_stage", "recompute_modules"):
         mapping[key] = list(mapping[key])
     mapping["layer_groups"] = [_group_mapping(group) for group in plan.layer_groups]
+    if plan.device_mapping is not None:
+        mapping["device_mapping"] = device_mapping_mapping(plan.device_mapping)
     defaults = {each.name: each.default for each in dataclasses.fields(plan)}
     return {
         key: value
@@ -215,6 +219,8 @@ def _plan(section: Section) -> ParallelPlan:
     activation_offload = section.boolean("activation_offload", default=False)
     groups = section.sections("layer_groups") if section.has("layer_groups") else ()
     layer_groups = tuple(_layer_group(group) for group in groups)
+    mapped = section.optional_section("device_mapping")
+    device_mapping = None if mapped is None else device_mapping_of_section(mapped)
     # Before the plan is built: a mistyped key must not show as a degree that does not fit.
     section.close()
     try:
@@ -238,6 +244,7 @@ def _plan(section: Section) -> ParallelPlan:
             parameter_offload=parameter_offload,
             activation_offload=activation_offload,
             layer_groups=layer_groups,
+            device_mapping=device_mapping,
         )
     except SpecError as error:
         raise section.error("", str(error)) from None

@@ -69,7 +69,7 @@ class DeepSpeedExporter:
         return broken_rules(DEEPSPEED_RULES, job, plan)
 
     def export(self, job: TrainingJob, plan: ParallelPlan, launcher: Launcher) -> ExportBundle:
-        """Return ``ds_config.json``, ``args.sh``, ``launch.sh`` and, for Slurm, ``job.sbatch``.
+        """Return ``ds_config.json``, ``args.sh``, ``launch.sh`` and what the launcher adds.
 
         Raises
         ------
@@ -82,6 +82,10 @@ class DeepSpeedExporter:
         )
         notes = _notes(job, plan)
         uses_nvme = "nvme" in (plan.optimizer_offload, plan.parameter_offload)
+        files = (
+            ExportFile("ds_config.json", json.dumps(deepspeed_config(job, plan), indent=2) + "\n"),
+            ExportFile("args.sh", args_file(title, (_CONFIG_OPTION,), notes)),
+        )
         scripts = launch_files(
             job,
             plan,
@@ -91,15 +95,12 @@ class DeepSpeedExporter:
             required=(("TRAIN_SCRIPT", "your training script, which calls deepspeed.initialize"),),
             words=('"$TRAIN_SCRIPT"', '"${DEEPSPEED_ARGS[@]}"', '"$EXPORT_DIR/ds_config.json"'),
             checks=(_NVME_CHECK,) if uses_nvme else (),
+            mounted=files,
         )
         return ExportBundle(
             target=self.target,
             target_version=self.target_version,
-            files=(
-                ExportFile("ds_config.json", json.dumps(deepspeed_config(job, plan), indent=2) + "\n"),
-                ExportFile("args.sh", args_file(title, (_CONFIG_OPTION,), notes)),
-                *scripts,
-            ),
+            files=(*files, *scripts),
             launch_command=launch_command(launcher, "TRAIN_SCRIPT", "/path/to/train.py"),
             notes=notes,
         )

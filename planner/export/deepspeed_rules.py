@@ -7,7 +7,14 @@ something else.
 
 from __future__ import annotations
 
-from meshwright.planner.export.rules import COMMON_RULES, Rule, divisors, nearest, nearest_multiples
+from meshwright.planner.export.rules import (
+    COMMON_RULES,
+    Rule,
+    divisors,
+    nearest,
+    nearest_multiples,
+    ranks_in_natural_order,
+)
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -216,6 +223,7 @@ def precision_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 DEEPSPEED_RULES: tuple[Rule, ...] = (
     *COMMON_RULES,
+    ranks_in_natural_order,
     no_pipeline,
     no_interleaving,
     no_gradient_sharding_in_pipeline,

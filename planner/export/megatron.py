@@ -1,4 +1,4 @@
-"""Export to Megatron-LM: argument arrays, environment, torchrun script, Slurm job."""
+"""Export to Megatron-LM: argument arrays, environment, launch scripts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from meshwright.planner.export.scripts import args_file, label
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["MegatronExporter"]
+__all__ = ["MegatronExporter", "megatron_environment"]
 
 #: Generations on which compute and communication kernels no longer need one hardware queue to keep order.
 _NEEDS_NO_SINGLE_QUEUE = ("blackwell", "rubin")
 
 
 class MegatronExporter:
-    """Megatron-LM's ``pretrain_gpt.py``; its default rank order is the plan's, so none is written."""
+    """Megatron-LM's ``pretrain_gpt.py``; its default rank order is the plan's, unless a device mapping says otherwise."""
 
     target = "megatron"
     target_version = "core_r0.16"
@@ -60,7 +60,7 @@ class MegatronExporter:
         return broken_rules(MEGATRON_RULES, job, plan)
 
     def export(self, job: TrainingJob, plan: ParallelPlan, launcher: Launcher) -> ExportBundle:
-        """Return ``args.sh``, ``env.sh``, ``launch.sh`` and, for Slurm, ``job.sbatch``.
+        """Return ``args.sh``, ``env.sh``, ``launch.sh`` and what the launcher adds.
 
         Raises
         ------
@@ -73,6 +73,10 @@ class MegatronExporter:
         )
         groups = megatron_arguments(job, plan)
         notes = _notes(job, plan)
+        files = (
+            ExportFile("env.sh", megatron_environment(job, plan)),
+            ExportFile("args.sh", args_file(title, groups, notes)),
+        )
         scripts = launch_files(
             job,
             plan,
@@ -81,21 +85,19 @@ class MegatronExporter:
             sources=("env.sh", "args.sh"),
             required=(("MEGATRON_PATH", f"a Megatron-LM checkout ({self.target_version})"),),
             words=('"$MEGATRON_PATH/pretrain_gpt.py"', *(f'"${{{group.name}[@]}}"' for group in groups)),
+            mounted=files,
         )
         return ExportBundle(
             target=self.target,
             target_version=self.target_version,
-            files=(
-                ExportFile("env.sh", _environment(job, plan)),
-                ExportFile("args.sh", args_file(title, groups, notes)),
-                *scripts,
-            ),
+            files=(*files, *scripts),
             launch_command=launch_command(launcher, "MEGATRON_PATH", "/path/to/Megatron-LM"),
             notes=notes,
         )
 
 
-def _environment(job: TrainingJob, plan: ParallelPlan) -> str:
+def megatron_environment(job: TrainingJob, plan: ParallelPlan) -> str:
+    """Return the environment of every rank, to be sourced."""
     lines = ["# shellcheck shell=bash", "# Environment of every rank."]
     if is_fully_sharded(plan):
         lines += [

@@ -13,10 +13,17 @@ from meshwright.planner.export.megatron_rules import (
     num_sharding_groups,
 )
 from meshwright.planner.export.scripts import ArgumentGroup
+from meshwright.simcore.domain.device_mapping import RANK_ORDERS
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["megatron_arguments", "pipeline_layout"]
+__all__ = [
+    "CP_COMM_TYPE",
+    "FSDP_STRATEGY",
+    "counts_on_tp_overlap",
+    "megatron_arguments",
+    "pipeline_layout",
+]
 
 _PRECISION: dict[str, tuple[tuple[str, ...], ...]] = {
     "bf16": (("--bf16",),),
@@ -25,9 +32,9 @@ _PRECISION: dict[str, tuple[tuple[str, ...], ...]] = {
     "fp8_block": (("--bf16",), ("--fp8-format", "e4m3"), ("--fp8-recipe", "blockwise")),
     "mxfp8": (("--bf16",), ("--fp8-format", "e4m3"), ("--fp8-recipe", "mxfp8")),
 }
-_FSDP_STRATEGY = {"zero2": "optim_grads", "zero3": "optim_grads_params", "hsdp": "optim_grads_params"}
+FSDP_STRATEGY = {"zero2": "optim_grads", "zero3": "optim_grads_params", "hsdp": "optim_grads_params"}
 # Names that Transformer Engine knows; the help text of the option says "allgather", which it does not.
-_CP_COMM_TYPE = {"ring": "p2p", "ulysses": "a2a", "all_gather": "all_gather", "hierarchical": "a2a+p2p"}
+CP_COMM_TYPE = {"ring": "p2p", "ulysses": "a2a", "all_gather": "all_gather", "hierarchical": "a2a+p2p"}
 
 
 def megatron_arguments(job: TrainingJob, plan: ParallelPlan) -> tuple[ArgumentGroup, ...]:
@@ -69,16 +76,23 @@ def pipeline_layout(layers_per_stage: tuple[int, ...], num_mtp_layers: int = 0) 
     return "|".join(stages)
 
 
+def counts_on_tp_overlap(job: TrainingJob, plan: ParallelPlan) -> bool:
+    """Return whether the prediction pipelines products with their gathers, inside one scale-up domain."""
+    fits = plan.sequence_parallel and plan.tp <= job.cluster.node.num_gpus
+    return fits and load_software(job.software).tp_overlap > 0
+
+
 def _parallel(job: TrainingJob, plan: ParallelPlan) -> Options:
     options: Options = [
         ("--tensor-model-parallel-size", str(plan.tp)),
         ("--pipeline-model-parallel-size", str(plan.pp)),
         ("--context-parallel-size", str(plan.cp)),
     ]
+    if plan.device_mapping is not None and plan.device_mapping.rank_order != RANK_ORDERS[0]:
+        options.append(("--use-tp-pp-dp-mapping",))
     if plan.sequence_parallel:
         options.append(("--sequence-parallel",))
-        if plan.tp <= job.cluster.node.num_gpus and load_software(job.software).tp_overlap > 0:
-            # The prediction counts on it: products pipelined with their gathers inside one scale-up domain.
+        if counts_on_tp_overlap(job, plan):
             options.append(("--tp-comm-overlap",))
     options += _context_parallel(job, plan)
     if job.model.moe is not None:
@@ -98,7 +112,7 @@ def _parallel(job: TrainingJob, plan: ParallelPlan) -> Options:
 def _context_parallel(job: TrainingJob, plan: ParallelPlan) -> Options:
     if plan.cp == 1:
         return []
-    options: Options = [("--cp-comm-type", _CP_COMM_TYPE[plan.cp_method])]
+    options: Options = [("--cp-comm-type", CP_COMM_TYPE[plan.cp_method])]
     if plan.cp_method == "hierarchical":
         inner = head_exchange_ranks(job, plan)
         # The first level is the innermost: neighbours in rank.
@@ -113,7 +127,7 @@ def _sharding(plan: ParallelPlan) -> Options:
     if is_fully_sharded(plan):
         options += [
             ("--use-megatron-fsdp",),
-            ("--data-parallel-sharding-strategy", _FSDP_STRATEGY[plan.sharding]),
+            ("--data-parallel-sharding-strategy", FSDP_STRATEGY[plan.sharding]),
             ("--no-gradient-accumulation-fusion",),
             ("--ckpt-format", "fsdp_dtensor"),
         ]

@@ -19,6 +19,7 @@ from meshwright.planner.export.rules import (
     nearest_multiples,
     window_bites,
 )
+from meshwright.simcore.domain.device_mapping import RANK_ORDERS
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -269,8 +270,27 @@ def activation_offload_exists(job: TrainingJob, plan: ParallelPlan) -> str | Non
     return None
 
 
+def rank_order_fits_experts(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Off the default order, dense layers and experts must have equally many replicas (parallel_state.py)."""
+    mapping = plan.device_mapping
+    if mapping is None or mapping.rank_order == RANK_ORDERS[0] or plan.pp == 1:
+        return None
+    if job.model.moe is None and plan.cp > 1:
+        # The grid of experts exists without them, with etp equal to tp and the ranks of cp among its replicas.
+        return (
+            f"rank_order '{mapping.rank_order}' needs cp 1, not {plan.cp}; use rank_order '{RANK_ORDERS[0]}'."
+        )
+    if job.model.moe is None or plan.ep * plan.etp == plan.tp * plan.cp:
+        return None
+    return (
+        f"rank_order '{mapping.rank_order}' needs ep {plan.ep} x etp {plan.etp} to be tp {plan.tp} x cp {plan.cp}; "
+        f"use rank_order '{RANK_ORDERS[0]}'."
+    )
+
+
 MEGATRON_RULES: tuple[Rule, ...] = (
     *COMMON_RULES,
+    rank_order_fits_experts,
     *MEGATRON_MODEL_RULES,
     tensor_parallel_divides_attention,
     tensor_parallel_divides_mlp,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.specs import ClusterSpec
 from meshwright.planner.export.scripts import label
+from meshwright.simcore.domain.device_mapping import RANK_ORDERS
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -24,6 +25,7 @@ __all__ = [
     "inner_stages_hold_layers",
     "nearest",
     "nearest_multiples",
+    "ranks_in_natural_order",
     "server_size",
     "window_bites",
 ]
@@ -157,6 +159,26 @@ def settings_take_effect(job: TrainingJob, plan: ParallelPlan) -> str | None:
     return None
 
 
+def mapping_fits(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """A mapping names the hosts and GPUs of the plan's nodes."""
+    per_node = min(server_size(job.cluster), plan.num_gpus)
+    if plan.device_mapping is None or plan.num_gpus % per_node:
+        return None
+    try:
+        plan.device_mapping.check_fits(plan.num_gpus // per_node, per_node)
+    except SpecError as error:
+        return f"{error}."
+    return None
+
+
+def ranks_in_natural_order(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Only Megatron can run its ranks through the stages before the replicas."""
+    mapping = plan.device_mapping
+    if mapping is None or plan.pp == 1 or plan.dp == 1 or mapping.rank_order == RANK_ORDERS[0]:
+        return None
+    return f"rank_order '{mapping.rank_order}' has no counterpart in the target; use '{RANK_ORDERS[0]}'."
+
+
 def vocabulary_stays_whole(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """No released framework cuts the vocabulary over stages; moving layers off the ends is a layout like any other."""
     if plan.vocab_parallel in ("none", "redistributed"):
@@ -208,6 +230,7 @@ COMMON_RULES: tuple[Rule, ...] = (
     stages_hold_every_layer,
     ranks_fill_whole_nodes,
     batch_divides,
+    mapping_fits,
     vocabulary_stays_whole,
     expert_axes_need_experts,
 )

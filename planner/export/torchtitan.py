@@ -22,6 +22,7 @@ from meshwright.planner.export.scripts import ArgumentGroup, args_file, label
 from meshwright.planner.export.torchtitan_flavors import find_flavor
 from meshwright.planner.export.torchtitan_module import model_module
 from meshwright.planner.export.torchtitan_rules import TORCHTITAN_0_2_RULES, TORCHTITAN_0_3_RULES
+from meshwright.planner.export.torchtitan_schedule import PLACED_LIKE, SCHEDULE_FILE, schedule_csv
 from meshwright.planner.export.torchtitan_settings import (
     as_arguments,
     as_toml,
@@ -40,7 +41,18 @@ _ASSETS = (
 )
 _LIMITS: dict[str, tuple[int | str | bool, ...]] = {
     "cp_method": ("ring", "all_gather"),
-    "schedule": ("none", "gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v", "dualpipe_v"),
+    "schedule": (
+        "none",
+        "gpipe",
+        "1f1b",
+        "interleaved_1f1b",
+        "zb_h1",
+        "zb_h2",
+        "zb_v",
+        "v_half",
+        "v_min",
+        "dualpipe_v",
+    ),
     "sharding": ("none", "zero2", "zero3", "hsdp"),
     "expert_overlap": (1,),
     "secondary_group": (0,),
@@ -51,7 +63,7 @@ _LIMITS: dict[str, tuple[int | str | bool, ...]] = {
     "vocab_parallel": ("none", "redistributed"),
 }
 _EXPRESSES = {
-    "schedule": "gpipe, 1f1b, interleaved_1f1b, zb_h1, zb_v, dualpipe_v",
+    "schedule": "gpipe, 1f1b, interleaved_1f1b, zb_h1, zb_v, dualpipe_v; zb_h2, v_half, v_min as tables",
     "stages": "any number of layers each",
     "sharding": "none (replicas), zero2, zero3, hsdp",
     "recompute": "none, selective (operators), full",
@@ -74,7 +86,7 @@ class _Exporter(ABC):
         return broken_rules(self._rules, job, plan)
 
     def export(self, job: TrainingJob, plan: ParallelPlan, launcher: Launcher) -> ExportBundle:
-        """Return ``env.sh``, the settings, ``launch.sh`` and, for Slurm, ``job.sbatch``.
+        """Return ``env.sh``, the settings, ``launch.sh`` and what the launcher adds.
 
         Raises
         ------
@@ -88,6 +100,10 @@ class _Exporter(ABC):
         default = self._model_name(job)
         notes = _notes(job, plan, is_registered=default is not None)
         settings, sources, words, last_words = self._settings(job, plan, title, notes)
+        if plan.schedule in PLACED_LIKE:
+            settings = (*settings, ExportFile(SCHEDULE_FILE, schedule_csv(job, plan)))
+            words = (*words, f'--parallelism.pipeline-parallel-schedule-csv "$EXPORT_DIR/{SCHEDULE_FILE}"')
+        files = (ExportFile("env.sh", _environment(default)), *settings)
         model = ("TORCHTITAN_MODEL", self._model_meaning)
         scripts = launch_files(
             job,
@@ -98,12 +114,13 @@ class _Exporter(ABC):
             required=(_ASSETS,) if default else (_ASSETS, model),
             words=("-m torchtitan.train", *words),
             last_words=last_words,
+            mounted=files,
         )
         command = launch_command(launcher, _ASSETS[0], "/path/to/tokenizer")
         return ExportBundle(
             target=self.target,
             target_version=self.target_version,
-            files=(ExportFile("env.sh", _environment(default)), *settings, *scripts),
+            files=(*files, *scripts),
             launch_command=command if default else f"TORCHTITAN_MODEL={self._model_example} {command}",
             notes=notes,
         )

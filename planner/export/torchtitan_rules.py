@@ -14,16 +14,18 @@ from meshwright.planner.export.rules import (
     inner_stages_hold_layers,
     nearest,
     nearest_multiples,
+    ranks_in_natural_order,
 )
 from meshwright.planner.export.torchtitan_flavors import find_flavor
+from meshwright.planner.export.torchtitan_schedule import PLACED_LIKE, schedule_fits
 from meshwright.planner.export.torchtitan_settings import SCHEDULE_NAMES, sharding_degrees
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
 __all__ = ["TORCHTITAN_0_2_RULES", "TORCHTITAN_0_3_RULES"]
 
-_NEAR_SCHEDULE = {"zb_h2": "zb_h1", "v_half": "zb_v", "v_min": "zb_v", "dualpipe": "dualpipe_v"}
-_TWO_CHUNKS = ("zb_v", "dualpipe_v")
+_NEAR_SCHEDULE = {"dualpipe": "dualpipe_v"}
+_TWO_CHUNKS = ("zb_v", "v_half", "v_min", "dualpipe_v")
 
 
 def tensor_parallel_divides(job: TrainingJob, plan: ParallelPlan) -> str | None:
@@ -56,10 +58,10 @@ def sequence_splits(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 
 def schedule_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """Names of torch.distributed.pipelining; the V-shaped ones hold two chunks per stage."""
+    """Names of torch.distributed.pipelining, or a table of one copy of the model; a V has two chunks per stage."""
     if plan.schedule == "none":
         return None
-    if plan.schedule not in SCHEDULE_NAMES:
+    if plan.schedule not in (*SCHEDULE_NAMES, *PLACED_LIKE):
         return (
             f"schedule '{plan.schedule}' does not exist in torchtitan; use '{_NEAR_SCHEDULE[plan.schedule]}'."
         )
@@ -278,8 +280,16 @@ def positions_reach(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 
 def multi_token_prediction_stands_alone(job: TrainingJob, plan: ParallelPlan) -> str | None:
-    """Its modules go with neither pipelines nor context parallelism (models/deepseek_v3/mtp.py)."""
-    if not job.model.num_mtp_layers or plan.pp == plan.cp == 1:
+    """Its modules are deepseek_v3's and go with neither pipelines nor context parallelism (models/deepseek_v3/mtp.py)."""
+    if not job.model.num_mtp_layers:
+        return None
+    flavor = find_flavor(job.model, "0.3.0")
+    if flavor is not None and flavor.family != "deepseek_v3":
+        return (
+            f"multi-token prediction (num_mtp_layers {job.model.num_mtp_layers}) does not exist for {flavor.family} in "
+            "torchtitan; export a model without."
+        )
+    if plan.pp == plan.cp == 1:
         return None
     return (
         f"multi-token prediction (num_mtp_layers {job.model.num_mtp_layers}) goes with neither pp {plan.pp} nor cp "
@@ -296,9 +306,11 @@ def adapters_beside_dense_layers(job: TrainingJob, plan: ParallelPlan) -> str | 
 
 _SHARED: tuple[Rule, ...] = (
     *COMMON_RULES,
+    ranks_in_natural_order,
     tensor_parallel_divides,
     sequence_splits,
     schedule_exists,
+    schedule_fits,
     micro_batches_suffice,
     inner_stages_hold_layers,
     pipeline_without_tied_embeddings,

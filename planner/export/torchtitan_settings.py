@@ -10,6 +10,7 @@ import json
 
 from meshwright.costmodels.software import load_software
 from meshwright.planner.export.scripts import ArgumentGroup
+from meshwright.planner.export.torchtitan_schedule import PLACED_LIKE
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -38,7 +39,7 @@ SCHEDULE_NAMES = {
     "dualpipe_v": "DualPipeV",
 }
 #: Schedules that split the backward pass, which torch refuses on compiled modules.
-SPLIT_BACKWARD = ("zb_h1", "zb_v", "dualpipe_v")
+SPLIT_BACKWARD = ("zb_h1", "zb_v", "dualpipe_v", *PLACED_LIKE)
 _ROTATE_METHOD = {"ring": "alltoall", "all_gather": "allgather"}
 
 
@@ -171,7 +172,8 @@ def _parallelism(job: TrainingJob, plan: ParallelPlan, is_old: bool) -> dict[str
     values["pipeline_parallel_degree"] = plan.pp
     if plan.pp > 1:
         values |= {
-            "pipeline_parallel_schedule": SCHEDULE_NAMES[plan.schedule],
+            # A schedule of a table is named after one that places its stages alike.
+            "pipeline_parallel_schedule": (SCHEDULE_NAMES | PLACED_LIKE)[plan.schedule],
             "pipeline_parallel_microbatch_size": plan.micro_batch_size,
             "module_fqns_per_model_part": module_names(plan, "output" if is_old else "lm_head"),
         }

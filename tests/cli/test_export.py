@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from meshwright.planner.export import EXPORTERS, SERVING_EXPORTERS
+
 
 @pytest.fixture(scope="module")
 def megatron_plan(tmp_path_factory, job_text, meshwright):
@@ -58,7 +60,8 @@ def test_the_list_shows_each_target_with_its_release_and_what_it_can_express(mes
     outcome = meshwright("export", "--list", "--json")
     assert outcome.code == 0, outcome.stderr
     targets = {entry["target"]: entry for entry in json.loads(outcome.stdout)["targets"]}
-    assert set(targets) == {"deepspeed", "megatron", "torchtitan", "torchtitan-0.2"}
+    assert {name for name, entry in targets.items() if entry["plans"] == "training"} == set(EXPORTERS)
+    assert {name for name, entry in targets.items() if entry["plans"] == "serving"} == set(SERVING_EXPORTERS)
     assert targets["megatron"]["target_version"] == "core_r0.16"
     assert "hierarchical" in targets["megatron"]["expresses"]["context"]
     text = meshwright("export", "--list").stdout

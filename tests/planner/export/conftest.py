@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 # In the order of their imports.
-for _NAME in ("export_cases", "export_strategies"):
+for _NAME in ("export_cases", "export_strategies", "serving_cases"):
     _SPEC = importlib.util.spec_from_file_location(_NAME, Path(__file__).with_name(f"{_NAME}.py"))
     assert _SPEC is not None
     assert _SPEC.loader is not None

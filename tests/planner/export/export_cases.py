@@ -10,6 +10,7 @@ import pytest
 from meshwright.errors import UnsupportedByTargetError
 from meshwright.hardware_specs.specs import ClusterSpec, FabricSpec, GpuSpec, LinkSpec, NodeSpec
 from meshwright.planner.export import EXPORTERS, ExportBundle, Launcher
+from meshwright.simcore.domain.device_mapping import DeviceMapping
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model import MlaSpec, ModelSpec, MoeSpec
 from meshwright.simcore.domain.plan import ParallelPlan, ScheduleName, partition_layers
@@ -263,6 +264,37 @@ CASES: dict[str, tuple[str, Launcher, TrainingJob, ParallelPlan]] = {
             recompute_modules=("layernorm", "moe_act"),
         ),
     ),
+    "megatron_placed": (
+        "megatron",
+        "slurm",
+        make_job(num_nodes=4),
+        make_plan(
+            dp=4,
+            tp=4,
+            pp=2,
+            sequence_parallel=True,
+            device_mapping=DeviceMapping(
+                host_order=(2, 0, 3, 1), gpu_orders=((0, 1, 2, 3, 7, 6, 5, 4),), rank_order="tp-cp-ep-pp-dp"
+            ),
+        ),
+    ),
+    "megatron_kubernetes": ("megatron", "kubernetes", make_job(), make_plan(dp=8, tp=2, sharding="zero1")),
+    "megatron_bridge_experts": (
+        "megatron-bridge",
+        "torchrun",
+        make_job(MIXTRAL, num_nodes=4, expert_capacity_factor=1.25),
+        make_plan(
+            dp=4,
+            tp=2,
+            pp=4,
+            ep=8,
+            sequence_parallel=True,
+            sharding="zero1",
+            recompute="selective",
+            recompute_modules=("moe_act",),
+            layers_per_stage=(7, 9, 9, 7),
+        ),
+    ),
     "megatron_recompute_some": (
         "megatron",
         "torchrun",
@@ -350,6 +382,14 @@ CASES: dict[str, tuple[str, Launcher, TrainingJob, ParallelPlan]] = {
             software="torchtitan",
         ),
         make_plan(61, dp=128, tp=2, ep=64, sequence_parallel=True, sharding="zero3"),
+    ),
+    "torchtitan_schedule_table": (
+        "torchtitan",
+        "torchrun",
+        make_job(batch=24, software="torchtitan"),
+        make_plan(
+            dp=4, pp=4, vpp=2, schedule="v_half", sharding="zero3", layers_per_stage=(4, 4, 4, 4, 4, 4, 4, 4)
+        ),
     ),
     "torchtitan_unregistered": (
         "torchtitan",

@@ -20,11 +20,15 @@ BOTH = {
         make_plan(dp=4, tp=8, sequence_parallel=True, sharding="zero3"),
         ["8188", "8184 or 8192"],
     ),
-    "a handmade schedule": (make_job(), make_plan(dp=8, pp=2, schedule="zb_h2"), ["'zb_h2'", "'zb_h1'"]),
-    "a V with less memory": (
+    "a handmade schedule of two chunks": (
         make_job(),
-        make_plan(dp=8, pp=2, vpp=2, schedule="v_min"),
-        ["'v_min'", "'zb_v'"],
+        make_plan(dp=8, pp=2, vpp=2, schedule="zb_h2"),
+        ["'zb_h2'", "has vpp 1"],
+    ),
+    "a V of one chunk, as a table": (
+        make_job(),
+        make_plan(dp=8, pp=2, schedule="v_min"),
+        ["'v_min'", "has vpp 2"],
     ),
     "two models": (make_job(), make_plan(dp=8, pp=2, schedule="dualpipe"), ["'dualpipe'", "'dualpipe_v'"]),
     "a V of one chunk": (make_job(), make_plan(dp=8, pp=2, schedule="zb_v"), ["'zb_v'", "vpp 2"]),
@@ -137,6 +141,11 @@ ONLY_0_3 = {
         make_job(length=262144),
         make_plan(dp=16, sharding="zero3"),
         ["sequence_length 262144", "131072"],
+    ),
+    "multi-token prediction of a family without": (
+        make_job(dataclasses.replace(LLAMA_8B, num_mtp_layers=1)),
+        make_plan(dp=16, sharding="zero3"),
+        ["num_mtp_layers 1", "llama3"],
     ),
     "multi-token prediction in a pipeline": (
         make_job(DEEPSEEK, length=4096),

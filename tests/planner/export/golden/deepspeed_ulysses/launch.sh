@@ -15,6 +15,11 @@ GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
 NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}"
 MASTER_PORT="${MASTER_PORT:-29500}"
 
+# Bash would run commands hidden in the subscript of a "number".
+if ! [[ "$NNODES $GPUS_PER_NODE" =~ ^[1-9][0-9]{0,6}" "[1-9][0-9]{0,3}$ ]]; then
+  echo "launch.sh: NNODES and GPUS_PER_NODE must be whole numbers from 1" >&2
+  exit 2
+fi
 if [[ $((NNODES * GPUS_PER_NODE)) -ne 16 ]]; then
   echo "launch.sh: the plan is for 16 GPUs," \
     "not NNODES $NNODES x GPUS_PER_NODE $GPUS_PER_NODE" >&2

@@ -1,0 +1,4 @@
+# shellcheck shell=bash
+# Environment of every rank.
+# One hardware queue keeps communication ahead of the matrix multiply it overlaps; required here.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
