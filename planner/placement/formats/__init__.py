@@ -1,0 +1,3 @@
+"""Placement files of serving engines, one format per module; each writes and reads its text."""
+
+__all__: list[str] = []
