@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_SOURCES = ("profile", "aiconfigurator", "nccl-tests", "vidur", "runs")
+_SOURCES = ("profile", "aiconfigurator", "nccl-tests", "vidur", "runs", "serving-runs")
 
 
 @click.command("calibrate", short_help="Fit a calibration to measurements.")
@@ -38,7 +38,11 @@ _SOURCES = ("profile", "aiconfigurator", "nccl-tests", "vidur", "runs")
 @click.option("--engine", metavar="NAME", help="aiconfigurator: vllm, sglang or trtllm.")
 @click.option("--software", metavar="NAME", help="runs: software generation whose constants are fitted.")
 @click.option(
-    "--constant", "constants", multiple=True, metavar="NAME", help="runs: fit this constant (repeatable)."
+    "--constant",
+    "constants",
+    multiple=True,
+    metavar="NAME",
+    help="runs, serving-runs: fit this constant (repeatable).",
 )
 @common_options
 def command(
@@ -60,11 +64,15 @@ def command(
     meshwright calibrate --from aiconfigurator --system h200_sxm --engine vllm --out h200.calibration.json
     meshwright calibrate --from nccl-tests all_reduce.log --gpu h100-sxm-80 --out nccl.calibration.json
     meshwright calibrate --from runs my_runs.csv --software megatron-core --out stack.calibration.json
+    meshwright calibrate --from serving-runs my_serving_runs.csv --out engine.calibration.json
     """
     if out.suffix != ".json" and system != "all":
         raise SpecError(f"{out}: calibrations are JSON; name a file that ends in .json")
     if source == "runs":
         _from_runs(inputs, software, constants, out, common)
+        return
+    if source == "serving-runs":
+        _from_serving_runs(inputs, constants, out, common)
         return
     if source == "aiconfigurator" and system == "all":
         _built_in(out, common)
@@ -183,4 +191,28 @@ def _from_runs(
         print_json(software_fit_mapping(fit))
         return
     print_software_fit(fit)
+    click.echo(f"Wrote {out}")
+
+
+def _from_serving_runs(
+    inputs: tuple[Path, ...], constants: tuple[str, ...], out: Path, common: CommonOptions
+) -> None:
+    from meshwright.cli.render.console import print_json
+    from meshwright.cli.render.serving_fit import print_serving_fit, serving_fit_mapping
+    from meshwright.costmodels.calibration_writing import calibration_text
+    from meshwright.planner.output_file import check_replaceable, is_our_json, replace_file
+    from meshwright.profiler.fitting.serving import fit_engine, serving_document
+    from meshwright.profiler.serving_runs import read_serving_runs
+
+    if len(inputs) != 1:
+        raise SpecError("--from serving-runs takes one table of measured serving runs")
+    runs = read_serving_runs(inputs[0])
+    check_replaceable(out, force=common.force, is_ours=is_our_json)
+    fit = fit_engine(runs, constants=constants, calibration_paths=common.calibrations, seed=common.seed)
+    document = serving_document(fit, inputs[0], out.name.removesuffix(".json"))
+    replace_file(out, calibration_text(document).encode(), force=common.force, is_ours=is_our_json)
+    if common.as_json:
+        print_json(serving_fit_mapping(fit))
+        return
+    print_serving_fit(fit)
     click.echo(f"Wrote {out}")

@@ -31,9 +31,16 @@ __all__ = ["command"]
     show_default=True,
     help="How MFU counts attention.",
 )
+@click.option("--long-context", is_flag=True, help="Serving: what the KV cache costs from 4K to 10M tokens.")
 @common_options
 def command(
-    *, plan: Path, against: str | None, memory_headroom: str, flops: str, common: CommonOptions
+    *,
+    plan: Path,
+    against: str | None,
+    memory_headroom: str,
+    flops: str,
+    long_context: bool,
+    common: CommonOptions,
 ) -> None:
     """Split the iteration of PLAN (a file that 'meshwright plan' wrote) into terms that add up, stage by stage.
 
@@ -44,14 +51,23 @@ def command(
     from meshwright.cli.render.console import print_json
     from meshwright.cli.render.explanation import explanation_mapping, print_explanation
     from meshwright.costmodels.context import cost_context
+    from meshwright.errors import SpecError
     from meshwright.planner.explanation import explain_plan
     from meshwright.planner.plan_file import read_plan
+    from meshwright.planner.serving.plan_file import is_serving_plan
     from meshwright.planner.space import SearchLimits
     from meshwright.planner.variant import force_fields, parse_fields
     from meshwright.planner.violations import tolerated_constraints
     from meshwright.planner.whatif import Question, given_plan
     from meshwright.units import parse_quantity
 
+    if is_serving_plan(plan):
+        from meshwright.cli.simulate_serving import explain_serving
+
+        explain_serving(plan, {"--against": against}, long_context=long_context, common=common)
+        return
+    if long_context:
+        raise SpecError(f"{plan}: --long-context goes with serving plans, this is a training plan")
     forced = parse_fields(against) if against is not None else None
     limits = SearchLimits(memory_headroom=parse_quantity(memory_headroom, "fraction"))
     document = read_plan(plan)

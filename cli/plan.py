@@ -9,6 +9,12 @@ from pathlib import Path
 import click
 
 from meshwright.cli.options import CommonOptions, common_options
+from meshwright.cli.plan_serving import (
+    ServingOptions,
+    plan_serving,
+    refuse_serving_options,
+    serving_options,
+)
 
 __all__ = ["command"]
 
@@ -57,6 +63,7 @@ __all__ = ["command"]
     show_default=True,
     help="Folder of 1.yaml ... and report.json.",
 )
+@serving_options
 @common_options
 def command(  # one parameter per flag is click's calling convention
     *,
@@ -76,23 +83,50 @@ def command(  # one parameter per flag is click's calling convention
     max_seconds: float | None,
     resume: Path | None,
     out: Path,
+    serving: ServingOptions,
     common: CommonOptions,
 ) -> None:
-    """Search every way to run a training job and rank the best plans.
+    """Search every way to run a training job, or to serve a model, and rank the best plans.
 
     JOB is a job file (model, cluster, workload, objective); flags win over it, and can replace it.
 
     \b
     meshwright plan examples/llama-3-70b-64xh100.yaml
     meshwright plan --model llama-3-70b --cluster dgx-h100:8 --global-batch-size 1024 --sequence-length 8192
+    meshwright plan examples/serve-llama-3.3-70b.yaml
+    meshwright plan --serve --model deepseek-v3 --cluster dgx-h200:8 --requests trace.csv --ttft-p99 2s --tpot-p99 50ms
     """
     from meshwright.cli.render.console import ProgressLine
     from meshwright.costmodels.context import cost_context
     from meshwright.errors import InfeasiblePlanError, SpecError
-    from meshwright.planner.job_file import JobFlags, read_request
+    from meshwright.planner.job_file import JobFlags, job_kind, read_request
+    from meshwright.planner.mapping.plan_mapping import with_mapped_plans
     from meshwright.planner.relaxation import infeasible
     from meshwright.planner.search import SEARCHES, SearchRequest
 
+    if serving["serve"] or (job is not None and job_kind(job) == "serving"):
+        plan_serving(
+            job,
+            serving,
+            {
+                "--global-batch-size": global_batch_size,
+                "--sequence-length": sequence_length,
+                "--software": software,
+                "--target": target,
+                "--pareto": pareto,
+                "--max-seconds": max_seconds,
+                "--resume": resume,
+            },
+            model=model,
+            cluster=cluster,
+            precision=precision,
+            objective=objective,
+            top=top,
+            out=out,
+            common=common,
+        )
+        return
+    refuse_serving_options(serving)
     if search != "exhaustive" and (pareto or max_seconds is not None or resume is not None):
         raise SpecError(f"--pareto, --max-seconds and --resume go with --search exhaustive, not {search}")
     request = read_request(
@@ -126,6 +160,7 @@ def command(  # one parameter per flag is click's calling convention
             result = SEARCHES[search].run(wanted, progress)
         except InfeasiblePlanError as error:
             raise infeasible(request.job, context, request.limits, error.rejections) from None
+    result = with_mapped_plans(wanted, result, seed=common.seed)
     seconds = time.perf_counter() - started
 
     from meshwright.cli.render.plan_report import print_report, report_mapping, write_plans

@@ -49,6 +49,13 @@ _DEFAULT_SEEDS = 100
     "--slow-node", "slow_nodes", multiple=True, metavar="NODE=EXTRA", help="Slow all ranks of a node down."
 )
 @click.option(
+    "--requests",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Serving: requests to serve instead of the plan's own.",
+)
+@click.option("--explain", "explains", is_flag=True, help="Serving: split the time to the first token.")
+@click.option(
     "--seeds",
     type=click.IntRange(1, 1_000_000),
     help="Iterations to draw with jitter, the first one with --seed; 100.",
@@ -65,21 +72,50 @@ def command(
     rank_spread: str | None,
     slow_ranks: tuple[str, ...],
     slow_nodes: tuple[str, ...],
+    requests: Path | None,
+    explains: bool,
     seeds: int | None,
     common: CommonOptions,
 ) -> None:
     """Simulate the exact schedule of PLAN (a file that 'meshwright plan' wrote), operation by operation.
 
+    A serving plan is simulated request by request.
+
     \b
     meshwright simulate plans/1.yaml --timeline step.json.gz
     meshwright simulate plans/1.yaml --jitter 2% --rank-spread 1% --seeds 100
+    meshwright simulate serving-plan.yaml --requests requests.jsonl --out results/
     """
     from meshwright.cli.render.console import print_json
     from meshwright.cli.render.simulation import print_simulation, simulation_mapping
     from meshwright.costmodels.context import cost_context
     from meshwright.costmodels.prediction import predict
+    from meshwright.errors import SpecError
     from meshwright.planner.plan_file import read_plan
+    from meshwright.planner.serving.plan_file import is_serving_plan
 
+    if is_serving_plan(plan):
+        from meshwright.cli.simulate_serving import simulate_serving
+
+        simulate_serving(
+            plan,
+            {
+                "--picture": picture,
+                "--jitter": jitter,
+                "--rank-spread": rank_spread,
+                "--slow-rank": slow_ranks,
+                "--slow-node": slow_nodes,
+                "--seeds": seeds,
+            },
+            requests=requests,
+            timeline=timeline,
+            out=out,
+            explains=explains,
+            common=common,
+        )
+        return
+    if requests is not None or explains:
+        raise SpecError(f"{plan}: --requests and --explain go with serving plans, this is a training plan")
     document = read_plan(plan)
     asked = _asked_jitter(
         document.plan, document.job.cluster.node.num_gpus, jitter, rank_spread, slow_ranks, slow_nodes, seeds

@@ -145,7 +145,7 @@ def cost_context(
     Raises
     ------
     SpecError
-        If the software is unknown or the device lacks the precision.
+        If the software is unknown, the device lacks the precision or the model has linear attention.
     CalibrationError
         If the device has no calibration.
     """
@@ -153,6 +153,10 @@ def cost_context(
     if job.workload.precision in _INFERENCE_PRECISIONS:
         raise SpecError(
             f"precision {job.workload.precision} does not train; use bf16, fp16, fp8 or another of the floats"
+        )
+    if job.model.linear_attention is not None:
+        raise SpecError(
+            f"model {job.model.name}: no cost model of training prices linear attention; it can be served only"
         )
     gpu, node = job.cluster.gpu, job.cluster.node
     calibration = (

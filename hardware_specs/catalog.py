@@ -13,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from meshwright.errors import SpecError, did_you_mean
-from meshwright.hardware_specs.importers.base import ImportedTopology
 from meshwright.hardware_specs.spec_reading import (
     NumberReader,
     check_schema,
@@ -25,9 +24,11 @@ from meshwright.hardware_specs.spec_reading import (
     read_node,
 )
 from meshwright.hardware_specs.specs import ClusterSpec, FabricSpec, GpuSpec, NodeSpec
-from meshwright.hardware_specs.topology_reading import read_topology
 from meshwright.hardware_specs.yaml_document import Section, parse_yaml, read_yaml
 from meshwright.hardware_specs.yaml_nodes import shown
+
+if TYPE_CHECKING:
+    from meshwright.hardware_specs.importers.base import ImportedTopology
 
 __all__ = [
     "SpecKind",
@@ -201,6 +202,8 @@ def cluster_from_section(section: Section) -> ClusterSpec:
     part = section.optional_section("topology")
     topology = preset.topology if preset and preset.num_nodes == count else None
     if part is not None:
+        from meshwright.hardware_specs.topology_reading import read_topology
+
         topology = read_topology(part, count)
     section.close()
     return ClusterSpec(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from meshwright.hardware_specs.specs import ClusterSpec, FabricSpec, GpuSpec, HostSpec, LinkSpec, NodeSpec
-from meshwright.hardware_specs.topology import ClusterTopology, IslandSpec
-from meshwright.hardware_specs.topology_reading import GIGABYTE, MAX_MATRIX_NODES, MICROSECOND
 from meshwright.hardware_specs.yaml_nodes import ScalarNode
 from meshwright.units import Kind, format_quantity, parse_quantity
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from meshwright.hardware_specs.topology import ClusterTopology, IslandSpec
 
 __all__ = ["cluster_to_mapping", "dump_yaml", "exact_quantity"]
 
@@ -208,6 +211,8 @@ def fabric_to_mapping(fabric: FabricSpec) -> dict[str, object]:
 
 def topology_to_mapping(topology: ClusterTopology) -> dict[str, object]:
     """Return plain data that :func:`meshwright.hardware_specs.topology_reading.read_topology` reads back; a matrix too large for a file is left out."""
+    from meshwright.hardware_specs.topology_reading import GIGABYTE, MAX_MATRIX_NODES, MICROSECOND
+
     mapping: dict[str, object] = {}
     if topology.tiers:
         mapping["tiers"] = [

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from meshwright.errors import SpecError, did_you_mean
-from meshwright.hardware_specs.topology import ClusterTopology, LinkMatrix
+
+if TYPE_CHECKING:
+    # It brings numpy, which no --help needs.
+    from meshwright.hardware_specs.topology import ClusterTopology, LinkMatrix
 
 __all__ = ["ClusterSpec", "FabricSpec", "GpuSpec", "HostSpec", "IntraNodeTopology", "LinkSpec", "NodeSpec"]
 
@@ -289,6 +292,8 @@ class ClusterSpec:
     @property
     def pair_links(self) -> LinkMatrix:
         """What every pair of nodes gets of the network when all nodes send at once."""
+        from meshwright.hardware_specs.topology import ClusterTopology
+
         topology = self.topology or ClusterTopology()
         bandwidth = self.node.num_nics * self.node.nic.bandwidth_bytes_per_second
         return topology.pair_links(self.num_nodes, bandwidth, self.fabric.latency)

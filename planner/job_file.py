@@ -9,16 +9,13 @@ from typing import cast
 
 from meshwright.costmodels.software import list_software, load_software
 from meshwright.errors import SpecError, did_you_mean
-from meshwright.hardware_specs.catalog import cluster_from_section, resolve_cluster
-from meshwright.hardware_specs.specs import ClusterSpec
 from meshwright.hardware_specs.yaml_document import Section, read_yaml
 from meshwright.planner.export import EXPORTERS
+from meshwright.planner.job_parts import cluster_of_request, model_of_request, skip_key
 from meshwright.planner.objectives import OBJECTIVES, Objective
 from meshwright.planner.space import LIMIT_KEYS, SearchLimits
 from meshwright.planner.workload_options import WorkloadOptions, software_features, workload_options
 from meshwright.simcore.domain.job import TrainingJob
-from meshwright.simcore.domain.model import ModelSpec
-from meshwright.simcore.domain.model_catalog import load_model, model_from_section
 from meshwright.simcore.domain.plan import (
     CP_METHODS,
     OFFLOADS,
@@ -29,7 +26,7 @@ from meshwright.simcore.domain.plan import (
 )
 from meshwright.simcore.domain.workload import PRECISIONS, Precision, TrainingWorkload
 
-__all__ = ["JobFlags", "PlanRequest", "read_request"]
+__all__ = ["JobFlags", "PlanRequest", "job_kind", "read_request"]
 
 _DEFAULT_SOFTWARE = "megatron-core"
 # Allocators fragment and predictions err: a plan that fills the last gibibyte dies in its first hour.
@@ -94,8 +91,8 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
     section = read_yaml(path) if path is not None else None
     if section is not None:
         _check_kind(section)
-    model, model_origin = _model(section, flags)
-    cluster, cluster_origin = _cluster(section, flags)
+    model, model_origin = model_of_request(section, flags.model)
+    cluster, cluster_origin = cluster_of_request(section, flags.cluster)
     job = TrainingJob(
         model=model,
         cluster=cluster,
@@ -130,63 +127,23 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
     )
 
 
+def job_kind(path: Path) -> str:
+    """Return what a job file asks for: ``training`` or ``serving``.
+
+    Raises
+    ------
+    SpecError
+        If the file is no job of either kind: file, line and key.
+    """
+    return read_yaml(path).choice("kind", ("training", "serving"))
+
+
 def _check_kind(section: Section) -> None:
     if section.integer("schema_version") != 1:
         raise section.error("schema_version", "this release reads version 1")
     kind = section.choice("kind", ("training", "serving"))
     if kind == "serving":
-        raise section.error("kind", "serving jobs are not planned by this release; write 'kind: training'")
-
-
-def _model(section: Section | None, flags: JobFlags) -> tuple[ModelSpec, str]:
-    if flags.model is not None:
-        _skip(section, "model")
-        return load_model(flags.model), flags.model
-    if section is None or not section.has("model"):
-        raise SpecError("no model: name a preset or a config.json with --model, or 'model:' in the job file")
-    if section.is_section("model"):
-        return model_from_section(section.section("model")), "inline"
-    name = section.text("model")
-    try:
-        return load_model(_beside(section, name)), name
-    except SpecError as error:
-        raise _located(section, "model", error) from None
-
-
-def _cluster(section: Section | None, flags: JobFlags) -> tuple[ClusterSpec, str]:
-    if flags.cluster is not None:
-        _skip(section, "cluster")
-        return resolve_cluster(flags.cluster), flags.cluster
-    if section is None or not section.has("cluster"):
-        raise SpecError("no cluster: name one as --cluster dgx-h100:8 (nodes), or 'cluster:' in the job file")
-    if section.is_section("cluster"):
-        return cluster_from_section(section.section("cluster")), "inline"
-    name = section.text("cluster")
-    try:
-        return resolve_cluster(_beside(section, name)), name
-    except SpecError as error:
-        raise _located(section, "cluster", error) from None
-
-
-def _skip(section: Section | None, key: str) -> None:
-    """Mark a key as read whose value a flag replaces."""
-    if section is not None and section.has(key):
-        _ = section.section(key) if section.is_section(key) else section.text(key)
-
-
-def _located(section: Section, key: str, error: SpecError) -> SpecError:
-    """Return the error of an unknown name with its place in the job file; errors of other files have their own."""
-    text = str(error)
-    return section.error(key, text) if text.startswith("unknown ") or " has no " in text else error
-
-
-def _beside(section: Section, name: str) -> str:
-    """Return a path in a job file as seen from the job file's folder, when it exists there."""
-    beside = Path(section.file).parent / name
-    try:
-        return str(beside) if beside.is_file() else name
-    except OSError:  # a name too long for a file
-        return name
+        raise section.error("kind", "expected a training job, not a serving one")
 
 
 def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
@@ -219,7 +176,7 @@ def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
 
 def _software(section: Section | None, flags: JobFlags) -> str:
     if flags.software is not None:
-        _skip(section, "software")
+        skip_key(section, "software")
         return load_software(flags.software).id
     if section is None:
         return _DEFAULT_SOFTWARE

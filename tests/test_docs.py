@@ -10,6 +10,7 @@ import pytest
 
 from meshwright.hardware_specs import cluster_from_section, parse_yaml
 from meshwright.planner.job_file import JobFlags, read_request
+from meshwright.planner.serving.job_file import ServingFlags, read_serving_request
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md")])
@@ -56,6 +57,8 @@ def test_every_job_and_cluster_of_a_page_is_read(tmp_path, page, text):
     file.write_text(text)
     if "\nkind: training\n" in text:
         assert read_request(file, JobFlags()).job.cluster.num_gpus > 0
+    elif "\nkind: serving\n" in text:
+        assert read_serving_request(file, ServingFlags()).job.cluster.num_gpus > 0
     else:
         assert cluster_from_section(parse_yaml(text, page)).num_gpus > 0
 

@@ -51,6 +51,8 @@ def test_importing_the_package_imports_nothing_heavy():
         "calibrate",
         "calibrations",
         "specs",
+        "run",
+        "place",
     ],
 )
 def test_help_imports_nothing_heavy(command):

@@ -23,6 +23,9 @@ Matrix = NDArray[np.float64]
 GRID_STEP = 0.5
 # Rows of queries taken at once, so that the table of distances stays near 32 MB.
 _DISTANCES_AT_ONCE = 4_000_000
+# Up to this many rows NumPy is quicker than loading a compiled kernel would be.
+_FEW_ROWS = 2048
+_FEW_TREE_ROWS = 256
 
 
 class Residual(Protocol):
@@ -117,6 +120,12 @@ class TreeResidual:
     def log_correction(self, coordinates: Matrix) -> FloatColumn:
         """Return the sum over the trees."""
         total = np.full(len(coordinates), self.offset)
+        if len(coordinates) <= _FEW_TREE_ROWS:
+            leaves = self._leaves(coordinates)
+            # One tree after the other, as the kernel adds them: the same bits.
+            for tree in range(len(self.roots)):
+                total += self.value[leaves[:, tree]]
+            return total
         _add_trees(
             np.ascontiguousarray(coordinates, dtype=np.float64),
             self.roots,
@@ -128,6 +137,18 @@ class TreeResidual:
             total,
         )
         return total
+
+    def _leaves(self, coordinates: Matrix) -> NDArray[np.int64]:
+        """Return the leaf of each row in each tree, ``(num_rows, num_trees)``."""
+        node = np.broadcast_to(self.roots, (len(coordinates), len(self.roots)))
+        rows = np.arange(len(coordinates))[:, None]
+        while True:
+            is_inner = self.left[node] >= 0
+            if not is_inner.any():
+                return node
+            goes_left = coordinates[rows, self.feature[node]] <= self.threshold[node]
+            below = np.where(goes_left, self.left[node], self.right[node])
+            node = np.where(is_inner, below, node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +182,10 @@ class _Grid:
         padded = np.zeros((len(coordinates), 3))
         position = (coordinates - self.low) / GRID_STEP
         padded[:, 3 - position.shape[1] :] = np.clip(position, 0.0, np.array(self.counts) - 1.0)
-        total = np.empty(len(coordinates))
         counts = np.array((1, 1, *self.counts)[-3:], dtype=np.int64)
+        if len(coordinates) <= _FEW_ROWS:
+            return _interpolate_columns(padded, counts, self.values)
+        total = np.empty(len(coordinates))
         _interpolate(padded, counts, self.values, total)
         return total
 
@@ -180,9 +203,30 @@ def _bake(residual: RbfResidual) -> _Grid:
 
 def _distances(points: Matrix, centres: Matrix) -> Matrix:
     """Return Euclidean distances ``(num_points, num_centres)``."""
-    squared = (points**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)[None, :] - 2.0 * points @ centres.T
-    distances: Matrix = np.sqrt(np.maximum(squared, 0.0))
-    return distances
+    # In place: the table is far larger than any cache, and every further copy of it costs as much as the sums.
+    table: Matrix = (points**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)[None, :]
+    table -= (2.0 * points) @ centres.T
+    np.maximum(table, 0.0, out=table)
+    return np.sqrt(table, out=table)
+
+
+def _interpolate_columns(position: Matrix, counts: NDArray[np.int64], values: FloatColumn) -> FloatColumn:
+    """Return what :func:`_interpolate` writes, bit for bit, without a compiler to load."""
+    low = np.minimum(position.astype(np.int64), np.maximum(counts - 2, 0))
+    u, v, w = (position - low).T
+    step_x, step_y = counts[1] * counts[2], counts[2]
+    base = low[:, 0] * step_x + low[:, 1] * step_y + low[:, 2]
+    to_x, to_y, to_z = (
+        step if count > 1 else 0 for step, count in zip((step_x, step_y, 1), counts, strict=True)
+    )
+    near = (1.0 - v) * ((1.0 - w) * values[base] + w * values[base + to_z]) + v * (
+        (1.0 - w) * values[base + to_y] + w * values[base + to_y + to_z]
+    )
+    far = (1.0 - v) * ((1.0 - w) * values[base + to_x] + w * values[base + to_x + to_z]) + v * (
+        (1.0 - w) * values[base + to_x + to_y] + w * values[base + to_x + to_y + to_z]
+    )
+    total: FloatColumn = (1.0 - u) * near + u * far
+    return total
 
 
 @compiled

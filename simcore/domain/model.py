@@ -11,6 +11,7 @@ from meshwright.simcore.domain import model_parameters
 __all__ = [
     "NORMALIZATIONS",
     "POSITION_EMBEDDINGS",
+    "LinearAttentionSpec",
     "MlaSpec",
     "ModelSpec",
     "MoeSpec",
@@ -88,6 +89,11 @@ class MlaSpec:
         Parts of a query and key head without and with rotary positions.
     v_head_dim : int
         Size of a value head.
+    index_top_k : int | None
+        Keys that an indexer picks for each query (DeepSeek Sparse Attention, arXiv 2512.02556, section 2.1); None
+        attends to all.
+    index_num_heads, index_head_dim : int
+        Heads of the indexer and their size; its one key per token has the same size.
     """
 
     q_lora_rank: int | None
@@ -95,6 +101,9 @@ class MlaSpec:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    index_top_k: int | None = None
+    index_num_heads: int = 0
+    index_head_dim: int = 0
 
     def __post_init__(self) -> None:
         _check_at_least(
@@ -102,6 +111,31 @@ class MlaSpec:
         )
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise SpecError(f"mla.q_lora_rank must be at least 1 or absent, not {self.q_lora_rank}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAttentionSpec:
+    """Gated delta rule in place of attention over a cache (Gated DeltaNet, arXiv 2412.06464; Qwen3-Next, Qwen3.5).
+
+    Parameters
+    ----------
+    num_key_heads, num_value_heads : int
+        Heads of keys and queries, and of values; each value head keeps a state of ``key_head_dim x value_head_dim``.
+    key_head_dim, value_head_dim : int
+        Sizes of a key and a value head.
+    conv_kernel_size : int
+        Taps of the causal convolution over queries, keys and values.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel_size: int = 4
+
+    def __post_init__(self) -> None:
+        fields = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_size")
+        _check_at_least(self, "linear_attention", 1, fields)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,8 +181,12 @@ class ModelSpec:
         Attention and MLP read the same input and share one residual (GPT-NeoX, Falcon, MegaScale).
     sliding_window : int | None
         Keys each query sees in windowed layers; None for full attention everywhere.
+    has_attention_output_gate : bool
+        A gate as wide as the heads scales the attention's output (Qwen3-Next, Qwen3.5).
+    linear_attention : LinearAttentionSpec | None
+        What the layers between every ``full_attention_interval``-th one have in place of attention.
     full_attention_interval : int | None
-        With a window, every ``full_attention_interval``-th layer still attends to everything: 2 for Gemma-2
+        With a window or linear attention, every ``full_attention_interval``-th layer still attends to everything: 2 for Gemma-2
         and GPT-OSS, 6 for Gemma-3; None when all layers are windowed.
     moe, mla : MoeSpec | None, MlaSpec | None
         Described and counted; not every cost model prices them.
@@ -186,6 +224,8 @@ class ModelSpec:
     has_qk_norm: bool = False
     is_qk_norm_per_head: bool = True
     has_parallel_block: bool = False
+    has_attention_output_gate: bool = False
+    linear_attention: LinearAttentionSpec | None = None
     sliding_window: int | None = None
     full_attention_interval: int | None = None
     moe: MoeSpec | None = None
@@ -210,6 +250,8 @@ class ModelSpec:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise SpecError(f"{where}: {field} must be at least 1 or absent, not {value}")
+        if self.linear_attention is not None and self.full_attention_interval is None:
+            raise SpecError(f"{where}: linear_attention needs full_attention_interval beside it")
         if self.num_attention_heads % self.num_query_groups:
             raise SpecError(
                 f"{where}: num_attention_heads {self.num_attention_heads} must be a multiple "
@@ -230,6 +272,7 @@ class ModelSpec:
             self.num_embedding_parameters
             + (self.num_layers - num_moe_layers) * self.num_layer_parameters
             + num_moe_layers * self.num_moe_layer_parameters
+            + self.num_linear_layers * model_parameters.linear_attention_difference(self)
             + self.has_final_norm * norm
             + self.num_head_parameters
         )
@@ -258,6 +301,13 @@ class ModelSpec:
             return 0
         # Ceiling division: layers num_dense_layers, num_dense_layers + layer_frequency, ...
         return max(0, -(-(self.num_layers - self.moe.num_dense_layers) // self.moe.layer_frequency))
+
+    @property
+    def num_linear_layers(self) -> int:
+        """Layers with linear attention; 0 without any."""
+        if self.linear_attention is None or self.full_attention_interval is None:
+            return 0
+        return self.num_layers - self.num_layers // self.full_attention_interval
 
     @property
     def num_layer_parameters(self) -> int:

@@ -16,6 +16,7 @@ from meshwright.simcore.domain.huggingface import read_model_config
 from meshwright.simcore.domain.model import (
     NORMALIZATIONS,
     POSITION_EMBEDDINGS,
+    LinearAttentionSpec,
     MlaSpec,
     ModelSpec,
     MoeSpec,
@@ -89,8 +90,14 @@ def model_from_section(section: Section) -> ModelSpec:
     """
     _skip_provenance(section)
     moe, mla = section.optional_section("moe"), section.optional_section("mla")
+    linear = section.optional_section("linear_attention")
     try:
-        model = _model(section, None if moe is None else _moe(moe), None if mla is None else _mla(mla))
+        model = _model(
+            section,
+            None if moe is None else _moe(moe),
+            None if mla is None else _mla(mla),
+            None if linear is None else _linear_attention(linear),
+        )
     except SpecError as error:
         if str(error).startswith(f"{section.file}:"):
             raise
@@ -125,7 +132,9 @@ def _skip_provenance(section: Section) -> None:
     section.optional_text("published_size")
 
 
-def _model(section: Section, moe: MoeSpec | None, mla: MlaSpec | None) -> ModelSpec:
+def _model(
+    section: Section, moe: MoeSpec | None, mla: MlaSpec | None, linear: LinearAttentionSpec | None
+) -> ModelSpec:
     normalization = section.choice("normalization", NORMALIZATIONS, default="rmsnorm")
     positions = section.choice("position_embedding", POSITION_EMBEDDINGS, default="rope")
     return ModelSpec(
@@ -154,6 +163,8 @@ def _model(section: Section, moe: MoeSpec | None, mla: MlaSpec | None) -> ModelS
         has_qk_norm=section.boolean("has_qk_norm", default=False),
         is_qk_norm_per_head=section.boolean("is_qk_norm_per_head", default=True),
         has_parallel_block=section.boolean("has_parallel_block", default=False),
+        has_attention_output_gate=section.boolean("has_attention_output_gate", default=False),
+        linear_attention=linear,
         sliding_window=section.optional_integer("sliding_window", minimum=1),
         full_attention_interval=section.optional_integer("full_attention_interval", minimum=1),
         moe=moe,
@@ -186,9 +197,24 @@ def _mla(section: Section) -> MlaSpec:
         qk_nope_head_dim=section.integer("qk_nope_head_dim", minimum=1),
         qk_rope_head_dim=section.integer("qk_rope_head_dim", minimum=1),
         v_head_dim=section.integer("v_head_dim", minimum=1),
+        index_top_k=section.optional_integer("index_top_k", minimum=1),
+        index_num_heads=section.integer("index_num_heads", default=0, minimum=0),
+        index_head_dim=section.integer("index_head_dim", default=0, minimum=0),
     )
     section.close()
     return mla
+
+
+def _linear_attention(section: Section) -> LinearAttentionSpec:
+    linear = LinearAttentionSpec(
+        num_key_heads=section.integer("num_key_heads", minimum=1),
+        num_value_heads=section.integer("num_value_heads", minimum=1),
+        key_head_dim=section.integer("key_head_dim", minimum=1),
+        value_head_dim=section.integer("value_head_dim", minimum=1),
+        conv_kernel_size=section.integer("conv_kernel_size", default=4, minimum=1),
+    )
+    section.close()
+    return linear
 
 
 def _folder() -> Traversable:

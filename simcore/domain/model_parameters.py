@@ -27,6 +27,8 @@ __all__ = [
     "expert_parameters",
     "head_parameters",
     "layer_parameters",
+    "linear_attention_difference",
+    "linear_attention_parameters",
     "mlp_parameters",
     "moe_layer_parameters",
     "mtp_parameters",
@@ -54,7 +56,8 @@ def qkv_parameters(model: ModelSpec) -> int:
     """
     if model.mla is not None:
         return _mla_qkv_parameters(model)
-    width = (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
+    query_heads = model.num_attention_heads * (1 + model.has_attention_output_gate)
+    width = (query_heads + 2 * model.num_query_groups) * model.head_dim
     return (model.hidden_size + model.has_qkv_bias) * width
 
 
@@ -103,6 +106,27 @@ def attention_parameters(model: ModelSpec) -> int:
     """Return the parameters of one layer's attention: projections, biases, qk-norm, a sink per head."""
     sinks = model.num_attention_heads if model.has_attention_sinks else 0
     return qkv_parameters(model) + output_projection_parameters(model) + qk_norm_parameters(model) + sinks
+
+
+def linear_attention_parameters(model: ModelSpec) -> int:
+    """Return the parameters of one layer's gated delta rule; 0 without linear attention.
+
+    Projections to queries, keys, values and an output gate, to two numbers per value head, and back; the taps of the
+    convolution, two numbers per value head and the norm of the heads' output.
+    """
+    linear = model.linear_attention
+    if linear is None:
+        return 0
+    keys = linear.num_key_heads * linear.key_head_dim
+    values = linear.num_value_heads * linear.value_head_dim
+    projections = model.hidden_size * (2 * keys + 3 * values + 2 * linear.num_value_heads)
+    convolution = (2 * keys + values) * linear.conv_kernel_size
+    return projections + convolution + 2 * linear.num_value_heads + linear.value_head_dim
+
+
+def linear_attention_difference(model: ModelSpec) -> int:
+    """Return what a layer with linear attention has more than one with attention."""
+    return linear_attention_parameters(model) - attention_parameters(model)
 
 
 def mlp_parameters(model: ModelSpec, width: int) -> int:

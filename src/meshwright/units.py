@@ -23,6 +23,7 @@ Kind = Literal[
     "watts",
     "hertz",
     "dollars_per_hour",
+    "per_second",
     "fraction",
 ]
 
@@ -41,6 +42,7 @@ _UNITS: dict[Kind, dict[str, float]] = {
     "watts": {"mW": 1e-3, "W": 1.0, "kW": 1e3, "MW": 1e6},
     "hertz": {"Hz": 1.0, "kHz": 1e3, "MHz": 1e6, "GHz": 1e9},
     "dollars_per_hour": {"$/h": 1.0, "USD/h": 1.0},
+    "per_second": {"/s": 1.0, "/min": 1.0 / 60.0, "/h": 1.0 / 3600.0},
     "fraction": {"%": 1e-2},
 }
 _EXAMPLES: dict[Kind, str] = {
@@ -51,6 +53,7 @@ _EXAMPLES: dict[Kind, str] = {
     "watts": "700 W",
     "hertz": "1.83 GHz",
     "dollars_per_hour": "2.50 $/h",
+    "per_second": "4 /s",
     "fraction": "5 %",
 }
 # The unit each kind is printed in, largest first; a value takes the first that leaves it >= 1.
@@ -62,6 +65,7 @@ _PRINTED: dict[Kind, tuple[str, ...]] = {
     "watts": ("MW", "kW", "W"),
     "hertz": ("GHz", "MHz", "kHz", "Hz"),
     "dollars_per_hour": ("$/h",),
+    "per_second": ("/s",),
     "fraction": ("%",),
 }
 _NUMBER = re.compile(r"^([+-]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*(.*)$")

@@ -59,7 +59,7 @@ JOB_EDITS = [
     ),
     Edit("schema_version: 1\n", "", "schema_version: is required but missing"),
     Edit("schema_version", "schema_verison", "is 'schema_verison' meant to be it?"),
-    Edit("kind: training", "kind: serving", "job.yaml:2: kind: serving jobs are not planned"),
+    Edit("kind: training", "kind: serving", "job.yaml:6: workload: no load"),
     Edit("kind: training", "kind: trainning", "did you mean 'training'?"),
     Edit(
         "kind: training", "kind: training\nkind: training", "job.yaml:3: kind: given twice (first on line 2)"

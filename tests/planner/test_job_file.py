@@ -116,7 +116,7 @@ def test_what_has_no_default_is_asked_for_by_its_flag(name: str) -> None:
         ("5 %", "-5 %", r"job\.yaml:11: constraints\.memory_headroom: '-5 %'"),
         ("5 %", "5", r"job\.yaml:11: constraints\.memory_headroom"),
         ("global_batch_size: 64", "global_batch_size: -64", r"job\.yaml:6: workload\.global_batch_size"),
-        ("kind: training", "kind: serving", r"job\.yaml:2: kind: serving jobs are not planned"),
+        ("kind: training", "kind: serving", r"job\.yaml:2: kind: expected a training job"),
         (
             "schema_version: 1",
             "schema_version: 2",

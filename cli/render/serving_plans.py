@@ -1,0 +1,347 @@
+"""What ``plan`` shows and writes for a serving job: the ranked table, the front, what binds, plan files and report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from meshwright.cli.render.console import make_table, stdout_console
+from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_yaml, replace_file
+from meshwright.planner.serving.answer import ServingAnswer, plan_figures
+from meshwright.planner.serving.infeasible import option_text
+from meshwright.planner.serving.plan_file import (
+    ServingPlanDocument,
+    serving_plan_mapping,
+    serving_plan_text,
+)
+from meshwright.planner.serving.search import RankedUnit, is_closed_loop
+from meshwright.planner.serving.workload_section import slo_mapping, workload_mapping
+from meshwright.simcore.domain.serving import ServingPlan, ServingPool
+from meshwright.units import format_quantity
+
+__all__ = ["pool_text", "print_serving_report", "serving_report_mapping", "write_serving_plans"]
+
+_OBJECTIVES = {
+    "goodput_per_gpu": "output tokens/s/GPU within the limits",
+    "cost": "fewest GPUs for the stated load",
+    "throughput": "output tokens/s of the cluster within the limits",
+}
+
+
+def serving_report_mapping(answer: ServingAnswer, num_plans: int) -> dict[str, object]:
+    """Return the report as plain data: what was asked, counts, ranking with figures, front, certainty."""
+    request, outcome = answer.request, answer.outcome
+    winner = outcome.ranked[0]
+    cheapest = outcome.cheapest
+    return {
+        "schema_version": 1,
+        "written_by": "meshwright",
+        "kind": "serving_report",
+        "model": request.job.model.name,
+        "cluster": request.job.cluster.id,
+        "num_gpus": answer.sizing.max_gpus,
+        "objective": request.objective,
+        "workload": workload_mapping(request.job.workload),
+        "slo": slo_mapping(request.job.slo),
+        "mean_input_tokens": answer.profile.mean_prompt,
+        "mean_output_tokens": answer.profile.mean_output,
+        "stated_load": answer.sizing.demand,
+        **(
+            {
+                "cheapest": {
+                    "num_gpus": cheapest.plan.num_gpus,
+                    "plan": serving_plan_mapping(cheapest.plan),
+                }
+            }
+            if cheapest is not None
+            else {}
+        ),
+        "calibration": dict(answer.costs.calibration_identity(winner.plan)),
+        "constants": list(answer.costs.certainty_notes(winner.plan)),
+        "bounds_seconds": answer.bounds_seconds,
+        "search_seconds": answer.seconds,
+        "num_candidates": outcome.space.num_candidates,
+        "num_within_limits": len(outcome.units),
+        "num_simulated": outcome.num_simulated,
+        "num_runs": outcome.num_runs,
+        "is_certified": outcome.is_certified,
+        "is_separated": outcome.is_separated,
+        "rejections": _rejections(answer),
+        "binding": dict(outcome.binding),
+        "plans": [
+            {"plan": serving_plan_mapping(ranked.plan), "prediction": dict(plan_figures(answer, ranked))}
+            for ranked in outcome.ranked[:num_plans]
+        ],
+        "pareto_front": [
+            {
+                "tokens_per_second_per_user": point.tokens_per_second_per_user,
+                "output_tokens_per_second_per_gpu": point.tokens_per_second_per_gpu,
+                "ttft_seconds": point.ttft,
+                "mode": point.mode,
+                "engine": point.option.engine,
+                "precision": point.option.precision,
+                "degrees": dict(point.option.degrees),
+                "sequences_per_rank": point.num_decodes,
+            }
+            for point in answer.front
+        ],
+    }
+
+
+def write_serving_plans(
+    out: Path, answer: ServingAnswer, report: dict[str, object], num_plans: int, *, force: bool
+) -> int:
+    """Write ``1.yaml`` ... and ``report.json``; nothing is written when a file of somebody else's is in the way.
+
+    Returns
+    -------
+    int
+        Plans written.
+    """
+    request = answer.request
+    texts = {
+        out / f"{place}.yaml": serving_plan_text(
+            ServingPlanDocument(job=request.job, plan=ranked.plan, origin=request.origin),
+            plan_figures(answer, ranked),
+            answer.costs.calibration_identity(ranked.plan),
+            answer.costs.certainty_notes(ranked.plan),
+        ).encode()
+        for place, ranked in enumerate(answer.outcome.ranked[:num_plans], start=1)
+    }
+    for path in texts:
+        check_replaceable(path, force=force, is_ours=is_our_yaml)
+    check_replaceable(out / "report.json", force=force, is_ours=is_our_json)
+    for path, content in texts.items():
+        replace_file(path, content, force=force, is_ours=is_our_yaml)
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    replace_file(out / "report.json", text.encode(), force=force, is_ours=is_our_json)
+    return len(texts)
+
+
+def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, quiet: bool) -> None:
+    """Print the ranked table, the front, what binds, the GPUs the load needs, and where the constants come from."""
+    console = stdout_console()
+    outcome, request = answer.outcome, answer.request
+    console.print(_plans_table(answer, num_plans))
+    console.print(
+        "Pareto front by steady state, limits aside: tokens/s a user sees against tokens/s a GPU makes",
+        style="bold",
+    )
+    console.print(_front_table(answer))
+    winner = outcome.ranked[0]
+    console.print(f"Why: {_reason(answer)}", soft_wrap=True)
+    figures = plan_figures(answer, winner)
+    binding = ", ".join(str(name) for name in figures["binding"]) or "nothing"  # type: ignore[attr-defined]
+    console.print(
+        f"Binds: {binding} stops the winner beyond {_load(figures['load'])} {answer.load_unit}"
+        + (f"; among all simulated: {_counts(outcome.binding)}" if outcome.binding else "")
+        + ".",
+        soft_wrap=True,
+    )
+    cheapest = outcome.cheapest
+    if cheapest is not None:
+        console.print(
+            f"Cheapest for the stated load of {_load(answer.sizing.demand)} {answer.load_unit}: "
+            f"{cheapest.plan.num_gpus} GPU{'s' if cheapest.plan.num_gpus > 1 else ''} with {_plan_text(cheapest.plan)}.",
+            soft_wrap=True,
+        )
+    console.print(
+        f"Searched {outcome.space.num_candidates:,} configurations in {answer.seconds:.2f} s (bounds "
+        f"{answer.bounds_seconds:.2f} s): {len(outcome.units):,} within the limits by their bound, "
+        f"{outcome.num_simulated} simulated in {outcome.num_runs} runs. Rejected by {_counts(_rejections(answer)) or 'nothing'}.",
+        soft_wrap=True,
+    )
+    if not quiet:
+        for name, count in _rejections(answer).items():
+            if count and name in outcome.space.sentences:
+                console.print(f"  {name}: {outcome.space.sentences[name]}", style="dim", soft_wrap=True)
+    for note in answer.costs.certainty_notes(winner.plan):
+        console.print(f"Constants: {note}.", soft_wrap=True)
+    calibration = answer.costs.calibration(winner.plan)
+    console.print(f"Calibration: {calibration.id} ({calibration.reason}).", soft_wrap=True)
+    if request.job.workload.requests_file is not None:
+        console.print(
+            "Loads are simulated on the first requests of the file, closer together or further apart; 'simulate' serves all "
+            "of them at their own times.",
+            soft_wrap=True,
+        )
+    written = min(num_plans, len(outcome.ranked))
+    console.print(
+        f"Wrote {out}/1.yaml to {out}/{written}.yaml and {out}/report.json. Next: meshwright simulate {out}/1.yaml",
+        soft_wrap=True,
+    )
+    if is_closed_loop(request):
+        console.print(
+            "Loads count clients of a closed loop over the whole deployment, requests that meet an empty system left out.",
+            soft_wrap=True,
+        )
+
+
+def pool_text(pool: ServingPool) -> str:
+    """Return a pool in a few words."""
+    degrees = " ".join(
+        f"{name} {getattr(pool, name)}"
+        for name in ("tp", "pp", "attention_dp", "moe_tp", "ep")
+        if getattr(pool, name) > 1
+    )
+    return f"{pool.num_replicas} x ({degrees or '1 GPU'})"
+
+
+def _plan_text(plan: ServingPlan) -> str:
+    roles = " + ".join(f"{pool.role} {pool_text(pool)}" for pool in plan.pools)
+    return f"{plan.engine} {plan.precision} {roles}"
+
+
+def _plans_table(answer: ServingAnswer, num_plans: int) -> Table:
+    job = answer.request.job
+    limits = ", ".join(f"{name} {text}" for name, text in _slo_texts(answer)) or "no limit"
+    title = (
+        f"{job.model.name} on {answer.sizing.max_gpus} x {job.cluster.gpu.id}: "
+        f"{answer.profile.mean_prompt:,.0f} tokens in, {answer.profile.mean_output:,.0f} out, {limits}; best: "
+        f"{_OBJECTIVES[answer.request.objective]}"
+    )
+    columns = (
+        ("#", True),
+        ("engine", False),
+        ("precision", False),
+        ("pools", False),
+        ("GPUs", True),
+        ("budget", True),
+        ("batch", True),
+        ("cache", False),
+        ("draft", True),
+        (answer.load_unit, True),
+        ("tok/s/GPU", True),
+        ("tok/s/user", True),
+        ("TTFT p99", True),
+        ("TPOT p99", True),
+        ("$/M tok", True),
+        ("J/tok", True),
+        ("binds", False),
+    )
+    rows = [_plan_row(answer, ranked) for ranked in answer.outcome.ranked[:num_plans]]
+    # What no plan makes use of has no column.
+    shown = [
+        index
+        for index, (name, _) in enumerate(columns)
+        if name not in ("cache", "draft", "$/M tok") or any(row[index - 1] != "-" for row in rows)
+    ]
+    table = make_table(title, tuple(columns[index] for index in shown))
+    for column in table.columns:
+        column.no_wrap = column.header != "pools"
+    for place, row in enumerate(rows, start=1):
+        cells = (str(place), *row)
+        table.add_row(*(cells[index] for index in shown), style="bold green" if place == 1 else None)
+    return table
+
+
+def _plan_row(answer: ServingAnswer, ranked: RankedUnit) -> tuple[str, ...]:
+    figures, plan = plan_figures(answer, ranked), ranked.plan
+    last = plan.pools[-1]
+    pools = (
+        pool_text(last)
+        if not plan.is_disaggregated
+        else f"P {pool_text(plan.pools[0])} + D {pool_text(last)}"
+    )
+    first = plan.pools[0]
+    precision = plan.precision if plan.kv_precision == "bf16" else f"{plan.precision}/kv {plan.kv_precision}"
+    return (
+        plan.engine,
+        precision,
+        pools,
+        str(plan.num_gpus),
+        str(first.max_num_batched_tokens),
+        str(last.max_num_sequences),
+        "yes" if first.has_prefix_cache else "-",
+        str(last.num_speculative_tokens or "-"),
+        _load(figures["load"]),
+        f"{figures['output_tokens_per_second_per_gpu']:,.0f}",
+        f"{figures['tokens_per_second_per_user']:,.0f}",
+        _time(figures, "ttft"),
+        _time(figures, "tpot"),
+        f"{figures['dollars_per_million_output_tokens']:.3g}"
+        if "dollars_per_million_output_tokens" in figures
+        else "-",
+        f"{figures['joules_per_output_token']:.3g}" if "joules_per_output_token" in figures else "-",
+        " ".join(str(name) for name in figures["binding"]),  # type: ignore[attr-defined]
+    )
+
+
+def _front_table(answer: ServingAnswer) -> Table:
+    table = make_table(
+        "",
+        (
+            ("tok/s/user", True),
+            ("tok/s/GPU", True),
+            ("prompt", True),
+            ("mode", False),
+            ("decoding shape", False),
+            ("sequences", True),
+        ),
+    )
+    for point in answer.front:
+        table.add_row(
+            f"{point.tokens_per_second_per_user:,.1f}",
+            f"{point.tokens_per_second_per_gpu:,.0f}",
+            format_quantity(point.ttft, "seconds", 3),
+            point.mode,
+            option_text(point.option),
+            f"{point.num_decodes:,.0f}",
+        )
+    return table
+
+
+def _reason(answer: ServingAnswer) -> str:
+    outcome = answer.outcome
+    winner = outcome.ranked[0]
+    if not winner.bracket.num_runs:
+        return (
+            f"{_plan_text(winner.unit.plan)} has the best bound; nothing was simulated, so loads are upper bounds and "
+            "latencies lower ones."
+        )
+    certificate = (
+        "no configuration that was not simulated has a bound above it"
+        if outcome.is_certified
+        else "configurations that were not simulated have higher bounds, so the optimum is not certified"
+    )
+    if len(outcome.ranked) == 1:
+        return f"{_plan_text(winner.unit.plan)} is the only shape simulated that keeps the limits; {certificate}."
+    rival = outcome.ranked[1]
+    gain = abs(winner.value / rival.value - 1.0)
+    margin = f"is {gain:.1%} better than" if gain >= 0.0005 else "ties with"
+    clear = "" if outcome.is_separated else " (within what the simulated loads tell apart)"
+    return f"{_plan_text(winner.unit.plan)} {margin} {_plan_text(rival.unit.plan)}{clear}; {certificate}."
+
+
+def _rejections(answer: ServingAnswer) -> dict[str, int]:
+    units = answer.outcome.units
+    late = {"slo": units.num_beyond_limits, "demand": units.num_beyond_demand}
+    return {**answer.outcome.space.rejections, **{name: count for name, count in late.items() if count}}
+
+
+def _counts(counts: object) -> str:
+    assert isinstance(counts, dict)
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+
+
+def _slo_texts(answer: ServingAnswer) -> list[tuple[str, str]]:
+    return [
+        (limit.name, format_quantity(limit.seconds, "seconds", 3)) for limit in answer.request.job.slo.limits
+    ]
+
+
+def _time(figures: object, metric: str) -> str:
+    assert isinstance(figures, dict)
+    for statistic in ("p99", "mean"):
+        value = figures.get(f"{metric}_{statistic}_seconds")
+        if value is not None:
+            mark = "" if statistic == "p99" else " mean"
+            return format_quantity(float(value), "seconds", 3) + mark
+    return "-"
+
+
+def _load(value: object) -> str:
+    assert isinstance(value, int | float)
+    return f"{value:,.4g}"

@@ -1,0 +1,529 @@
+"""What one step of a serving engine costs: kernels, collectives and host summed into a :class:`StepTable`.
+
+A rank of a replica runs, per layer, the projections of its heads, attention over the cache, the MLP or its experts, two
+all-reduces (Shoeybi et al. 2019, arXiv 1909.08053) or, under attention data parallelism, a gather and a scatter around
+the experts, and a handful of small kernels. Attention over the cache depends on contexts and is tabulated apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.costmodels.collectives import (
+    Collective,
+    GroupPlacement,
+    all_to_all_time,
+    collective_time,
+    send_time,
+)
+from meshwright.costmodels.serving.constants import EngineConstants
+from meshwright.costmodels.serving.formats import ServingFormats
+from meshwright.costmodels.serving.kernels import ServingKernels
+from meshwright.hardware_specs.specs import ClusterSpec
+from meshwright.simcore.domain.model import ModelSpec
+from meshwright.simcore.domain.serving import ServingPool
+from meshwright.simcore.serving.step_table import StepTable
+
+__all__ = ["TOKEN_COUNTS", "ServedModel", "StepBreakdown", "step_breakdown", "step_table"]
+
+Column = NDArray[np.float64]
+
+TOKEN_COUNTS = np.unique(
+    np.concatenate(([1.0, 32768.0], 2.0 ** np.arange(1, 15), 3.0 * 2.0 ** np.arange(13)))
+)
+_BATCH_SIZES = np.array([1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024], dtype=np.float64)
+_SPARSE_CONTEXTS = np.array(
+    [1, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072], dtype=np.float64
+)
+_PROMPT_LENGTHS = np.array(
+    [128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768, 65536, 131072],
+    dtype=np.float64,
+)
+# A step that holds prompts samples for its decoding sequences and the last token of each prompt only.
+_SAMPLED_ROWS = 256.0
+_ACTIVATION_BYTES = 2.0
+# Inside a rack NCCL's curves are measured up to 8 or so ranks; between nodes as for training.
+_INTER_NODE_EFFICIENCY = 0.8
+# Share of the other attention ranks that hold a prompt while the fullest does: they step together, but prompts come to
+# one rank at a time, and the others bring a handful of decoding tokens.
+_PROMPTING_RANKS = 0.1
+# DeepEP and its kin replace gather and scatter beyond this many expert ranks (DeepSeek-V3, arXiv 2412.19437, 3.2.2).
+_WIDE_EP = 16
+# Small kernels of a layer beside products, attention and experts: two norms with the residual, rotary embedding, cache
+# write, activation; norms of queries and keys; top-k of the router and the sum with the shared experts; latent norms,
+# absorbed products and concatenation of MLA.
+_BASE_KERNELS, _QK_NORM_KERNELS, _ROUTER_KERNELS, _MLA_KERNELS = 5.0, 1.0, 1.0, 4.0
+_ACTIVATION_KERNELS, _ROTARY_KERNELS = 1.0, 2.0
+# Convolution and recurrence are counted apart; the gated delta rule also splits, normalises and gates in small kernels.
+_LINEAR_KERNELS = 4.0
+# Quantising the inputs of a layer's products in blocks takes a kernel each: two products around the attention, two in a
+# dense or shared MLP. Scales of whole tensors are applied by the norms before.
+_QUANTISED_PAIR = 2.0
+_BLOCK_FORMATS = ("fp8_block", "mxfp8", "nvfp4")
+# Norms over all heads of a split layer: sums of squares, their all-reduce's inputs and outputs, scaling.
+_SPLIT_NORM_KERNELS = 4.0
+# Gated delta rule as sglang 0.5.14 times it on H200 and B200 (aiconfigurator-core 0.12.0, table gdn): a state is read
+# and written at 85 % of the memory's bandwidth; prompts move 14 kB per token and value head after 45 us.
+_STATE_PASSES, _STATE_EFFICIENCY, _RECURRENT_LATENCY = 2.0, 0.85, 6e-6
+_CHUNK_LATENCY, _CHUNK_BYTES = 45e-6, 14e3
+# Sparse attention (same source, tables dsa): scores, top-k and gather of a decode step take 20 us and read one 8-bit key
+# per token; prompts compute at half of the 16-bit peak, 64 heads at least.
+_INDEX_LATENCY, _SPARSE_EFFICIENCY, _SPARSE_HEADS = 20e-6, 0.5, 64.0
+# Width of scores and values of absorbed latent attention, and of the prompts the kernel was measured with.
+_MEASURED_PREFILL_WIDTH = 192.0 + 128.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ServedModel:
+    """Everything a step's cost depends on but the pool.
+
+    Parameters
+    ----------
+    model : ModelSpec
+        The model.
+    formats : ServingFormats
+        Number formats of its parts.
+    cluster : ClusterSpec
+        Where it runs.
+    kernels : ServingKernels
+        Kernels of the engine on the device.
+    constants : EngineConstants
+        What the engine costs beside them.
+    expert_imbalance : float
+        Rows of the most loaded expert rank over those of the skewed routing the kernels were measured with.
+    """
+
+    model: ModelSpec
+    formats: ServingFormats
+    cluster: ClusterSpec
+    kernels: ServingKernels
+    constants: EngineConstants
+    expert_imbalance: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepBreakdown:
+    """Device time by part at each of :data:`TOKEN_COUNTS`, all layers, ``(num_counts,)`` each [s].
+
+    ``head`` samples every token (pure decode), ``prompt_head`` those of a step that holds prompts; ``prompt_experts``
+    and ``prompt_collectives`` are those of a step in which one attention rank holds a prompt and most others decode.
+    """
+
+    products: Column
+    experts: Column
+    small_kernels: Column
+    collectives: Column
+    prompt_experts: Column
+    prompt_collectives: Column
+    head: Column
+    prompt_head: Column
+
+    @property
+    def body(self) -> Column:
+        """Everything but the head of a step of decoding sequences [s]."""
+        return self.products + self.experts + self.small_kernels + self.collectives
+
+    @property
+    def prompt_body(self) -> Column:
+        """Everything but the head of a step whose fullest attention rank holds prompts [s]."""
+        return self.products + self.prompt_experts + self.small_kernels + self.prompt_collectives
+
+
+def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
+    """Return the step times of one replica.
+
+    Tokens and sequences count per attention data parallel rank; the ranks are taken to hold as many each.
+
+    Parameters
+    ----------
+    served : ServedModel
+        Model, formats, device and engine.
+    pool : ServingPool
+        Degrees and speculation.
+    """
+    constants, model = served.constants, served.model
+    parts = step_breakdown(served, pool)
+    sends = _send_time(served, pool)
+    lengths, prefill = _prefill_attention(served, pool)
+    contexts, decode = _decode_attention(served, pool)
+    return StepTable(
+        token_counts=TOKEN_COUNTS,
+        graph_token_time=parts.body + parts.head + sends,
+        eager_token_time=parts.prompt_body + parts.prompt_head + sends,
+        decode_batch_sizes=_BATCH_SIZES,
+        decode_contexts=contexts,
+        decode_attention_time=decode,
+        prompt_lengths=lengths,
+        prefill_attention_time=prefill,
+        decode_skew=constants.decode_skew,
+        step_latency=constants.step_latency,
+        host_time=constants.host_time,
+        host_time_per_sequence=constants.host_time_per_sequence,
+        eager_host_time=constants.eager_layer_time * model.num_layers / pool.pp,
+        is_host_hidden=constants.is_host_hidden,
+        max_graph_tokens=constants.max_graph_tokens,
+        stage_share=1.0 / pool.pp,
+    )
+
+
+def step_breakdown(served: ServedModel, pool: ServingPool) -> StepBreakdown:
+    """Return the device time of a step by part, attention over the cache apart."""
+    model, formats = served.model, served.formats
+    dense_layers = float(model.num_layers - model.num_moe_layers)
+    moe_layers = float(model.num_moe_layers)
+    products = (model.num_layers - model.num_linear_layers) * _attention_products(served, pool)
+    if model.num_linear_layers:
+        products = products + model.num_linear_layers * _linear_products(served, pool)
+    if dense_layers:
+        products = products + dense_layers * _mlp(served, model.ffn_hidden_size, formats.mlp, pool)
+    prompt_ranks = _meeting_ranks(pool, _PROMPTING_RANKS)
+    experts = prompt_experts = np.zeros_like(TOKEN_COUNTS)
+    if model.moe is not None and moe_layers:
+        if model.moe.shared_ffn_hidden_size:
+            products = products + moe_layers * _mlp(
+                served, model.moe.shared_ffn_hidden_size, formats.shared_experts, pool
+            )
+        experts = moe_layers * _experts(served, pool, float(pool.attention_dp))
+        prompt_experts = moe_layers * _experts(served, pool, prompt_ranks)
+    return StepBreakdown(
+        products=products,
+        experts=experts,
+        small_kernels=_small_kernels(served, pool),
+        collectives=_collectives(served, pool, float(pool.attention_dp)),
+        prompt_experts=prompt_experts,
+        prompt_collectives=_collectives(served, pool, prompt_ranks),
+        head=_head(served, pool, TOKEN_COUNTS),
+        prompt_head=_head(served, pool, np.minimum(TOKEN_COUNTS, _SAMPLED_ROWS)),
+    )
+
+
+def _product(served: ServedModel, precision: str, m: Column, n: float, k: float) -> Column:
+    shape = {"m": m, "n": np.full_like(m, np.ceil(n)), "k": np.full_like(m, np.ceil(k))}
+    return served.kernels.gemm_time(precision, shape)
+
+
+def _attention_products(served: ServedModel, pool: ServingPool) -> Column:
+    """Return the projections of one layer's attention on one rank."""
+    model, precision = served.model, served.formats.attention
+    heads = model.num_attention_heads / pool.tp
+    m = TOKEN_COUNTS
+    if model.mla is None:
+        kv_heads = max(1.0, model.num_query_groups / pool.tp)
+        query_heads = heads * (1.0 + model.has_attention_output_gate)
+        return _product(
+            served, precision, m, (query_heads + 2.0 * kv_heads) * model.head_dim, model.hidden_size
+        ) + _product(served, precision, m, model.hidden_size, heads * model.head_dim)
+    mla = model.mla
+    latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+    query_in = mla.q_lora_rank or model.hidden_size
+    # The down-projections are one product that every rank repeats; the absorbed products of a decode step multiply
+    # what the up-projection of a prompt does (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
+    down = (mla.q_lora_rank or 0) + latent
+    index = np.zeros_like(m)
+    if mla.index_top_k is not None:
+        # Every rank computes all heads of the indexer.
+        index = _product(served, precision, m, mla.index_num_heads * mla.index_head_dim, query_in) + _product(
+            served, "bf16", m, mla.index_num_heads + mla.index_head_dim, model.hidden_size
+        )
+    return (
+        index
+        + _product(served, precision, m, down, model.hidden_size)
+        + _product(served, precision, m, heads * model.head_dim, query_in)
+        + _product(served, "bf16", m, heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+        + _product(served, precision, m, model.hidden_size, heads * mla.v_head_dim)
+    )
+
+
+def _linear_products(served: ServedModel, pool: ServingPool) -> Column:
+    """Return the projections and the recurrent kernels of one layer of linear attention on one rank.
+
+    A decode step reads and writes each sequence's state, 32 bits wide; a prompt's chunks cost a fixed traffic per
+    token and value head. Pure decode and prompts share one column of the table: the dearer counts, which below a few
+    hundred tokens is the state's.
+    """
+    model, precision = served.model, served.formats.attention
+    linear = model.linear_attention
+    assert linear is not None
+    keys = linear.num_key_heads * linear.key_head_dim / pool.tp
+    values = linear.num_value_heads * linear.value_head_dim / pool.tp
+    heads = linear.num_value_heads / pool.tp
+    m = TOKEN_COUNTS
+    projections = (
+        _product(served, precision, m, 2.0 * keys + 2.0 * values, model.hidden_size)
+        + _product(served, "bf16", m, 2.0 * heads, model.hidden_size)
+        + _product(served, precision, m, model.hidden_size, values)
+    )
+    rate = served.cluster.gpu.memory_bandwidth_bytes_per_second
+    state = _STATE_PASSES * 4.0 * heads * linear.key_head_dim * linear.value_head_dim * m
+    decode = state / (_STATE_EFFICIENCY * rate)
+    prompt = _CHUNK_LATENCY + _CHUNK_BYTES * heads * m / rate
+    return projections + _RECURRENT_LATENCY + np.minimum(decode, prompt)
+
+
+def _mlp(served: ServedModel, width: int, precision: str, pool: ServingPool) -> Column:
+    model = served.model
+    gates = 2.0 if model.is_gated_mlp else 1.0
+    part = width / pool.tp
+    return _product(served, precision, TOKEN_COUNTS, gates * part, model.hidden_size) + _product(
+        served, precision, TOKEN_COUNTS, model.hidden_size, part
+    )
+
+
+def _experts(served: ServedModel, pool: ServingPool, meeting_ranks: float) -> Column:
+    """Return router and routed experts of one layer; tokens of all attention ranks meet there."""
+    model, moe = served.model, served.model.moe
+    assert moe is not None
+    tokens = TOKEN_COUNTS * meeting_ranks
+    fields = {
+        "num_tokens": tokens * served.expert_imbalance,
+        "hidden_size": model.hidden_size,
+        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
+        "top_k": moe.top_k,
+        "num_experts": moe.num_experts,
+        "tp": pool.moe_tp,
+        "ep": pool.ep,
+        "skew": 1.01,
+    }
+    shape = {
+        name: np.broadcast_to(np.asarray(value, dtype=np.float64), tokens.shape)
+        for name, value in fields.items()
+    }
+    router = _product(served, "bf16", TOKEN_COUNTS, moe.num_experts, model.hidden_size)
+    return router + served.constants.expert_factor * served.kernels.expert_time(served.formats.experts, shape)
+
+
+def _small_kernels(served: ServedModel, pool: ServingPool) -> Column:
+    """Return norms, rotary embeddings, cache writes, activations and quantisation of all layers."""
+    model, constants = served.model, served.constants
+    moe_layers, layers = float(model.num_moe_layers), float(model.num_layers)
+    norms = _QK_NORM_KERNELS if model.is_qk_norm_per_head or pool.tp == 1 else _SPLIT_NORM_KERNELS
+    count = layers * (_BASE_KERNELS + norms * model.has_qk_norm + _MLA_KERNELS * (model.mla is not None))
+    # The experts' kernel holds their activation.
+    count += moe_layers * (_ROUTER_KERNELS - _ACTIVATION_KERNELS)
+    count += _LINEAR_KERNELS * model.num_linear_layers
+    if served.formats.attention in _BLOCK_FORMATS:
+        count += _QUANTISED_PAIR * layers
+    dense_layers = layers - moe_layers
+    if served.formats.mlp in _BLOCK_FORMATS:
+        count += _QUANTISED_PAIR * dense_layers
+    if (
+        model.moe is not None
+        and model.moe.shared_ffn_hidden_size
+        and served.formats.shared_experts in _BLOCK_FORMATS
+    ):
+        count += _QUANTISED_PAIR * moe_layers
+    if constants.fuses_all_reduce_norm and pool.tp > 1 and pool.attention_dp == 1:
+        count -= 2.0 * layers
+    if constants.fuses_rotary_cache and model.mla is None:
+        count -= _ROTARY_KERNELS * layers
+    hidden, heads = model.hidden_size, model.num_attention_heads / pool.tp
+    kv_heads = max(1.0, model.num_query_groups / pool.tp) if model.mla is None else 1.0
+    width = 2.0 * 4.0 * hidden + 4.0 * (heads + 2.0 * kv_heads) * model.head_dim
+    mlp_width = (model.num_layers - moe_layers) / layers * model.ffn_hidden_size
+    num_bytes = layers * _ACTIVATION_BYTES * (width + 3.0 * mlp_width / pool.tp)
+    rate = served.cluster.gpu.memory_bandwidth_bytes_per_second * 0.8
+    total: Column = (
+        count * constants.kernel_time + constants.elementwise_factor * num_bytes * TOKEN_COUNTS / rate
+    )
+    return total
+
+
+def _placement(size: float, gpus_per_node: int) -> GroupPlacement:
+    ranks = np.full_like(TOKEN_COUNTS, size)
+    return GroupPlacement(size=ranks, ranks_per_node=np.minimum(ranks, float(gpus_per_node)))
+
+
+def _collective(served: ServedModel, kind: Collective, num_bytes: Column, size: int) -> Column:
+    """Return NCCL's collective over the first ranks of the cluster."""
+    cluster = served.cluster
+    name = f"{kind}.{size}.{cluster.id}.{cluster.num_nodes}"
+    return served.kernels.remembered(
+        name,
+        {"num_bytes": num_bytes},
+        lambda: collective_time(
+            kind,
+            num_bytes,
+            _placement(size, cluster.node.num_gpus),
+            cluster,
+            served.kernels.calibration,
+            _INTER_NODE_EFFICIENCY,
+        ),
+    )
+
+
+def _all_reduce(served: ServedModel, num_bytes: Column, size: int) -> Column:
+    """Return an all-reduce of each buffer: one-shot where it is quicker than NCCL."""
+    if size <= 1:
+        return np.zeros_like(num_bytes)
+    nccl = _collective(served, "all_reduce", num_bytes, size)
+    table = served.kernels.all_reduce.get(size)
+    return nccl if table is None else np.minimum(nccl, table.time(num_bytes))
+
+
+def _meeting_ranks(pool: ServingPool, share: float) -> float:
+    """Return how many times the fullest attention rank's tokens meet at the experts."""
+    return 1.0 + share * (pool.attention_dp - 1.0)
+
+
+def _collectives(served: ServedModel, pool: ServingPool, meeting_ranks: float) -> Column:
+    """Return all-reduces of all layers and the embedding, or dispatch and combine around the experts."""
+    model = served.model
+    buffer = TOKEN_COUNTS * model.hidden_size * _ACTIVATION_BYTES
+    layers, moe_layers = float(model.num_layers), float(model.num_moe_layers)
+    reduced = _all_reduce(served, buffer, pool.tp)
+    if model.has_qk_norm and not model.is_qk_norm_per_head:
+        # Norms over all heads of a split layer share their sums of squares: one number per token for queries and keys.
+        reduced = reduced + 0.5 * _all_reduce(served, TOKEN_COUNTS * 2.0 * 4.0, pool.tp)
+    if pool.attention_dp == 1 or model.moe is None:
+        return (2.0 * layers + 1.0) * reduced
+    ranks = pool.tp * pool.attention_dp
+    group = _placement(ranks, served.cluster.node.num_gpus)
+    if pool.ep >= _WIDE_EP:
+        routed = min(float(model.moe.top_k), float(ranks)) * buffer / pool.tp
+        # Dispatch in 8 bits, combine in 16.
+        exchange = sum(
+            all_to_all_time(
+                share * routed, group, served.cluster, served.kernels.calibration, _INTER_NODE_EFFICIENCY
+            )
+            for share in (0.5, 1.0)
+        )
+    else:
+        whole = buffer * meeting_ranks
+        exchange = _collective(served, "all_gather", whole, ranks) + _collective(
+            served, "reduce_scatter", whole, ranks
+        )
+    return (2.0 * layers - moe_layers + 1.0) * reduced + moe_layers * exchange
+
+
+def _head(served: ServedModel, pool: ServingPool, rows: Column) -> Column:
+    """Return LM head, gather of the logits and sampling."""
+    model, constants = served.model, served.constants
+    product = _product(served, served.formats.head, rows, model.vocab_size / pool.tp, model.hidden_size)
+    gathered = np.zeros_like(rows)
+    if pool.tp > 1:
+        logits = rows * model.vocab_size * _ACTIVATION_BYTES
+        gathered = _collective(served, "all_gather", logits, pool.tp)
+    rate = served.cluster.gpu.memory_bandwidth_bytes_per_second * 0.8
+    return product + gathered + constants.logit_bytes * rows * model.vocab_size / rate
+
+
+def _send_time(served: ServedModel, pool: ServingPool) -> Column:
+    """Return the sends between pipeline stages, one after the other."""
+    if pool.pp == 1:
+        return np.zeros_like(TOKEN_COUNTS)
+    crosses = np.full_like(TOKEN_COUNTS, float(pool.gpus_per_replica > served.cluster.node.num_gpus))
+    num_bytes = TOKEN_COUNTS * served.model.hidden_size * _ACTIVATION_BYTES / pool.tp
+    one = send_time(num_bytes, crosses, served.cluster, _INTER_NODE_EFFICIENCY)
+    return (pool.pp - 1.0) * one
+
+
+def _windowed_layers(model: ModelSpec) -> float:
+    if model.sliding_window is None:
+        return 0.0
+    full = 0 if model.full_attention_interval is None else model.num_layers // model.full_attention_interval
+    return float(model.num_layers - full)
+
+
+def _decode_attention(served: ServedModel, pool: ServingPool) -> tuple[Column, Column]:
+    """Return contexts and the attention of one decode step, all layers, ``(num_batch_sizes, num_contexts)``."""
+    model = served.model
+    contexts = _SPARSE_CONTEXTS
+    windowed = _windowed_layers(model)
+    layers = model.num_layers - model.num_linear_layers
+    batch, context = (each.ravel() for each in np.meshgrid(_BATCH_SIZES, contexts, indexing="ij"))
+    time = (layers - windowed) * _decode(served, pool, batch, context)
+    if windowed and model.sliding_window is not None:
+        time = time + windowed * _decode(
+            served, pool, batch, np.minimum(context, float(model.sliding_window))
+        )
+    return contexts, time.reshape(len(_BATCH_SIZES), len(contexts))
+
+
+def _decode(served: ServedModel, pool: ServingPool, batch: Column, context: Column) -> Column:
+    model = served.model
+    # Draft tokens of one sequence share its cache: they are further rows of each head.
+    heads = max(1.0, model.num_attention_heads / pool.tp) * (1.0 + pool.num_speculative_tokens)
+    shape: dict[str, Column] = {
+        "batch_size": batch,
+        "context_length": context,
+        "num_heads": np.full_like(batch, heads),
+    }
+    if model.mla is not None:
+        kv_cache = served.formats.kv_cache
+        if model.mla.index_top_k is None:
+            return served.kernels.attention_time("mla_decode", kv_cache, shape)
+        keys = batch * context * model.mla.index_head_dim
+        rate = served.cluster.gpu.memory_bandwidth_bytes_per_second * 0.8
+        picked = {**shape, "context_length": np.minimum(context, float(model.mla.index_top_k))}
+        return served.kernels.attention_time("mla_decode", kv_cache, picked) + _INDEX_LATENCY + keys / rate
+    kv_heads = max(1.0, model.num_query_groups / pool.tp)
+    shape |= {"num_kv_heads": np.full_like(batch, kv_heads), "head_dim": np.full_like(batch, model.head_dim)}
+    return served.kernels.attention_time("attention_decode", served.formats.kv_cache, shape)
+
+
+def _prefill_attention(served: ServedModel, pool: ServingPool) -> tuple[Column, Column]:
+    """Return lengths from 0 and the attention of one whole prompt of each, all layers [s]."""
+    model = served.model
+    heads = max(1.0, model.num_attention_heads / pool.tp)
+
+    def kernel(lengths: Column) -> Column:
+        shape: dict[str, Column] = {
+            "batch_size": np.ones_like(lengths),
+            "sequence_length": lengths,
+            "num_heads": np.full_like(lengths, heads),
+        }
+        if model.mla is not None:
+            width = model.head_dim + model.mla.v_head_dim
+            whole = served.kernels.attention_time("mla_prefill", served.formats.kv_cache, shape)
+            whole = whole * width / _MEASURED_PREFILL_WIDTH
+            return whole if model.mla.index_top_k is None else _sparse_prefill(served, heads, lengths, whole)
+        kv_heads = max(1.0, model.num_query_groups / pool.tp)
+        shape |= {
+            "num_kv_heads": np.full_like(lengths, kv_heads),
+            "head_dim": np.full_like(lengths, model.head_dim),
+        }
+        return served.kernels.attention_time("attention_prefill", served.formats.kv_cache, shape)
+
+    windowed = _windowed_layers(model)
+    time = (model.num_layers - model.num_linear_layers - windowed) * kernel(_PROMPT_LENGTHS)
+    if windowed and model.sliding_window is not None:
+        time = time + windowed * _windowed_prefill(kernel, float(model.sliding_window))
+    time = served.constants.prefill_attention_factor * np.maximum.accumulate(time)
+    return _with_zero(_PROMPT_LENGTHS, time)
+
+
+def _sparse_prefill(served: ServedModel, heads: float, lengths: Column, whole: Column) -> Column:
+    """Return prompts of which each token attends to the keys its indexer picks, in absorbed form (DSA)."""
+    mla = served.model.mla
+    assert mla is not None
+    assert mla.index_top_k is not None
+    top = float(mla.index_top_k)
+    scores = np.where(lengths <= top, 0.5 * lengths**2, 0.5 * top**2 + top * (lengths - top))
+    width = 2.0 * mla.kv_lora_rank + mla.qk_rope_head_dim
+    flops = 2.0 * max(heads, _SPARSE_HEADS) * scores * width
+    rate = _SPARSE_EFFICIENCY * served.cluster.gpu.peak("bf16")
+    index = mla.index_num_heads * lengths**2 * mla.index_head_dim / (2.0 * rate)
+    time: Column = np.where(lengths <= top, whole, flops / rate + index)
+    return time
+
+
+def _windowed_prefill(kernel: Callable[[Column], Column], window: float) -> Column:
+    """Return the time of a prompt whose tokens see ``window`` keys: as long as the causal half, linear beyond.
+
+    A token beyond the window multiplies with ``window`` keys where a causal prompt's mean is half of it.
+    """
+    # The slope of a kernel long enough to be bound by its products, where launches and ramps no longer count.
+    reference = np.array([8192.0])
+    per_score = float(kernel(reference)[0]) / (0.5 * reference[0] ** 2)
+    inside = kernel(np.minimum(_PROMPT_LENGTHS, window))
+    time: Column = inside + per_score * window * np.maximum(0.0, _PROMPT_LENGTHS - window)
+    return time
+
+
+def _with_zero(lengths: Column, time: Column) -> tuple[Column, Column]:
+    axes: Sequence[Column] = (np.zeros(1), lengths)
+    return np.concatenate(axes), np.concatenate((np.zeros(1), time))

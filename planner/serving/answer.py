@@ -1,0 +1,182 @@
+"""Everything ``plan`` says of a serving job: the search, the figures of each plan, and where its constants come from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from meshwright.errors import SpecError
+from meshwright.planner.serving.costs import JobCosts
+from meshwright.planner.serving.infeasible import infeasible_serving
+from meshwright.planner.serving.job_file import ServingRequest
+from meshwright.planner.serving.load_profile import LoadProfile
+from meshwright.planner.serving.pareto import FrontPoint, interactivity_front
+from meshwright.planner.serving.running_costs import (
+    dollars_per_million_tokens,
+    joules_per_token,
+    watts_per_gpu,
+)
+from meshwright.planner.serving.search import (
+    RankedUnit,
+    SearchOutcome,
+    binding_names,
+    is_closed_loop,
+    search_units,
+)
+from meshwright.planner.serving.sizing import Sizing
+from meshwright.planner.serving.space import candidate_space, scheduler_choices
+from meshwright.planner.serving.unit_simulation import JobSimulator, profile_of_requests
+from meshwright.simcore.serving.traces import load_requests
+
+__all__ = ["ServingAnswer", "answer_request", "plan_figures"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ServingAnswer:
+    """The answer to a serving request.
+
+    Parameters
+    ----------
+    request, profile, sizing :
+        What was asked, its load, its objective.
+    outcome : SearchOutcome
+        What the search found.
+    front : tuple[FrontPoint, ...]
+        Interactivity against throughput per GPU, by steady state.
+    costs : JobCosts
+        The cost models, for the certainty of each plan.
+    bounds_seconds, seconds : float
+        Wall time of the bounds, and of everything [s].
+    """
+
+    request: ServingRequest
+    profile: LoadProfile
+    sizing: Sizing
+    outcome: SearchOutcome
+    front: tuple[FrontPoint, ...]
+    costs: JobCosts
+    bounds_seconds: float
+    seconds: float
+
+    @property
+    def load_unit(self) -> str:
+        """What a load counts."""
+        return "clients" if is_closed_loop(self.request) else "requests/s"
+
+
+def answer_request(
+    request: ServingRequest,
+    *,
+    calibration_paths: Sequence[Path] = (),
+    seed: int = 0,
+    num_shapes: int = 5,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+) -> ServingAnswer:
+    """Return the best plans of a request.
+
+    Parameters
+    ----------
+    request : ServingRequest
+        What to plan.
+    calibration_paths : Sequence[Path]
+        The user's calibrations.
+    seed : int
+        Of the requests that are drawn.
+    num_shapes : int
+        Shapes to simulate at least; 0 ranks by the bounds alone.
+    progress : Callable
+        Told ``(phase, done, total)``.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If nothing fits or keeps the limits; says what comes closest and what binds.
+    SpecError
+        If the trace is unusable or nothing limits the load.
+    """
+    started = time.perf_counter()
+    job = request.job
+    max_gpus = min(job.cluster.num_gpus, request.limits.max_gpus or job.cluster.num_gpus)
+    trace = load_requests(job.workload, seed=seed) if job.workload.requests_file is not None else None
+    costs = JobCosts(job, calibration_paths)
+    simulator = JobSimulator(job, costs, trace=trace, seed=seed)
+    profile = profile_of_requests(simulator.sample())
+    if profile.mean_output <= 1.0:
+        raise SpecError(
+            "requests: every answer is one token; there is nothing to decode and no plan to compare"
+        )
+    sizing = Sizing(
+        objective=request.objective,
+        max_gpus=max_gpus,
+        demand=simulator.demand(),
+        mean_output=profile.mean_output,
+    )
+    progress("bounds", 0, 0)
+    space = candidate_space(request, profile, costs, max_gpus)
+    if not space.options:
+        raise infeasible_serving(request, profile, sizing, space, costs)
+    bounds_seconds = time.perf_counter() - started
+    outcome = search_units(request, profile, sizing, space, simulator, progress, num_shapes=num_shapes)
+    if not outcome.ranked:
+        raise infeasible_serving(request, profile, sizing, space, costs, outcome.units, outcome.missed)
+    front = interactivity_front(space, profile, scheduler_choices(request, profile))
+    return ServingAnswer(
+        request=request,
+        profile=profile,
+        sizing=sizing,
+        outcome=outcome,
+        front=front,
+        costs=costs,
+        bounds_seconds=bounds_seconds,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def plan_figures(answer: ServingAnswer, ranked: RankedUnit) -> Mapping[str, object]:
+    """Return the figures of one plan at the highest load that keeps the limits, units in the key names."""
+    point, plan, cluster = ranked.point, ranked.plan, answer.request.job.cluster
+    units = ranked.num_units
+    tokens = point.rate * answer.sizing.mean_output * units
+    tpot = point.metrics["tpot_mean"]
+    prompt_share, decode_share = _phase_shares(ranked)
+    watts = watts_per_gpu(cluster, prompt_share, decode_share)
+    closed = is_closed_loop(answer.request)
+    figures: dict[str, object] = {
+        "basis": "simulation" if ranked.bracket.num_runs else "steady-state bound",
+        "load_kind": "clients" if closed else "requests_per_second",
+        "load": point.load * units,
+        "load_bound": ranked.unit.load * units,
+        "requests_per_second": point.rate * units,
+        "output_tokens_per_second": tokens,
+        "output_tokens_per_second_per_gpu": tokens / plan.num_gpus,
+        "tokens_per_second_per_user": 1.0 / tpot if tpot > 0.0 else 0.0,
+        "num_gpus": plan.num_gpus,
+        "num_gpus_for_stated_load": int(
+            answer.sizing.units_needed(np.array([point.load]))[0] * ranked.unit.plan.num_gpus
+        ),
+        **{f"{name}_seconds": value for name, value in point.metrics.items()},
+        "kv_cache_tokens_per_rank": [answer.costs.kv_cache_tokens(plan, pool) for pool in plan.pools],
+        "requests_under_way": point.figures.get("requests_under_way", 0.0) * units,
+        "preemptions_per_request": point.figures.get("preemptions_per_request", 0.0),
+        "binding": list(binding_names(ranked, answer.request)),
+        "watts_per_gpu": watts,
+        "joules_per_output_token": joules_per_token(watts, plan.num_gpus, tokens),
+        "dollars_per_million_output_tokens": dollars_per_million_tokens(cluster, plan.num_gpus, tokens),
+    }
+    return {key: value for key, value in figures.items() if value is not None}
+
+
+def _phase_shares(ranked: RankedUnit) -> tuple[float, float]:
+    """Return the shares of the GPUs' time in steps with prompt tokens, and in steps without, mean over GPUs."""
+    point = ranked.point
+    if "prompt_step_share" in point.figures:
+        return point.figures["prompt_step_share"], point.figures["decode_step_share"]
+    # By the bound replicas never idle: what prompts leave of the time decodes.
+    first = ranked.unit.plan.pools[0]
+    prompts = min(1.0, point.rate * ranked.unit.ttft / (first.num_replicas * first.attention_dp))
+    prompts *= first.num_gpus / ranked.unit.plan.num_gpus
+    return prompts, 1.0 - prompts

@@ -1,0 +1,139 @@
+"""The cost models of a serving job, by engine and formats: what a search and a simulation ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.costmodels.calibration import DeviceCalibration
+from meshwright.costmodels.operators import OperatorModel
+from meshwright.costmodels.serving.constants import CERTAINTIES, EngineConstants
+from meshwright.costmodels.serving.kernels import load_serving_kernels
+from meshwright.costmodels.serving.memory import ServingMemory, kv_bytes_per_token, serving_memory
+from meshwright.costmodels.serving.replica import served_model
+from meshwright.costmodels.serving.step import ServedModel, step_table
+from meshwright.errors import InfeasiblePlanError
+from meshwright.hardware_specs.catalog import load_gpu
+from meshwright.hardware_specs.specs import ClusterSpec, GpuSpec
+from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
+from meshwright.simcore.serving.step_table import StepTable
+
+__all__ = ["JobCosts", "pool_cluster"]
+
+
+class JobCosts:
+    """Cost models of one job; kernels and constants are read once for each engine and set of formats.
+
+    Parameters
+    ----------
+    job : ServingJob
+        Model and cluster.
+    calibration_paths : Sequence[Path]
+        The user's calibrations; the built-in ones without any.
+    """
+
+    def __init__(self, job: ServingJob, calibration_paths: Sequence[Path] = ()) -> None:
+        self._job = job
+        self._paths = tuple(calibration_paths)
+        self._served: dict[tuple[str, str, str, str, str | None], ServedModel] = {}
+
+    def served(self, plan: ServingPlan, pool: ServingPool) -> ServedModel:
+        """Return the model as the plan's engine runs it on the pool's GPUs."""
+        key = (plan.engine, plan.engine_version, plan.precision, plan.kv_precision, pool.gpu)
+        if key not in self._served:
+            model = self._job.model
+            cluster = pool_cluster(self._job.cluster, pool)
+            kernels = load_serving_kernels(cluster.gpu, cluster.node, plan.engine, self._paths)
+            remembered = {
+                name: cast("OperatorModel", _Remembered(operator))
+                for name, operator in kernels.operators.items()
+            }
+            self._served[key] = served_model(
+                model, cluster, plan, kernels=replace(kernels, operators=remembered)
+            )
+        return self._served[key]
+
+    def memory(self, plan: ServingPlan, pool: ServingPool) -> ServingMemory:
+        """Return how a rank's memory is spent.
+
+        Raises
+        ------
+        InfeasiblePlanError
+            If the weights leave no room for a cache.
+        """
+        served = self.served(plan, pool)
+        return serving_memory(served.model, served.formats, pool, self._gpu(pool), served.constants)
+
+    def kv_cache_tokens(self, plan: ServingPlan, pool: ServingPool) -> int:
+        """Return the tokens one rank's KV cache holds; 0 when the weights leave no room."""
+        try:
+            return self.memory(plan, pool).kv_cache_tokens
+        except InfeasiblePlanError:
+            return 0
+
+    def kv_bytes(self, plan: ServingPlan, pool: ServingPool) -> float:
+        """Return the cache of one token over all ranks of a replica that hold a part of it [B]."""
+        served = self.served(plan, pool)
+        return kv_bytes_per_token(served.model, served.formats, pool) * pool.tp * pool.pp
+
+    def step_table(self, plan: ServingPlan, pool: ServingPool) -> StepTable:
+        """Return the step times of one replica."""
+        return step_table(self.served(plan, pool), pool)
+
+    def constants(self, plan: ServingPlan) -> EngineConstants:
+        """Return the engine's constants."""
+        return self.served(plan, plan.pools[0]).constants
+
+    def calibration(self, plan: ServingPlan) -> DeviceCalibration:
+        """Return the operator calibration in use."""
+        return self.served(plan, plan.pools[0]).kernels.calibration
+
+    def calibration_identity(self, plan: ServingPlan) -> Mapping[str, str]:
+        """Return id, hash and reason of the calibration."""
+        return dict(self.calibration(plan).identity)
+
+    def certainty_notes(self, plan: ServingPlan) -> tuple[str, ...]:
+        """Return one sentence per kind of certainty: which engine constants are fitted, borrowed or defaults."""
+        constants = self.constants(plan)
+        release = f"{constants.engine} {constants.version or '(no release stated)'}"
+        notes = []
+        for certainty in CERTAINTIES:
+            names = constants.names(certainty)
+            if names:
+                notes.append(f"{release}, {certainty}: {', '.join(names)}")
+        return (*notes, *(f"evidence: {text}" for text in constants.evidence))
+
+    def _gpu(self, pool: ServingPool) -> GpuSpec:
+        return self._job.cluster.gpu if pool.gpu is None else load_gpu(pool.gpu)
+
+
+class _Remembered:
+    """An operator model that remembers its answers: shapes of a search share most of their kernels."""
+
+    def __init__(self, model: OperatorModel) -> None:
+        self._model = model
+        self._times: dict[tuple[tuple[str, bytes], ...], NDArray[np.float64]] = {}
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+    def time(self, shape: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Return the model's times [s]."""
+        key = tuple((name, value.tobytes()) for name, value in shape.items())
+        if key not in self._times:
+            times = self._model.time(shape)
+            times.setflags(write=False)
+            self._times[key] = times
+        return self._times[key]
+
+
+def pool_cluster(cluster: ClusterSpec, pool: ServingPool) -> ClusterSpec:
+    """Return the cluster as a pool sees it: with GPUs of its own where it names some."""
+    if pool.gpu is None or pool.gpu == cluster.gpu.id:
+        return cluster
+    return replace(cluster, node=replace(cluster.node, gpu=load_gpu(pool.gpu)))

@@ -1,0 +1,131 @@
+"""A serving plan as the simulator takes it: step tables, schedulers, front ends and the link between pools."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from meshwright.costmodels.serving.memory import kv_bytes_per_token
+from meshwright.costmodels.serving.replica import engine_behaviour
+from meshwright.errors import InfeasiblePlanError, UnsupportedByTargetError
+from meshwright.hardware_specs.specs import ClusterSpec
+from meshwright.planner.serving.costs import JobCosts, pool_cluster
+from meshwright.planner.serving.replica_shapes import has_units, rule_numbers
+from meshwright.simcore.domain.serving import EngineName, PolicyName, ServingJob, ServingPlan, ServingPool
+from meshwright.simcore.serving.behaviour import TransferLink
+from meshwright.simcore.serving.pool import ReplicaPool
+
+__all__ = ["ENGINE_POLICIES", "check_engine_runs", "replica_pools", "transfer_link"]
+
+ENGINE_POLICIES: dict[EngineName, tuple[PolicyName, ...]] = {
+    # --enable-chunked-prefill is vLLM v1's only scheduler.
+    "vllm": ("chunked_prefill",),
+    # --enable-mixed-chunk lets prompts share steps with decoding.
+    "sglang": ("prefill_first", "chunked_prefill"),
+    # --batching_type static; chunked context (enable_chunked_prefill).
+    "trtllm": ("inflight", "chunked_prefill", "static"),
+}
+# Message set-up of a KV transfer: a handful of RDMA requests (NIXL and UCX handshake once per connection).
+_TRANSFER_LATENCY = 1e-3
+
+
+def check_engine_runs(job: ServingJob, plan: ServingPlan) -> None:
+    """Raise when the plan's engine cannot launch it.
+
+    Raises
+    ------
+    UnsupportedByTargetError
+        One line with every reason.
+    """
+    reasons = []
+    for pool in plan.pools:
+        known = ENGINE_POLICIES[plan.engine]
+        if pool.policy not in known:
+            reasons.append(
+                f"{pool.role} pool: policy {pool.policy} (it has {', '.join(known)}; the other policies are for "
+                "engines of their own)"
+            )
+        gpu = pool_cluster(job.cluster, pool).gpu
+        if not has_units(job.model, gpu, plan.precision):
+            offered = ", ".join(gpu.peak_flops_per_second)
+            reasons.append(
+                f"{pool.role} pool: {gpu.id} has no units for {plan.precision}; it offers {offered}"
+            )
+        degrees = {name: getattr(pool, name) for name in ("tp", "pp", "attention_dp", "moe_tp", "ep")}
+        if job.model.moe is not None and pool.moe_tp * pool.ep == 1:
+            degrees["moe_tp"] = pool.tp * pool.attention_dp
+        reasons += [
+            f"{pool.role} pool: {text}"
+            for text in rule_numbers(job.model, job.cluster, plan.engine, plan.precision, degrees)
+        ]
+    if reasons:
+        raise UnsupportedByTargetError(f"{plan.engine} cannot express this plan: {'; '.join(reasons)}")
+
+
+def replica_pools(plan: ServingPlan, costs: JobCosts, prompt_length: float = 0.0) -> tuple[ReplicaPool, ...]:
+    """Return the pools of a plan with their step tables and schedulers.
+
+    Parameters
+    ----------
+    plan, costs : ServingPlan, JobCosts
+        The plan and the job's cost models.
+    prompt_length : float
+        Typical prompt of the load, which bounds the tokens of a step where an engine's front end does [tokens].
+
+    Raises
+    ------
+    InfeasiblePlanError
+        If a pool's weights leave no room for a cache.
+    """
+    return tuple(_replica_pool(plan, pool, costs, prompt_length) for pool in plan.pools)
+
+
+def transfer_link(job: ServingJob, plan: ServingPlan, costs: JobCosts) -> TransferLink | None:
+    """Return the way of a KV cache from the prefill to the decode pool; None for aggregated plans.
+
+    One copy of the cache leaves over the NICs of the prefill replica's GPUs, or over the scale-up links where the
+    whole cluster is one node.
+    """
+    if not plan.is_disaggregated:
+        return None
+    pool = plan.pools[0]
+    served = costs.served(plan, pool)
+    whole = ServingPool()
+    return TransferLink(
+        bytes_per_token=kv_bytes_per_token(served.model, served.formats, whole),
+        bandwidth=_bandwidth_per_gpu(pool_cluster(job.cluster, pool)) * pool.tp * pool.pp,
+        latency=_TRANSFER_LATENCY,
+    )
+
+
+def _bandwidth_per_gpu(cluster: ClusterSpec) -> float:
+    node = cluster.node
+    if cluster.num_nodes == 1:
+        return node.intra_link.bandwidth_bytes_per_second
+    return node.nic_bandwidth_per_gpu / cluster.fabric.oversubscription
+
+
+def _replica_pool(plan: ServingPlan, pool: ServingPool, costs: JobCosts, prompt_length: float) -> ReplicaPool:
+    constants = costs.served(plan, pool).constants
+    tokens = costs.memory(plan, pool).kv_cache_tokens
+    if pool.kv_cache_tokens is not None:
+        tokens = min(tokens, pool.kv_cache_tokens)
+    if tokens // pool.block_size // pool.pp < 1:
+        raise InfeasiblePlanError(
+            f"{pool.role} pool: {tokens} tokens of KV cache are no block of {pool.block_size} for each of {pool.pp} stages",
+            {"memory": 1},
+        )
+    behaviour = engine_behaviour(
+        constants, replace(pool, kv_cache_tokens=None), tokens, prompt_length=prompt_length
+    )
+    # The micro-batches of a pipeline share the slots of their rank.
+    behaviour = replace(behaviour, max_num_sequences=max(1, pool.max_num_sequences // pool.pp))
+    if pool.role == "decode":
+        # Requests passed the front end on their way into the prefill pool.
+        behaviour = replace(behaviour, serial_time_per_request=0.0, fixed_time_per_request=0.0)
+    return ReplicaPool(
+        table=costs.step_table(plan, pool),
+        behaviour=behaviour,
+        num_replicas=pool.num_replicas,
+        role=pool.role,
+        router=plan.router,
+    )

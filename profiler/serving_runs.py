@@ -1,0 +1,363 @@
+"""The table of measured serving runs: its columns, its rows, and what a row means for a simulation.
+
+The rules that a row does not state were deduced from rows that repeat each other under other labels: clients are
+``concurrency x attention_dp``; where ``attention_dp`` or ``tp`` equals ``moe_tp x moe_ep`` and both of these are equal,
+degrees were multiplied by each other and the run had ``moe_ep`` GPUs; mean times include the initial burst of all
+clients, after which each goes on for eight to twelve requests.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from meshwright.costmodels.serving.constants import UNSTATED
+from meshwright.errors import SpecError, did_you_mean
+from meshwright.hardware_specs.catalog import load_gpu, resolve_cluster
+from meshwright.hardware_specs.specs import ClusterSpec, NodeSpec
+from meshwright.simcore.domain.model import ModelSpec
+from meshwright.simcore.domain.model_catalog import load_model
+from meshwright.simcore.domain.serving import ENGINES, EngineName, ServingPlan, ServingPool
+from meshwright.simcore.domain.workload import PRECISIONS, Precision
+
+__all__ = [
+    "SERVING_COLUMNS",
+    "ServingRun",
+    "ServingSetup",
+    "UnstatedLoadError",
+    "decode_setup",
+    "is_serving_table",
+    "read_serving_runs",
+    "serving_setup",
+]
+
+_POOL_COLUMNS = ("workers", "batch", "tp", "pp", "attention_dp", "moe_tp", "moe_ep")
+SERVING_COLUMNS = (
+    "id",
+    "quality",
+    "engine",
+    "engine_version",
+    "model",
+    "gpu",
+    "mode",
+    "precision",
+    "moe_precision",
+    "input_length",
+    "output_length",
+    "length_ratio",
+    "concurrency",
+    "tp",
+    "pp",
+    "attention_dp",
+    "moe_tp",
+    "moe_ep",
+    *(f"prefill_{name}" for name in _POOL_COLUMNS),
+    *(f"decode_{name}" for name in _POOL_COLUMNS),
+    "ttft_mean_s",
+    "tpot_mean_s",
+)
+_REQUIRED = (
+    "id",
+    "engine",
+    "model",
+    "gpu",
+    "input_length",
+    "output_length",
+    "concurrency",
+    "ttft_mean_s",
+    "tpot_mean_s",
+)
+_MODES = ("aggregated", "disaggregated")
+# Requests of each client: ten where lengths vary (the InferenceX recipe: ten times the concurrency), and what fixed
+# lengths fit best, eight to ten in every group of rows.
+_REQUESTS_PER_CLIENT, _FIXED_REQUESTS_PER_CLIENT = 10, 9
+# Releases whose published runs of the InferenceX recipe draft with DeepSeek's own module though no column says so: times
+# per token are 1.5 to 1.9 times below those of the same configuration in other releases, or in other runs of the same
+# one. Drafts and their acceptance are near the 85 to 90 % for the first one of the DeepSeek-V3 report (arXiv 2412.19437,
+# section 5.4.3), less for those after it.
+_DRAFTING: Mapping[tuple[str, str], tuple[int, float]] = {
+    ("trtllm", "1.1.0rc2.post2"): (1, 0.78),
+    ("trtllm", "1.2.0rc6.post3"): (2, 0.75),
+}
+# Published runs of these releases and formats always keep one client waiting (Little's law: 1.01 to 1.15 of 8, at every
+# answer length): their batch was limited to one less than the clients. Runs of the same release in 8 bits do not.
+_WITHOUT_LAST_SLOT = (("trtllm", "1.0.0rc3", "bf16"),)
+# The three shapes of the InferenceX recipe draw lengths from 0.8 of the nominal one up whatever the ratio column says:
+# such rows labelled 1.0 repeat both values of rows labelled 0.8. These releases were measured by a campaign of its own,
+# with fixed lengths.
+_VARIED_SHAPES = ((1024, 1024), (1024, 8192), (8192, 1024))
+_VARIED_RATIO = 0.8
+_FIXED_CAMPAIGNS = (("trtllm", "1.0.0rc3"), ("vllm", "0.12.0"), ("sglang", "0.5.1.post1"))
+# The usual machine of a GPU.
+_NODES: Mapping[str, str] = {
+    "a100-sxm-80": "dgx-a100",
+    "h100-sxm-80": "dgx-h100",
+    "h200-sxm-141": "dgx-h200",
+    "b200-sxm-180": "dgx-b200",
+    "b300-sxm-270": "dgx-b300",
+    "gb200": "gb200-nvl72",
+    "gb300": "gb300-nvl72",
+    "l40s": "l40s-8",
+}
+
+
+class UnstatedLoadError(SpecError):
+    """A row that does not say how many clients asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingRun:
+    """One row as text, and its measured means.
+
+    ``ttft_mean`` and ``tpot_mean`` are seconds to the first and per further output token [s].
+    """
+
+    id: str
+    quality: str
+    line: int
+    ttft_mean: float
+    tpot_mean: float
+    cells: Mapping[str, str]
+
+    def cell(self, column: str) -> str:
+        """Return a cell's text, blank when the table lacks the column."""
+        return self.cells.get(column, "")
+
+    @property
+    def is_disaggregated(self) -> bool:
+        """Whether prefill and decode ran on pools of their own."""
+        return self.cell("mode") == "disaggregated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingSetup:
+    """What a row was taken to mean.
+
+    Parameters
+    ----------
+    model, cluster, plan : ModelSpec, ClusterSpec, ServingPlan
+        What ran where; the plan has one aggregated pool.
+    expert_precision : str
+        Format of the routed experts where the row names one.
+    num_clients, num_requests : int
+        Closed-loop clients, and all their requests.
+    max_num_sequences : int
+        Most requests the engine ran at a time.
+    input_length, output_length : int
+        Nominal lengths [tokens].
+    length_ratio : float
+        Lowest length over the nominal one.
+    """
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    plan: ServingPlan
+    expert_precision: str
+    num_clients: int
+    num_requests: int
+    max_num_sequences: int
+    input_length: int
+    output_length: int
+    length_ratio: float
+
+
+def is_serving_table(path: Path) -> bool:
+    """Return whether a file starts like a table of measured serving runs; False when it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            header = stream.readline()
+    except (OSError, UnicodeDecodeError):
+        return False
+    columns = {column.strip() for column in header.split(",")}
+    return {"engine", "ttft_mean_s", "tpot_mean_s"} <= columns
+
+
+def read_serving_runs(path: Path) -> tuple[ServingRun, ...]:
+    """Return the rows of a table of measured serving runs.
+
+    Raises
+    ------
+    SpecError
+        If the file cannot be read as such a table: names the line and the column.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise SpecError(f"{path}: is not UTF-8 text; save the table as CSV") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = tuple(reader.fieldnames or ())
+        for column in header:
+            if column not in SERVING_COLUMNS:
+                raise SpecError(f"{path}:1: unknown column '{column}'{did_you_mean(column, SERVING_COLUMNS)}")
+        missing = [column for column in _REQUIRED if column not in header]
+        if missing:
+            raise SpecError(
+                f"{path}:1: not a table of measured serving runs: column(s) {', '.join(missing)} are missing"
+            )
+        return tuple(_run(path, reader.line_num, row) for row in reader)
+    except csv.Error as error:
+        raise SpecError(f"{path}: is not a CSV table ({error})") from None
+
+
+def _run(path: Path, line: int, row: Mapping[str | None, str | list[str] | None]) -> ServingRun:
+    if None in row or any(value is None for value in row.values()):
+        raise SpecError(f"{path}:{line}: the row has more or fewer cells than the header")
+    cells = {str(key): str(value).strip() for key, value in row.items()}
+    mode = cells.get("mode") or "aggregated"
+    if mode not in _MODES:
+        raise SpecError(f"{path}:{line}: mode: '{mode}' is not one of {', '.join(_MODES)}")
+
+    def seconds(column: str) -> float:
+        try:
+            value = float(cells[column])
+        except ValueError:
+            raise SpecError(f"{path}:{line}: {column}: '{cells[column]}' is not a number") from None
+        if not 0.0 < value < float("inf"):
+            raise SpecError(f"{path}:{line}: {column} must be a finite number above zero, not {value:g}")
+        return value
+
+    return ServingRun(
+        id=cells["id"],
+        quality=cells.get("quality", "") or "ok",
+        line=line,
+        ttft_mean=seconds("ttft_mean_s"),
+        tpot_mean=seconds("tpot_mean_s"),
+        cells={**cells, "mode": mode},
+    )
+
+
+def serving_setup(run: ServingRun) -> ServingSetup:
+    """Return what an aggregated row means.
+
+    Raises
+    ------
+    SpecError
+        If a cell is no number or names what is not known.
+    UnstatedLoadError
+        If the row does not state its clients (disaggregated rows).
+    """
+    if run.is_disaggregated or not run.cell("concurrency"):
+        raise UnstatedLoadError("the row does not say how many clients asked")
+    model = load_model(run.cell("model"))
+    pool, factor = _pool(run, model, "")
+    return _setup(run, model, pool, _count(run, "concurrency") * factor)
+
+
+def decode_setup(run: ServingRun) -> tuple[ServingSetup, float]:
+    """Return the decode pool of a row of separate pools, and the batch it states per rank.
+
+    Raises
+    ------
+    SpecError
+        If a cell is no number or names what is not known.
+    UnstatedLoadError
+        If the row does not state its decode batch.
+    """
+    if not run.cell("decode_batch"):
+        raise UnstatedLoadError("the row states neither its clients nor its decode batch")
+    model = load_model(run.cell("model"))
+    pool, _ = _pool(run, model, "decode_")
+    batch = _count(run, "decode_batch")
+    return _setup(run, model, pool, batch), float(batch)
+
+
+def _setup(run: ServingRun, model: ModelSpec, pool: ServingPool, clients: int) -> ServingSetup:
+    engine = run.cell("engine")
+    if engine not in ENGINES:
+        raise SpecError(f"engine '{engine}' is none of {', '.join(ENGINES)}{did_you_mean(engine, ENGINES)}")
+    precision = run.cell("precision") or "bf16"
+    if precision not in PRECISIONS:
+        raise SpecError(f"precision '{precision}' is none of {', '.join(PRECISIONS)}")
+    version = run.cell("engine_version")
+    drafts_unsaid = (engine, version) in _DRAFTING and run.cell("length_ratio") == f"{_VARIED_RATIO:g}"
+    if drafts_unsaid and model.num_mtp_layers:
+        drafts, rate = _DRAFTING[engine, version]
+        pool = replace(pool, num_speculative_tokens=drafts, acceptance_rate=rate)
+    cluster = _cluster(run.cell("gpu"), pool.gpus_per_replica)
+    lengths = (_count(run, "input_length"), _count(run, "output_length"))
+    ratio = float(run.cell("length_ratio") or 1.0)
+    if lengths in _VARIED_SHAPES and (engine, version) not in _FIXED_CAMPAIGNS:
+        ratio = min(ratio, _VARIED_RATIO)
+    per_client = _FIXED_REQUESTS_PER_CLIENT if ratio == 1.0 else _REQUESTS_PER_CLIENT
+    return ServingSetup(
+        model=model,
+        cluster=cluster,
+        plan=ServingPlan(
+            engine=cast("EngineName", engine),
+            engine_version=version or UNSTATED,
+            precision=cast("Precision", precision),
+            kv_precision=_kv_precision(engine, precision, cluster.gpu.architecture),
+            pools=(pool,),
+        ),
+        expert_precision=run.cell("moe_precision"),
+        num_clients=clients,
+        num_requests=clients * per_client,
+        max_num_sequences=max(1, clients - ((engine, version, precision) in _WITHOUT_LAST_SLOT)),
+        input_length=lengths[0],
+        output_length=lengths[1],
+        length_ratio=ratio,
+    )
+
+
+def _count(run: ServingRun, column: str) -> int:
+    text = run.cell(column) or "1"
+    if not text.isdigit():
+        raise SpecError(f"{column}: '{text}' is not a whole number")
+    # A degree of 0 is how some rows write "not used".
+    return max(1, int(text))
+
+
+def _pool(run: ServingRun, model: ModelSpec, prefix: str) -> tuple[ServingPool, int]:
+    """Return the pool a row ran on, and how many clients stand behind each of its concurrency."""
+    tp, pp, attention_dp, moe_tp, ep = (
+        _count(run, f"{prefix}{column}") for column in ("tp", "pp", "attention_dp", "moe_tp", "moe_ep")
+    )
+    factor = attention_dp
+    if model.moe is None:
+        return ServingPool(tp=tp, pp=pp, attention_dp=attention_dp), factor
+    ranks = moe_tp * ep
+    is_multiplied = (run.cell("engine"), run.cell("engine_version")) not in _FIXED_CAMPAIGNS
+    if is_multiplied and moe_tp == ep > 1 and ranks in (tp, attention_dp):
+        if attention_dp == ranks:
+            attention_dp = ep
+        else:
+            tp = ep
+        moe_tp = 1
+    elif tp > 1 and attention_dp > 1 and ep == tp * attention_dp:
+        # The experts were spread over the tensor parallel ranks, and only the load was multiplied.
+        attention_dp, moe_tp, ep = 1, 1, tp
+    elif model.num_attention_heads % tp:
+        # Heads that do not divide were not split: the ranks hold whole attention each and share out the experts.
+        attention_dp, tp, moe_tp, ep = tp * attention_dp, 1, 1, tp * attention_dp
+        factor = 1
+    elif ranks > tp * attention_dp:
+        tp = ranks // attention_dp
+    elif ranks < tp * attention_dp:
+        moe_tp = tp * attention_dp // ep
+    return ServingPool(tp=tp, pp=pp, attention_dp=attention_dp, moe_tp=moe_tp, ep=ep), factor
+
+
+def _kv_precision(engine: str, precision: str, architecture: str) -> Precision:
+    """Return the format of the KV cache, which no column states: 8 bits with quantised weights where it is usual.
+
+    TensorRT-LLM follows the checkpoint, NVIDIA's recipes for Blackwell ask for it; elsewhere the default is 16 bits.
+    """
+    is_narrow = precision != "bf16" and (engine == "trtllm" or architecture == "blackwell")
+    return "fp8" if is_narrow else "bf16"
+
+
+def _cluster(name: str, num_gpus: int) -> ClusterSpec:
+    gpu = load_gpu(name)
+    if gpu.id not in _NODES:
+        raise SpecError(f"gpu '{name}': no usual machine is known for it; known: {', '.join(sorted(_NODES))}")
+    cluster = resolve_cluster(f"{_NODES[gpu.id]}:1")
+    node: NodeSpec = cluster.node
+    nodes = -(-num_gpus // node.num_gpus)
+    return cluster if nodes == 1 else resolve_cluster(f"{_NODES[gpu.id]}:{nodes}")

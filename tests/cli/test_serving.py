@@ -1,0 +1,286 @@
+"""``meshwright plan``, ``simulate`` and ``explain`` for serving: what they read, print, write and refuse."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+
+import pytest
+import yaml
+
+JOB = """\
+schema_version: 1
+kind: serving
+model: llama-3.1-8b
+cluster: {node: dgx-h100, count: 1}
+workload:
+  arrival: poisson
+  rate: 6 /s
+  input_length: {mean: 400, kind: lognormal, coefficient_of_variation: 0.5}
+  output_length: 40
+slo: {ttft_p99: 1 s, tpot_p99: 20 ms}
+engine: vllm
+constraints:
+  precision: bf16
+  tp: [1, 2]
+  pp: 1
+  max_num_batched_tokens: [2048, 8192]
+  max_num_sequences: [64, 256]
+"""
+FLAGS = (
+    *(
+        "--serve",
+        "--model",
+        "llama-3.1-8b",
+        "--cluster",
+        "dgx-h100:1",
+        "--engine",
+        "vllm",
+        "--precision",
+        "bf16",
+    ),
+    *("--input-length", 400, "--output-length", 40, "--ttft-p99", "1s"),
+)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory, meshwright):
+    """The folder and the printed answer of the small serving job, once."""
+    root = tmp_path_factory.mktemp("served")
+    (root / "job.yaml").write_text(JOB)
+    outcome = meshwright("plan", root / "job.yaml", "--out", root / "plans", "--verify", 2, "--top", 3)
+    assert outcome.code == 0, outcome.stderr
+    return root / "plans", outcome.stdout
+
+
+@pytest.fixture
+def plan_file(planned, folder):
+    path = folder / "plan.yaml"
+    path.write_text((planned[0] / "1.yaml").read_text())
+    return path
+
+
+def test_a_serving_job_is_planned_ranked_and_written(planned):
+    folder, printed = planned
+    report = json.loads((folder / "report.json").read_text())
+    assert {"1.yaml", "report.json"} <= {path.name for path in folder.iterdir()}
+    assert "llama-3.1-8b on 8 x h100-sxm-80" in printed
+    assert "Pareto front" in printed
+    assert "Binds:" in printed
+    assert "Cheapest for the stated load of 6 requests/s" in printed
+    assert "Calibration: h100-sxm-80" in printed
+    assert report["num_simulated"] >= 2
+    assert report["cheapest"]["num_gpus"] == 1
+    values = [entry["prediction"]["output_tokens_per_second_per_gpu"] for entry in report["plans"]]
+    assert values == sorted(values, reverse=True)
+    for entry in report["plans"]:
+        figures = entry["prediction"]
+        assert figures["basis"] == "simulation"
+        assert figures["ttft_p99_seconds"] <= 1.0
+        assert figures["tpot_p99_seconds"] <= 0.02
+        assert figures["load"] <= figures["load_bound"] * 1.0001
+    assert any("fitted" in note or "borrowed" in note or "default" in note for note in report["constants"])
+
+
+def test_a_plan_file_holds_all_it_was_made_from(planned):
+    plan = yaml.safe_load((planned[0] / "1.yaml").read_text())
+    assert (plan["kind"], plan["schema_version"], plan["written_by"]) == ("serving_plan", 1, "meshwright")
+    assert plan["slo"] == {"ttft_p99": "1.0 s", "tpot_p99": "0.02 s"}
+    assert plan["model"]["name"] == "llama-3.1-8b"
+    assert set(plan["calibration"]) >= {"id", "sha256"}
+    assert plan["constants"]
+    assert plan["prediction"]["load_kind"] == "requests_per_second"
+
+
+def test_bounds_alone_rank_at_once(meshwright):
+    outcome = meshwright("plan", *FLAGS, "--concurrency", 32, "--verify", 0, "--json")
+    report = json.loads(outcome.stdout)
+    assert report["num_runs"] == 0
+    assert report["plans"][0]["prediction"]["basis"] == "steady-state bound"
+    assert report["plans"][0]["prediction"]["load_kind"] == "clients"
+
+
+def test_requests_are_simulated_one_by_one(meshwright, plan_file, folder):
+    lines = [
+        {"arrival_time_s": index / 5, "input_length": 100 + index, "output_length": 1 + index % 7}
+        for index in range(40)
+    ]
+    (folder / "requests.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    arguments = (
+        "--requests",
+        "requests.jsonl",
+        "--out",
+        "results",
+        "--timeline",
+        "steps.json.gz",
+        "--explain",
+    )
+    outcome = meshwright("simulate", plan_file, *arguments)
+    assert outcome.code == 0, outcome.stderr
+    assert "every limit holds" in outcome.stdout
+    assert "Where the mean time to the first token goes" in outcome.stdout
+    rows = list(csv.DictReader((folder / "results" / "requests.csv").read_text().splitlines()))
+    assert [int(row["input_tokens"]) for row in rows] == [line["input_length"] for line in lines]
+    for row in rows:
+        parts = sum(float(row[f"{part}_s"]) for part in ("queue", "prefill", "transfer", "interference"))
+        assert parts == pytest.approx(float(row["ttft_s"]), rel=1e-6)
+        assert (row["tpot_s"] == "") == (row["output_tokens"] == "1")
+    metrics = json.loads((folder / "results" / "metrics.json").read_text())
+    assert metrics["num_requests"] == 40
+    assert metrics["slo_violations"] == {}
+    mean = sum(float(row["ttft_s"]) for row in rows) / 40
+    assert metrics["ttft_mean_seconds"] == pytest.approx(mean, rel=1e-6)
+    events = json.loads(gzip.decompress((folder / "steps.json.gz").read_bytes()))["traceEvents"]
+    prompts = sum(event["args"]["prompt_tokens"] for event in events if event["ph"] == "X")
+    assert prompts == sum(line["input_length"] for line in lines)
+    # What Meshwright wrote may be written again.
+    assert meshwright("simulate", plan_file, *arguments).code == 0
+
+
+def test_the_plans_own_load_is_simulated_and_equal_seeds_agree(meshwright, plan_file):
+    one, two = (json.loads(meshwright("simulate", plan_file, "--json", "--seed", 3).stdout) for _ in range(2))
+    assert one == two
+    assert one["requests_per_second"] == pytest.approx(6.0, rel=0.15)
+    other = json.loads(meshwright("simulate", plan_file, "--json", "--seed", 4).stdout)
+    assert other["ttft_mean_seconds"] != one["ttft_mean_seconds"]
+
+
+def test_explain_splits_the_first_token_and_shows_long_contexts(meshwright, plan_file):
+    assert "interference" in meshwright("explain", plan_file).stdout
+    report = json.loads(meshwright("explain", plan_file, "--long-context", "--json").stdout)
+    assert [row["context_tokens"] for row in report["rows"]][::6] == [4096, 10_000_000]
+    printed = meshwright("plan", *FLAGS, "--rate", "2 /s", "--long-context").stdout
+    assert "10,000,000*" in printed
+    assert "does not fit" in printed
+
+
+BAD_TRACES = {
+    "empty": ("a.csv", "", "a.csv: the trace is empty"),
+    "a header alone": ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n", "a.csv: the trace is empty"),
+    "unsorted": (
+        "a.jsonl",
+        '{"arrival_time_s": 2, "input_length": 9, "output_length": 9}\n'
+        '{"arrival_time_s": 1, "input_length": 9, "output_length": 9}\n',
+        "a.jsonl:2:",
+    ),
+    "negative": ("a.jsonl", '{"arrival_time_s": -1, "input_length": 9, "output_length": 9}\n', "a.jsonl:1:"),
+    "missing": ("a.csv", None, "a.csv: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRACES)
+@pytest.mark.parametrize("verb", ["plan", "simulate"])
+def test_a_bad_trace_is_one_message_and_nothing_written(meshwright, plan_file, folder, verb, case):
+    name, text, says = BAD_TRACES[case]
+    if text is not None:
+        (folder / name).write_text(text)
+    if verb == "plan":
+        lengths = FLAGS[: FLAGS.index("--input-length")]
+        outcome = meshwright(
+            "plan", *lengths, "--ttft-p99", "1s", "--requests", name, "--out", "x", "--quiet"
+        )
+    else:
+        outcome = meshwright("simulate", plan_file, "--requests", name, "--out", "x")
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith("error: ")
+    assert outcome.stderr.count("error:") == 1
+    assert says in outcome.stderr
+    assert not (folder / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--rate", "2 /s", "--tpot-p99", "10us"), 3, "tpot_p99 binds: ask for at least"),
+        (
+            (
+                "--rate",
+                "90000 /s",
+            ),
+            3,
+            "the load needs about",
+        ),
+        (("--rate", "2 /s", "--model", "deepseek-v3"), 3, "nodes instead of 1"),
+        (
+            (
+                "--rate",
+                "2",
+            ),
+            2,
+            "--rate: '2' has no unit",
+        ),
+        (("--rate", "2 /s", "--concurrency", 2), 2, "give one of them"),
+        (("--rate", "2 /s", "--slo", "ttft_p98=2s"), 2, "did you mean"),
+        (("--rate", "2 /s", "--slo", "ttft_p95"), 2, "is not NAME=TIME"),
+        (("--rate", "2 /s", "--global-batch-size", 4), 2, "--global-batch-size goes with training jobs"),
+        (("--rate", "2 /s", "--pareto", "--target", "vllm"), 2, "go with training jobs"),
+        (("--rate", "2 /s", "--objective", "energy"), 2, "objective: unknown value 'energy'"),
+    ],
+)
+def test_a_request_that_cannot_be_planned_is_one_message(meshwright, folder, arguments, code, says):
+    outcome = meshwright("plan", *FLAGS, *arguments, "--out", "x", "--quiet")
+    assert (outcome.code, outcome.stdout) == (code, "")
+    assert outcome.stderr.startswith("error: ")
+    assert says in outcome.stderr
+    assert not (folder / "x").exists()
+
+
+def test_serving_flags_need_a_serving_job(meshwright, job):
+    outcome = meshwright("plan", job, "--ttft-p99", "2s")
+    assert outcome.code == 2
+    assert "--ttft-p99 goes with serving jobs" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "says"),
+    [
+        (
+            "policy: chunked_prefill",
+            "policy: orca",
+            2,
+            "pool: policy orca (it has chunked_prefill",
+        ),
+        ("engine: vllm", "engine: sglang", 0, ""),
+        ("engine: vllm", "engine: trtllm", 0, ""),
+        ("num_replicas: ", "num_replicas: 9", 2, "GPUs, but the cluster has 8"),
+        (
+            "block_size: 16",
+            "block_size: 16\n    kv_cache_tokens: 99999999",
+            3,
+            "do not fit; beside the weights a rank holds",
+        ),
+        ("precision: bf16", "precision: nvfp4", 2, "h100-sxm-80 has no units for nvfp4"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_one_message(meshwright, plan_file, folder, old, new, code, says):
+    text = plan_file.read_text()
+    assert old in text
+    plan_file.write_text(text.replace(old, new, 1))
+    outcome = meshwright("simulate", plan_file, "--out", "x")
+    assert outcome.code == code, outcome.stderr
+    assert says in outcome.stderr
+    assert (folder / "x").exists() == (code == 0)
+
+
+def test_flags_of_the_other_kind_of_plan_are_refused(meshwright, plan_file, flat_plan, folder):
+    outcome = meshwright("simulate", plan_file, "--jitter", "2%")
+    assert outcome.code == 2
+    assert "--jitter goes with training plans" in outcome.stderr
+    training = folder / "training.yaml"
+    training.write_text(flat_plan)
+    outcome = meshwright("simulate", training, "--requests", "a.csv")
+    assert outcome.code == 2
+    assert "--requests and --explain go with serving plans" in outcome.stderr
+    assert meshwright("explain", training, "--long-context").code == 2
+
+
+def test_files_of_others_are_never_replaced(meshwright, plan_file, folder):
+    (folder / "results").mkdir()
+    (folder / "results" / "requests.csv").write_text("mine\n")
+    outcome = meshwright("simulate", plan_file, "--out", "results")
+    assert outcome.code == 2
+    assert "was not written by Meshwright" in outcome.stderr
+    assert (folder / "results" / "requests.csv").read_text() == "mine\n"
+    assert not (folder / "results" / "metrics.json").exists()
+    assert meshwright("simulate", plan_file, "--out", "results", "--force").code == 0

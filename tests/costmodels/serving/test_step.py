@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from meshwright.costmodels.serving.step import TOKEN_COUNTS, ServedModel, step_breakdown, step_table
+from meshwright.simcore.domain.serving import ServingPool
+
+MakeServed = Callable[..., ServedModel]
+POOLS = {
+    "llama-3.1-8b": ServingPool(tp=1),
+    "qwen3-32b": ServingPool(tp=2),
+    "qwen3-235b-a22b": ServingPool(tp=4, ep=4),
+    "gpt-oss-120b": ServingPool(tp=2, moe_tp=2),
+    "minimax-m2.5": ServingPool(tp=4, moe_tp=4),
+    "deepseek-v3": ServingPool(tp=8, moe_tp=8),
+    "kimi-k2.5": ServingPool(tp=8, ep=8),
+    "glm-5": ServingPool(tp=8, moe_tp=8),
+    "qwen3.5-397b-a17b": ServingPool(tp=8, moe_tp=8),
+}
+
+
+@pytest.mark.parametrize("model", sorted(POOLS))
+def test_every_family_has_growing_step_times(make_served: MakeServed, model: str) -> None:
+    table = step_table(make_served(model, "fp8"), POOLS[model])
+    for times in (table.graph_token_time, table.eager_token_time, table.prefill_attention_time):
+        assert np.isfinite(times).all()
+        assert times[-1] > times[0] >= 0.0
+    assert (table.decode_attention_time > 0.0).all()
+    assert table.prefill_attention_time[0] == 0.0
+    assert (np.diff(table.prefill_attention_time) >= 0.0).all()
+
+
+def test_a_decode_step_never_beats_reading_the_weights(make_served: MakeServed) -> None:
+    served = make_served("llama-3.1-8b")
+    parts = step_breakdown(served, ServingPool())
+    table_bytes = 2.0 * (served.model.num_parameters - served.model.num_embedding_parameters)
+    floor = table_bytes / served.cluster.gpu.memory_bandwidth_bytes_per_second
+    assert floor < parts.products[0] + parts.head[0] < 2.0 * floor
+
+
+def test_tensor_parallel_ranks_share_products_and_pay_all_reduces(make_served: MakeServed) -> None:
+    served = make_served("qwen3-32b")
+    one, eight = (step_breakdown(served, ServingPool(tp=tp)) for tp in (1, 8))
+    at = int(np.searchsorted(TOKEN_COUNTS, 8192))
+    assert one.products[at] / 9.0 < eight.products[at] < one.products[at] / 6.0
+    assert not one.collectives.any()
+    assert (eight.collectives > 0.0).all()
+
+
+def test_prompts_sample_their_last_tokens_only(make_served: MakeServed) -> None:
+    parts = step_breakdown(make_served("llama-3.1-8b"), ServingPool())
+    small = TOKEN_COUNTS <= 256
+    assert np.array_equal(parts.head[small], parts.prompt_head[small])
+    assert parts.prompt_head[-1] < 0.1 * parts.head[-1]
+
+
+def test_windowed_layers_stop_growing_at_their_window(make_served: MakeServed) -> None:
+    windowed = step_table(make_served("gpt-oss-120b", "fp8"), POOLS["gpt-oss-120b"])
+    full = step_table(make_served("qwen3-32b"), ServingPool(tp=2))
+
+    def growth(table) -> float:
+        at = [int(np.searchsorted(table.decode_contexts, length)) for length in (128, 32768)]
+        row = int(np.searchsorted(table.decode_batch_sizes, 64))
+        return float(table.decode_attention_time[row, at[1]] / table.decode_attention_time[row, at[0]])
+
+    assert growth(windowed) < 0.75 * growth(full)
+
+
+def test_eight_bit_caches_are_read_in_less_time(make_served: MakeServed) -> None:
+    wide, narrow = (
+        step_table(make_served("qwen3-32b", kv_precision=kv), ServingPool(tp=2)).decode_attention_time[-1, -1]
+        for kv in ("bf16", "fp8")
+    )
+    assert 0.4 * wide < narrow < 0.75 * wide
+
+
+def test_fused_norms_leave_fewer_kernels(make_served: MakeServed) -> None:
+    plain, fused = (
+        step_breakdown(
+            make_served("qwen3-32b", fuses_all_reduce_norm=fuses, kernel_time=2e-6), ServingPool(tp=2)
+        )
+        for fuses in (False, True)
+    )
+    saved = plain.small_kernels - fused.small_kernels
+    np.testing.assert_allclose(saved, 2 * 64 * 2e-6)
+
+
+def test_pipeline_stages_share_a_step(make_served: MakeServed) -> None:
+    served = make_served("qwen3-32b")
+    one, two = (step_table(served, ServingPool(pp=pp)) for pp in (1, 2))
+    assert two.stage_share == 0.5
+    assert (two.graph_token_time > one.graph_token_time).all()
+
+
+def test_attention_ranks_meet_at_the_experts(make_served: MakeServed) -> None:
+    served = make_served("qwen3-235b-a22b", "fp8")
+    split = step_breakdown(served, ServingPool(tp=8, ep=8))
+    apart = step_breakdown(served, ServingPool(attention_dp=8, ep=8))
+    at = int(np.searchsorted(TOKEN_COUNTS, 64))
+    assert apart.experts[at] > split.experts[at]
+    assert apart.products[at] > split.products[at]
+
+
+def test_drafted_tokens_are_further_queries_of_one_cache(make_served: MakeServed) -> None:
+    served = make_served("llama-3.1-8b")
+    plain, drafting = (
+        step_table(served, ServingPool(num_speculative_tokens=count)).decode_attention_time[-1, -1]
+        for count in (0, 3)
+    )
+    assert plain <= drafting < 2.0 * plain
+
+
+def test_tables_are_the_same_when_asked_again(make_served: MakeServed) -> None:
+    served, pool = make_served("gpt-oss-120b", "fp8"), POOLS["gpt-oss-120b"]
+    first, again = step_table(served, pool), step_table(served, pool)
+    assert np.array_equal(first.graph_token_time, again.graph_token_time)
+    assert np.array_equal(first.decode_attention_time, again.decode_attention_time)

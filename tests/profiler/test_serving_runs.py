@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from meshwright.errors import SpecError
+from meshwright.profiler.serving_runs import (
+    ServingRun,
+    UnstatedLoadError,
+    decode_setup,
+    is_serving_table,
+    read_serving_runs,
+    serving_setup,
+)
+
+TABLE = Path(__file__).parents[1] / "validation" / "serving_runs.csv"
+RUNS = {run.id: run for run in read_serving_runs(TABLE)}
+
+
+def changed(run: ServingRun, **cells: str) -> ServingRun:
+    return ServingRun(
+        id=run.id,
+        quality=run.quality,
+        line=run.line,
+        ttft_mean=run.ttft_mean,
+        tpot_mean=run.tpot_mean,
+        cells={**run.cells, **cells},
+    )
+
+
+def test_the_published_table_is_read_whole() -> None:
+    assert len(RUNS) == 1132
+    assert is_serving_table(TABLE)
+    assert not is_serving_table(TABLE.with_name("training_runs.csv"))
+    assert not is_serving_table(TABLE.parent)
+
+
+@pytest.mark.parametrize(
+    ("run_id", "degrees", "clients"),
+    [
+        ("serve-00027", (2, 1, 2, 1), 64),  # as stated
+        ("serve-00333", (4, 1, 1, 4), 32),  # tp 16 = 4 x 4: four GPUs
+        ("serve-00702", (1, 4, 1, 4), 256),  # attention_dp 16 = 4 x 4, concurrency per labelled rank
+        ("serve-04474", (4, 1, 1, 4), 64),  # load multiplied by attention_dp 4, run on four GPUs
+        ("serve-02955", (1, 8, 1, 8), 256),  # attention data parallel as stated
+        ("serve-01690", (2, 1, 2, 1), 16),
+    ],
+)
+def test_labels_are_read_as_the_gpus_that_ran(run_id: str, degrees: tuple[int, ...], clients: int) -> None:
+    setup = serving_setup(RUNS[run_id])
+    pool = setup.plan.pools[0]
+    assert (pool.tp, pool.attention_dp, pool.moe_tp, pool.ep) == degrees
+    assert setup.num_clients == clients
+
+
+def test_dense_models_ignore_expert_degrees() -> None:
+    pool = serving_setup(RUNS["serve-03748"]).plan.pools[0]
+    assert (pool.tp, pool.moe_tp, pool.ep) == (4, 1, 1)
+
+
+def test_every_aggregated_row_has_a_setup() -> None:
+    for run in RUNS.values():
+        if not run.is_disaggregated:
+            setup = serving_setup(run)
+            assert setup.num_requests >= 8 * setup.num_clients
+            assert setup.max_num_sequences in (setup.num_clients, setup.num_clients - 1, 1)
+
+
+def test_lengths_vary_where_the_recipe_varies_them() -> None:
+    assert serving_setup(RUNS["serve-00357"]).length_ratio == 0.8  # labelled 1.0, repeats rows labelled 0.8
+    fixed = next(run for run in RUNS.values() if run.cell("engine_version") == "0.12.0")
+    assert serving_setup(fixed).length_ratio == 1.0
+
+
+def test_unsaid_drafts_are_taken_for_what_the_times_say() -> None:
+    drafting = serving_setup(RUNS["serve-02738"]).plan.pools[0]
+    plain = serving_setup(RUNS["serve-02907"]).plan.pools[0]
+    assert drafting.num_speculative_tokens > 0
+    assert plain.num_speculative_tokens == 0
+
+
+def test_rows_of_separate_pools_state_a_decode_batch_but_no_clients() -> None:
+    run = next(run for run in RUNS.values() if run.is_disaggregated)
+    with pytest.raises(UnstatedLoadError, match="how many clients"):
+        serving_setup(run)
+    setup, batch = decode_setup(run)
+    assert batch == float(run.cell("decode_batch"))
+    assert setup.plan.pools[0].gpus_per_replica >= 1
+    with pytest.raises(UnstatedLoadError, match="decode batch"):
+        decode_setup(changed(run, decode_batch=""))
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"engine": "vlm"}, "did you mean 'vllm'"),
+        ({"precision": "fp7"}, "precision 'fp7' is none of"),
+        ({"model": "nobody/no-model"}, "unknown model"),
+        ({"gpu": "H900"}, "H900"),
+        ({"concurrency": "many"}, "concurrency: 'many' is not a whole number"),
+    ],
+)
+def test_a_bad_cell_is_named(cells: dict[str, str], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        serving_setup(changed(RUNS["serve-00027"], **cells))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("ttft_mean_s", "-1", "ttft_mean_s must be a finite number above zero"),
+        ("tpot_mean_s", "fast", "tpot_mean_s: 'fast' is not a number"),
+        ("mode", "both", "mode: 'both' is not one of"),
+    ],
+)
+def test_a_bad_table_is_refused_with_its_line(tmp_path: Path, column: str, value: str, message: str) -> None:
+    with TABLE.open(newline="") as stream:
+        row = next(csv.DictReader(stream))
+    path = tmp_path / "runs.csv"
+    path.write_text(",".join(row) + "\n" + ",".join({**row, column: value}.values()) + "\n")
+    with pytest.raises(SpecError, match=rf"runs\.csv:2: {message}"):
+        read_serving_runs(path)
+    path.write_text("id,engine,colour\n")
+    with pytest.raises(SpecError, match="unknown column 'colour'"):
+        read_serving_runs(path)
