@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _SOURCES = ("profile", "aiconfigurator", "nccl-tests", "vidur", "runs", "serving-runs")
+_TAKEN_BY = {
+    "gpu": ("profile", "nccl-tests", "vidur"),
+    "system": ("aiconfigurator",),
+    "engine": ("aiconfigurator",),
+    "software": ("runs",),
+    "constant": ("runs", "serving-runs"),
+}
 
 
 @click.command("calibrate", short_help="Fit a calibration to measurements.")
@@ -68,6 +75,9 @@ def command(
     """
     if out.suffix != ".json" and system != "all":
         raise SpecError(f"{out}: calibrations are JSON; name a file that ends in .json")
+    _refuse_foreign_flags(
+        source, gpu=gpu, system=system, engine=engine, software=software, constant=constants
+    )
     if source == "runs":
         _from_runs(inputs, software, constants, out, common)
         return
@@ -78,6 +88,14 @@ def command(
         _built_in(out, common)
         return
     _from_measurements(_measurements(source, inputs, gpu, system, engine), out, common)
+
+
+def _refuse_foreign_flags(source: str, **given: object) -> None:
+    """Raise when an option was given that this kind of inputs would silently ignore."""
+    for flag, value in given.items():
+        if value and source not in _TAKEN_BY[flag]:
+            sources = " or ".join(f"--from {name}" for name in _TAKEN_BY[flag])
+            raise SpecError(f"--{flag} goes with {sources}, not with --from {source}; leave it out")
 
 
 def _measurements(

@@ -32,6 +32,12 @@ __all__ = ["command"]
     "--target", help="Only plans this export target can run: megatron, deepspeed, torchtitan, torchtitan-0.2."
 )
 @click.option(
+    "--routing",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Recorded routing of the experts, as 'meshwright place' reads it: plan with the imbalance a placement reaches.",
+)
+@click.option(
     "--search",
     type=click.Choice(["exhaustive", "layerwise"]),
     default="exhaustive",
@@ -76,6 +82,7 @@ def command(  # one parameter per flag is click's calling convention
     software: str | None,
     objective: str | None,
     target: str | None,
+    routing: Path | None,
     search: str,
     top: int,
     flops: str,
@@ -113,6 +120,7 @@ def command(  # one parameter per flag is click's calling convention
                 "--sequence-length": sequence_length,
                 "--software": software,
                 "--target": target,
+                "--routing": routing,
                 "--pareto": pareto,
                 "--max-seconds": max_seconds,
                 "--resume": resume,
@@ -140,6 +148,7 @@ def command(  # one parameter per flag is click's calling convention
             software=software,
             objective=objective,
             target=target,
+            routing=routing,
         ),
     )
     context = cost_context(request.job, calibration_paths=common.calibrations)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
 from meshwright.cli.options import CommonOptions, common_options
+from meshwright.cli.run_folder import prepare_run_folder, run_folder
 
 if TYPE_CHECKING:
     from meshwright.planner.plan_file import PlanDocument
@@ -61,6 +60,18 @@ _DRY_PORT = 29500
     metavar="FILE.csv",
     help="Add the result to this table of measured runs.",
 )
+@click.option(
+    "--prompt",
+    type=click.IntRange(1, 1_000_000),
+    metavar="TOKENS",
+    help="Serving: length of each prompt; else the plan's mean.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    help="Serving: sequences of a step; else what the plan's engine takes.",
+)
 @common_options
 def command(
     *,
@@ -72,19 +83,24 @@ def command(
     timeout: str,
     dry_run: bool,
     append: Path | None,
+    prompt: int | None,
+    batch: int | None,
     common: CommonOptions,
 ) -> None:
     """Run PLAN (a file that 'meshwright plan' wrote) for some steps on random tokens, measure it, and compare.
 
-    By itself it starts every rank on this machine; under torchrun it is the rank it was started as.
+    By itself it starts every rank on this machine; under torchrun it is the rank it was started as. Of a serving plan
+    it runs prefill and decode steps of one replica.
 
     \b
     meshwright run plans/1.yaml --steps 20
     meshwright run plans/1.yaml --dry-run
     meshwright run plans/1.yaml --append runs.csv
     """
+    from meshwright.cli.run_serving import ServingRun, run_serving
     from meshwright.errors import SpecError
     from meshwright.planner.plan_file import read_plan
+    from meshwright.planner.serving.plan_file import is_serving_plan
     from meshwright.profiler.executor.evidence import check_appendable
     from meshwright.profiler.executor.launch import check_devices, launcher_rank
     from meshwright.simcore.domain.execution import Execution
@@ -92,6 +108,24 @@ def command(
     seconds = _seconds(timeout)
     if common.seed < 0:
         raise SpecError(f"--seed: {common.seed} draws no weights; give 0 or more")
+    if is_serving_plan(plan):
+        if append is not None:
+            raise SpecError(
+                "--append: tables of measured runs hold training runs, and this is a serving plan"
+            )
+        run = ServingRun(
+            device=cast("ExecutionDevice | None", device),
+            num_steps=steps,
+            num_warmup_steps=warmup,
+            prompt=prompt,
+            batch=batch,
+            timeout=seconds,
+        )
+        run_serving(plan, run, out, dry_run=dry_run, common=common)
+        return
+    for flag, value in (("--prompt", prompt), ("--batch", batch)):
+        if value is not None:
+            raise SpecError(f"{flag} is for serving plans; a training plan says its own")
     document = read_plan(plan)
     has_cpu = document.job.cluster.gpu.architecture == "cpu"
     execution = Execution(
@@ -125,25 +159,12 @@ def _run(
     common: CommonOptions,
 ) -> None:
     """Run, and print what came of it; only rank 0 prints."""
-    from meshwright.errors import ExecutionError, SpecError
+    from meshwright.errors import SpecError
 
-    if out is None:
-        if here is not None:
-            raise SpecError(
-                "under torchrun the ranks meet in a folder: name one that all nodes share with --out"
-            )
-        folder = Path(tempfile.mkdtemp(prefix="meshwright-run-"))
-        try:
-            _execute_and_show(document, execution, folder, append, timeout, here, common, is_kept=False)
-        except ExecutionError:
-            # The logs are what its message points to.
-            raise
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
-        return
-    _execute_and_show(document, execution, out, append, timeout, here, common, is_kept=True)
+    if out is None and here is not None:
+        raise SpecError("under torchrun the ranks meet in a folder: name one that all nodes share with --out")
+    with run_folder(out) as folder:
+        _execute_and_show(document, execution, folder, append, timeout, here, common, is_kept=out is not None)
 
 
 def _execute_and_show(
@@ -173,7 +194,7 @@ def _execute_and_show(
     context = cost_context(document.job, calibration_paths=common.calibrations)
     prediction = predict(context, document.plan)
     breakdown = iteration_breakdown(context, document.plan, prediction.iteration)
-    _prepare(folder, execution, is_shared=here is not None, force=common.force)
+    prepare_run_folder(folder, execution, is_shared=here is not None, force=common.force)
     is_quiet = common.quiet or common.as_json or (here is not None and here.rank != 0)
     patience = Patience(silence=timeout)
     with RunProgress(is_quiet) as progress:
@@ -263,29 +284,6 @@ def _num_local_ranks(here: LauncherRank) -> int:
     return int(text) if text.isdecimal() else here.local_rank + 1
 
 
-def _prepare(folder: Path, execution: Execution, *, is_shared: bool, force: bool) -> None:
-    """Make the folder of a run, or take one of an earlier run, and write what the workers read."""
-    from meshwright.errors import SpecError
-    from meshwright.planner.output_file import is_our_json, replace_file
-    from meshwright.profiler.executor.launch import EXECUTION_FILE
-    from meshwright.simcore.domain.execution import execution_text
-
-    path = folder / EXECUTION_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = [each.name for each in folder.iterdir() if not each.name.startswith(".")]
-    except OSError as error:
-        raise SpecError(
-            f"{folder}: cannot be used as a folder ({error.strerror}); name another --out"
-        ) from None
-    is_of_a_run = path.is_file() and not path.is_symlink() and is_our_json(path.read_bytes())
-    if names and not is_of_a_run and not is_shared and not force:
-        raise SpecError(
-            f"{folder}: holds files and is not the folder of a run; name another --out or use --force"
-        )
-    replace_file(path, execution_text(execution).encode(), force=force, is_ours=is_our_json)
-
-
 def _print_commands(
     plan: Path,
     document: PlanDocument,
@@ -301,7 +299,7 @@ def _print_commands(
 
     folder = _ANY_FOLDER if out is None else out
     if out is not None:
-        _prepare(out, execution, is_shared=False, force=common.force)
+        prepare_run_folder(out, execution, is_shared=False, force=common.force)
     words = [
         "run",
         str(plan),

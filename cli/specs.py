@@ -13,9 +13,9 @@ __all__ = ["command"]
 _KINDS = ("gpu", "node", "fabric", "cluster", "model")
 
 
-@click.group("specs", short_help="List, show and import hardware; list and show models.")
+@click.group("specs", short_help="List, show, import and export hardware; list and show models.")
 def command() -> None:
-    """List and show the built-in GPUs, nodes, fabrics, clusters and models; import topologies."""
+    """List and show the built-in GPUs, nodes, fabrics, clusters and models; import and export topologies."""
 
 
 @command.command("list")
@@ -113,3 +113,39 @@ def import_command(
     for sentence in guesses:
         console.print(f"Guessed: {sentence}", markup=False, soft_wrap=True)
     console.print(f"Wrote {out}", markup=False, soft_wrap=True)
+
+
+@command.command("export")
+@click.argument("cluster")
+@click.option(
+    "--to", "target", required=True, metavar="TARGET", help="Simulator: astra-sim or simai.", type=str
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write the file; else print it.")
+@common_options
+def export_command(*, cluster: str, target: str, out: Path | None, common: CommonOptions) -> None:
+    """Write a CLUSTER's network for another simulator; what it cannot express is refused with the reasons.
+
+    \b
+    meshwright specs export eos --to astra-sim --out network.yml
+    """
+    from meshwright.cli.render.console import print_json, stdout_console
+    from meshwright.hardware_specs import resolve_cluster
+    from meshwright.hardware_specs.exporters import export_topology
+    from meshwright.planner.output_file import replace_file
+
+    text = export_topology(resolve_cluster(cluster), target)
+    content = text.encode()
+    if out is not None:
+        # SimAI's file has no room for a mark of ours; the same content loses nobody anything.
+        replace_file(
+            out,
+            content,
+            force=common.force,
+            is_ours=lambda data: data == content or data.startswith(b"# written by meshwright"),
+        )
+    if common.as_json:
+        print_json({"kind": "topology", "target": target, "text": text})
+    elif out is None:
+        stdout_console().print(text, soft_wrap=True, markup=False, highlight=False, end="")
+    elif not common.quiet:
+        stdout_console().print(f"Wrote {out}", markup=False, soft_wrap=True)

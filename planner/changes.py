@@ -306,7 +306,14 @@ _ALL: tuple[Change, ...] = (
     _workload("global_batch_size", "sequences per iteration", "count"),
     _workload("sequence_length", "tokens per sequence", "count"),
     _workload("precision", "number format", "word"),
-    _workload("routing_imbalance", "most loaded expert rank over the mean", "number"),
+    Change(
+        key="workload.routing_imbalance",
+        meaning="most loaded expert rank over the mean",
+        kind="number",
+        read=lambda scenario: scenario.job.workload.routing_imbalance,
+        # One figure for every ep takes the place of those of the routing data.
+        write=lambda scenario, value: with_workload(scenario, routing_imbalance=value, routing_by_ep=()),
+    ),
     _workload("expert_capacity_factor", "expert capacity over the mean share", "number"),
     _workload("lora_rank", "rank of low-rank adapters", "count"),
     Change(

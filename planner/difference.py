@@ -80,6 +80,8 @@ def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield the plain fields of nested dataclasses and mappings, keys joined by dots."""
     if is_dataclass(value):
         parts = {each.name: getattr(value, each.name) for each in fields(value) if each.name not in _IGNORED}
+    elif prefix == "routing_by_ep." and isinstance(value, tuple):
+        parts = {str(each.ep): each for each in value}
     elif isinstance(value, Mapping):
         parts = {str(key): part for key, part in value.items()}
     else:

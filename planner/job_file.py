@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +11,7 @@ from meshwright.costmodels.software import list_software, load_software
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.yaml_document import Section, read_yaml
 from meshwright.planner.export import EXPORTERS
-from meshwright.planner.job_parts import cluster_of_request, model_of_request, skip_key
+from meshwright.planner.job_parts import cluster_of_request, model_of_request, path_beside, skip_key
 from meshwright.planner.objectives import OBJECTIVES, Objective
 from meshwright.planner.space import LIMIT_KEYS, SearchLimits
 from meshwright.planner.workload_options import WorkloadOptions, software_features, workload_options
@@ -55,6 +55,7 @@ class JobFlags:
     software: str | None = None
     objective: str | None = None
     target: str | None = None
+    routing: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +66,15 @@ class PlanRequest:
     ----------
     origin : Mapping[str, str]
         What the user named: model and cluster by name or path.
+    notes : tuple[str, ...]
+        What was made of the user's files, one sentence each.
     """
 
     job: TrainingJob
     objective: Objective
     limits: SearchLimits
     origin: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
@@ -93,10 +97,11 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
         _check_kind(section)
     model, model_origin = model_of_request(section, flags.model)
     cluster, cluster_origin = cluster_of_request(section, flags.cluster)
+    workload, routing = _workload(section, flags)
     job = TrainingJob(
         model=model,
         cluster=cluster,
-        workload=_workload(section, flags),
+        workload=workload,
         software=_software(section, flags),
         features=software_features(section),
     )
@@ -119,11 +124,15 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
     limits = _limits(section.optional_section("constraints") if section else None, flags)
     if section is not None:
         section.close()
+    notes: tuple[str, ...] = ()
+    if routing is not None:
+        job, notes = _with_routing(job, routing)
     return PlanRequest(
         job=job,
         objective=cast("Objective", objective),
         limits=limits,
         origin={"model": model_origin, "cluster": cluster_origin},
+        notes=notes,
     )
 
 
@@ -146,10 +155,11 @@ def _check_kind(section: Section) -> None:
         raise section.error("kind", "expected a training job, not a serving one")
 
 
-def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
+def _workload(section: Section | None, flags: JobFlags) -> tuple[TrainingWorkload, Path | None]:
+    """Return the workload, and the file of routing data that decides its imbalance."""
     part = section.optional_section("workload") if section else None
     batch, length = flags.global_batch_size, flags.sequence_length
-    precision = flags.precision
+    precision, routing = flags.precision, flags.routing
     options = WorkloadOptions()
     if part is not None:
         options = workload_options(part)
@@ -159,6 +169,12 @@ def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
         batch = file_batch if batch is None else batch
         length = file_length if length is None else length
         precision = precision or file_precision
+        file_routing = part.optional_text("routing")
+        if routing is None and file_routing is not None:
+            routing = Path(path_beside(part, file_routing))
+        stated = next((key for key in ("routing_imbalance", "routing_by_ep") if part.has(key)), None)
+        if routing is not None and stated is not None:
+            raise part.error(stated, "routing data decide the imbalance; leave out one of both")
         part.close()
     if batch is None:
         raise SpecError(
@@ -166,12 +182,23 @@ def _workload(section: Section | None, flags: JobFlags) -> TrainingWorkload:
         )
     if length is None:
         raise SpecError("no sequence length: give --sequence-length or 'workload: sequence_length:' (tokens)")
-    return TrainingWorkload(
+    workload = TrainingWorkload(
         global_batch_size=batch,
         sequence_length=length,
         precision=cast("Precision", precision or "bf16"),
         **options,
     )
+    return workload, routing
+
+
+def _with_routing(job: TrainingJob, path: Path) -> tuple[TrainingJob, tuple[str, ...]]:
+    """Return the job with what a placement reaches on the routing data, and what to say of it."""
+    # Few jobs bring routing data; the solvers behind it take a while to import.
+    from meshwright.planner.routing_reach import reached_routing
+
+    deduplicates = load_software(job.software).deduplicates_dispatch or "deepep" in job.features
+    reached = reached_routing(path, job.model, job.cluster, deduplicates_dispatch=deduplicates)
+    return replace(job, workload=replace(job.workload, routing_by_ep=reached.by_ep)), reached.notes
 
 
 def _software(section: Section | None, flags: JobFlags) -> str:

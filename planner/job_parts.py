@@ -11,7 +11,7 @@ from meshwright.hardware_specs.yaml_document import Section
 from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.model_catalog import load_model, model_from_section
 
-__all__ = ["cluster_of_request", "model_of_request", "skip_key"]
+__all__ = ["cluster_of_request", "model_of_request", "path_beside", "skip_key"]
 
 
 def model_of_request(section: Section | None, flag: str | None) -> tuple[ModelSpec, str]:
@@ -31,7 +31,7 @@ def model_of_request(section: Section | None, flag: str | None) -> tuple[ModelSp
         return model_from_section(section.section("model")), "inline"
     name = section.text("model")
     try:
-        return load_model(_beside(section, name)), name
+        return load_model(path_beside(section, name)), name
     except SpecError as error:
         raise _located(section, "model", error) from None
 
@@ -53,7 +53,7 @@ def cluster_of_request(section: Section | None, flag: str | None) -> tuple[Clust
         return cluster_from_section(section.section("cluster")), "inline"
     name = section.text("cluster")
     try:
-        return resolve_cluster(_beside(section, name)), name
+        return resolve_cluster(path_beside(section, name)), name
     except SpecError as error:
         raise _located(section, "cluster", error) from None
 
@@ -70,7 +70,7 @@ def _located(section: Section, key: str, error: SpecError) -> SpecError:
     return section.error(key, text) if text.startswith("unknown ") or " has no " in text else error
 
 
-def _beside(section: Section, name: str) -> str:
+def path_beside(section: Section, name: str) -> str:
     """Return a path in a job file as seen from the job file's folder, when it exists there."""
     beside = Path(section.file).parent / name
     try:

@@ -44,6 +44,7 @@ from meshwright.simcore.domain.plan import (
     VocabParallel,
 )
 from meshwright.simcore.domain.workload import PRECISIONS, TrainingWorkload
+from meshwright.simcore.domain.workload_section import routing_by_ep_mappings
 
 __all__ = ["PlanDocument", "plan_document_text", "prediction_mapping", "read_plan"]
 
@@ -186,11 +187,14 @@ def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:
 def _workload_mapping(workload: TrainingWorkload) -> dict[str, object]:
     """Return the workload, what it leaves at its default left out but for batch, length and precision."""
     stated = ("global_batch_size", "sequence_length", "precision")
-    return {
+    mapping: dict[str, object] = {
         each.name: getattr(workload, each.name)
         for each in dataclasses.fields(workload)
         if each.name in stated or getattr(workload, each.name) != each.default
     }
+    if workload.routing_by_ep:
+        mapping["routing_by_ep"] = routing_by_ep_mappings(workload.routing_by_ep)
+    return mapping
 
 
 def _plan(section: Section) -> ParallelPlan:

@@ -7,6 +7,8 @@ from typing import TypedDict
 from meshwright.costmodels.context import KNOWN_FEATURES
 from meshwright.errors import did_you_mean
 from meshwright.hardware_specs.yaml_document import Section
+from meshwright.simcore.domain.workload import ExpertRouting
+from meshwright.simcore.domain.workload_section import routing_by_ep_of_section
 
 __all__ = ["WorkloadOptions", "software_features", "workload_options"]
 
@@ -15,6 +17,7 @@ class WorkloadOptions(TypedDict, total=False):
     """Optional fields of :class:`meshwright.simcore.domain.workload.TrainingWorkload`."""
 
     routing_imbalance: float
+    routing_by_ep: tuple[ExpertRouting, ...]
     expert_capacity_factor: float
     lora_rank: int
 
@@ -31,6 +34,9 @@ def workload_options(section: Section) -> WorkloadOptions:
     imbalance = section.optional_number("routing_imbalance")
     if imbalance is not None:
         options["routing_imbalance"] = imbalance
+    by_ep = routing_by_ep_of_section(section)
+    if by_ep:
+        options["routing_by_ep"] = by_ep
     capacity = section.optional_number("expert_capacity_factor")
     if capacity is not None:
         options["expert_capacity_factor"] = capacity

@@ -98,7 +98,7 @@ def print_placement(
         soft_wrap=True,
     )
     console.print(
-        f"Routing: {routing.origin}, {routing.num_tokens:,} tokens. Found by: {answer.method}.",
+        f"Routing: {routing.origin}, {_amount(routing.num_tokens)}. Found by: {answer.method}.",
         soft_wrap=True,
     )
     ours, theirs = answer.held_out or answer.solved, answer.baseline_held_out or answer.baseline_solved
@@ -135,6 +135,11 @@ def print_placement(
         console.print(f"{job.engine.name}: {bundle.launch_command}", soft_wrap=True)
         for note in bundle.notes:
             console.print(f"Note: {note}", soft_wrap=True)
+
+
+def _amount(num_tokens: int) -> str:
+    """Return how much routing was read; sums of loads count no tokens."""
+    return f"{num_tokens:,} tokens" if num_tokens else "loads only, no tokens"
 
 
 def _certificate_table(certificates: tuple[Certificate, ...]) -> object:

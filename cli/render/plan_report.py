@@ -48,7 +48,7 @@ def report_mapping(
         "num_simulated": result.num_simulated,
         "is_certified": result.is_certified,
         "rejections": dict(result.rejections),
-        "notes": list(result.notes),
+        "notes": [*request.notes, *result.notes],
         "reason": winning_reason(result, request.objective),
         "plans": _entries(result.ranked),
         **_optional(result),
@@ -122,7 +122,7 @@ def print_report(
     if result.front:
         title = "Pareto front of the simulated plans: iteration time, dollars, memory of the fullest rank"
         console.print(ranked_table(title, result.front, request.objective))
-    for note in result.notes:
+    for note in (*request.notes, *result.notes):
         console.print(note, soft_wrap=True)
     console.print(f"Why: {winning_reason(result, request.objective)}", soft_wrap=True)
     winner = result.ranked[0].prediction

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from meshwright.cli.render.console import make_table, stdout_console
+from meshwright.costmodels.serving.constants import TIME_CONSTANTS
 from meshwright.profiler.fitting.serving import ServingFit
+from meshwright.units import format_quantity
 
 __all__ = ["print_serving_fit", "serving_fit_mapping"]
 
@@ -24,7 +26,7 @@ def print_serving_fit(fit: ServingFit) -> None:
         (("constant", False), ("before", True), ("fitted", True)),
     )
     for name, prior in fit.prior.items():
-        table.add_row(name, f"{prior:.4g}", f"{fit.constants[name]:.4g}")
+        table.add_row(name, _value(name, prior), _value(name, fit.constants[name]))
     console.print(table)
     runs = make_table(
         "Error of each run: predicted over measured, less 1",
@@ -46,6 +48,10 @@ def print_serving_fit(fit: ServingFit) -> None:
         _mean([getattr(row, f"tpot_{when}") for row in fit.rows]) for when in ("before", "after")
     )
     console.print(f"Mean TPOT error {before:.1%} before, {after:.1%} after.")
+
+
+def _value(name: str, value: float) -> str:
+    return format_quantity(value, "seconds", 4) if name in TIME_CONSTANTS else f"{value:.4g}"
 
 
 def _mean(errors: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from meshwright.cli.render.console import make_table, stdout_console
+from meshwright.planner.export.serving_requests import longest_request
 from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_yaml, replace_file
 from meshwright.planner.serving.answer import ServingAnswer, plan_figures
 from meshwright.planner.serving.infeasible import option_text
@@ -167,9 +168,18 @@ def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, qu
             "of them at their own times.",
             soft_wrap=True,
         )
+    longest = longest_request(request.job) or round(float(answer.profile.prompt_lengths[-1]))
+    positions = request.job.model.max_position_embeddings
+    if longest > positions:
+        console.print(
+            f"Note: the longest request, about {longest:,} tokens, is beyond the {positions:,} positions of "
+            f"{request.job.model.name}; engines refuse it unless the model's positions are extended.",
+            soft_wrap=True,
+        )
     written = min(num_plans, len(outcome.ranked))
+    plans = f"{out}/1.yaml" if written == 1 else f"{out}/1.yaml to {out}/{written}.yaml"
     console.print(
-        f"Wrote {out}/1.yaml to {out}/{written}.yaml and {out}/report.json. Next: meshwright simulate {out}/1.yaml",
+        f"Wrote {plans} and {out}/report.json. Next: meshwright simulate {out}/1.yaml",
         soft_wrap=True,
     )
     if is_closed_loop(request):

@@ -154,12 +154,34 @@ def print_serving_simulation(run: ServingRun, written: list[str], *, explains: b
         + ".",
         soft_wrap=True,
     )
+    for note in _load_notes(run):
+        console.print(note, soft_wrap=True)
     for note in run.costs.certainty_notes(plan):
         console.print(f"Constants: {note}.", soft_wrap=True)
     calibration = run.costs.calibration(plan)
     console.print(f"Calibration: {calibration.id} ({calibration.reason}).", soft_wrap=True)
     for line in written:
         console.print(f"Wrote {line}", soft_wrap=True)
+
+
+def _load_notes(run: ServingRun) -> list[str]:
+    """Return whose load was served, and what of it the model cannot hold."""
+    workload, model = run.document.job.workload, run.document.job.model
+    notes = []
+    if workload.arrival != "trace":
+        load = (
+            f"{workload.concurrency:,} clients" if workload.concurrency else f"{workload.rate:.4g} requests/s"
+        )
+        notes.append(
+            f"Load: the job's {load}; the figures in a plan file are at the highest load it was found to hold."
+        )
+    too_long = int((run.result.input_length + run.result.output_length > model.max_position_embeddings).sum())
+    if too_long:
+        notes.append(
+            f"Note: {too_long:,} of the requests are longer than the {model.max_position_embeddings:,} positions of "
+            f"{model.name}; engines refuse them unless the model's positions are extended."
+        )
+    return notes
 
 
 def _cells(statistics: MetricStatistics) -> tuple[str, ...]:

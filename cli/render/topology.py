@@ -6,17 +6,38 @@ import numpy as np
 
 from meshwright.hardware_specs.importers import ImportedTopology
 from meshwright.hardware_specs.specs import ClusterSpec
+from meshwright.simcore.network.collectives import Algorithm, collective_flow_time
+from meshwright.simcore.network.fabric import cluster_fabric
 from meshwright.units import format_quantity
 
 __all__ = ["import_text", "topology_lines", "topology_summary"]
 
+# Large enough that bandwidth counts, as nccl-tests' usual largest sizes are.
+_ALL_REDUCE_BYTES = 2.0**30
+_ALGORITHMS: dict[Algorithm, str] = {
+    "ring": "rings through all nodes",
+    "pipelined_hierarchical": "inside nodes, then across",
+}
+
 
 def topology_summary(cluster: ClusterSpec) -> dict[str, object]:
     """Return bisection and bottlenecks as plain data, SI units in the key names."""
-    links = cluster.pair_links
     num_nodes = cluster.num_nodes
     bandwidth = cluster.node.num_nics * cluster.node.nic.bandwidth_bytes_per_second
     summary: dict[str, object] = {"node_bandwidth_bytes_per_second": bandwidth}
+    if cluster.topology is None:
+        # A flat fabric needs no table of all pairs, which of ten thousand nodes would take gigabytes.
+        if num_nodes > 1:
+            summary["bisection_bytes_per_second"] = num_nodes // 2 * bandwidth
+        return summary
+    links = cluster.pair_links
+    if cluster.num_gpus > 1:
+        fabric, ranks = cluster_fabric(cluster), range(cluster.num_gpus)
+        moved = 2.0 * (cluster.num_gpus - 1) / cluster.num_gpus * _ALL_REDUCE_BYTES
+        summary["all_reduce_bus_bytes_per_second"] = {
+            algorithm: moved / collective_flow_time(fabric, "all_reduce", algorithm, ranks, _ALL_REDUCE_BYTES)
+            for algorithm in _ALGORITHMS
+        }
     if num_nodes < 2:
         return summary
     pairs = links.bandwidth[~np.eye(num_nodes, dtype=bool)]
@@ -56,10 +77,18 @@ def topology_lines(cluster: ClusterSpec) -> list[str]:
         lines.append(f"  between islands: {_rate(topology.island_bandwidth)} per node")
     if topology and topology.matrix is not None:
         lines.append("  links of all pairs measured")
+    by_algorithm = summary.get("all_reduce_bus_bytes_per_second")
+    if isinstance(by_algorithm, dict):
+        best = max(by_algorithm, key=by_algorithm.__getitem__)
+        lines.append(
+            f"all-reduce of 1 GiB over all GPUs: {_rate(by_algorithm[best])} bus bandwidth "
+            f"({_ALGORITHMS[best]}; flows at the peaks of data sheets)"
+        )
     if cluster.num_nodes > 1:
         lines.append(
             f"bisection (first half to second half): {_rate(float(str(summary['bisection_bytes_per_second'])))}"
         )
+    if topology is not None and cluster.num_nodes > 1:
         slowest, median, fastest = (
             _rate(float(str(summary[f"{name}_pair_bytes_per_second"])))
             for name in ("slowest", "median", "fastest")

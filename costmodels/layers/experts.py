@@ -41,13 +41,16 @@ class ExpertTimes:
 def expert_load(context: CostContext, cases: LayerCases) -> FloatColumn:
     """Return the rows of the most loaded expert parallel rank over the mean.
 
-    The stated imbalance without a capacity; with one, every expert's buffer is filled or padded to it (drop and
+    The stated imbalance of its ep without a capacity; with one, every expert's buffer is filled or padded to it (drop and
     pad, GShard, arXiv 2006.16668). One rank with all experts has every row whatever the routing.
     """
     capacity = context.workload.expert_capacity_factor
     if capacity is not None:
         return np.full_like(cases.ep, capacity)
-    return np.where(cases.ep > 1.0, np.minimum(context.workload.routing_imbalance, cases.ep), 1.0)
+    degrees, places = np.unique(cases.ep, return_inverse=True)
+    stated = np.array([context.workload.imbalance_at(int(ep)) for ep in degrees])
+    load: FloatColumn = stated[places].reshape(cases.ep.shape)
+    return load
 
 
 def routed_rows(context: CostContext, cases: LayerCases, moe: MoeSpec) -> FloatColumn:

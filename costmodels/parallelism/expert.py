@@ -49,12 +49,27 @@ def _exchange_time(context: CostContext, cases: LayerCases, element_bytes: float
     if context.deduplicates_dispatch:
         once = num_bytes / moe.top_k
         received = once * _distinct_places(moe, cases.ep)
-        across = once * remote_copies(moe, group)
+        across = once * _remote_nodes(context, cases, group, moe)
         forwarded = all_to_all_time(received, group, cluster, calibration, efficiency, across)
         exchange = np.minimum(exchange, forwarded)
     inner = place_group(cases.etp, np.ones_like(cases.etp), cluster.node.num_gpus)
     gather = collective_time("all_gather", num_bytes * cases.etp, inner, cluster, calibration, efficiency)
     return exchange + gather
+
+
+def _remote_nodes(
+    context: CostContext, cases: LayerCases, group: GroupPlacement, moe: MoeSpec
+) -> FloatColumn:
+    """Return the number of other nodes a token is sent to: stated for its ep, else that of uniform routing.
+
+    What is stated is of ranks side by side: tensor parallel experts (etp > 1) spread a group over more nodes.
+    """
+    uniform = remote_copies(moe, group)
+    degrees, places = np.unique(cases.ep, return_inverse=True)
+    known = [context.workload.remote_nodes_at(int(ep)) for ep in degrees]
+    stated = np.array([np.nan if each is None else each for each in known])[places].reshape(cases.ep.shape)
+    copies: FloatColumn = np.where((cases.etp == 1.0) & ~np.isnan(stated), stated, uniform)
+    return copies
 
 
 def remote_copies(moe: MoeSpec, group: GroupPlacement) -> FloatColumn:

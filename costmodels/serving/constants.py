@@ -20,6 +20,7 @@ from meshwright.simcore.domain.serving import ENGINES, POLICIES, PolicyName
 __all__ = [
     "CERTAINTIES",
     "FITTABLE",
+    "TIME_CONSTANTS",
     "UNSTATED",
     "Certainty",
     "EngineConstants",
@@ -144,7 +145,7 @@ _FLAGS: tuple[str, ...] = (
 )
 FITTABLE: tuple[str, ...] = tuple(each.name for each in fields(EngineConstants) if each.type == "float")
 """Constants that are plain numbers, which a calibration may replace."""
-_SECONDS = (
+TIME_CONSTANTS: tuple[str, ...] = (
     "kernel_time",
     "step_latency",
     "host_time",
@@ -311,6 +312,6 @@ def _value(section: Section, name: str) -> float | bool | str:
         return section.boolean(name)
     if name not in FITTABLE:
         raise section.error(name, f"unknown constant{did_you_mean(name, FITTABLE)}")
-    if name in _SECONDS:
+    if name in TIME_CONSTANTS:
         return section.quantity(name, "seconds")
     return section.quantity(name, "bytes") if name in _BYTES else section.number(name)

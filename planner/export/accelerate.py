@@ -196,7 +196,7 @@ def _notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
     if job.model.moe is not None:
         notes.append(
             "The prediction assumes that the busiest expert rank gets "
-            f"{job.workload.routing_imbalance:g} times the mean."
+            f"{job.workload.imbalance_at(plan.ep):g} times the mean."
         )
     if job.model.num_mtp_layers:
         notes.append(

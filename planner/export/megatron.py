@@ -116,12 +116,13 @@ def megatron_environment(job: TrainingJob, plan: ParallelPlan) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _expert_notes(job: TrainingJob) -> tuple[str, ...]:
+def _expert_notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
     """Return what the prediction assumes of the router, which training has to bring about."""
     workload = job.workload
     return (
         "The load-balancing loss and its coefficient are usual values; router scaling keeps Megatron's default.",
-        f"The prediction assumes that the busiest expert rank gets {workload.routing_imbalance:g} times the mean.",
+        "The prediction assumes that the busiest expert rank gets "
+        f"{workload.imbalance_at(plan.ep):g} times the mean.",
         "Experts drop no tokens."
         if workload.expert_capacity_factor is None
         else f"Experts drop tokens beyond {workload.expert_capacity_factor:g} times their mean share.",
@@ -148,7 +149,7 @@ def _notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
         else "The MLP activation is Megatron's default GELU."
     )
     if model.moe is not None:
-        notes += _expert_notes(job)
+        notes += _expert_notes(job, plan)
     if model.num_mtp_layers:
         notes.append("The loss of multi-token prediction keeps Megatron's default weight.")
     if plan.vocab_parallel == "redistributed":

@@ -247,6 +247,6 @@ def _notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
         notes.append("Vocabulary redistributed: layers make room for embedding and head by the layout alone.")
     if job.model.moe is not None:
         notes.append(
-            f"The prediction assumes that the busiest expert rank gets {job.workload.routing_imbalance:g} times the mean."
+            f"The prediction assumes that the busiest expert rank gets {job.workload.imbalance_at(plan.ep):g} times the mean."
         )
     return tuple(notes)

@@ -258,7 +258,7 @@ def _notes(job: TrainingJob, plan: ParallelPlan, *, is_registered: bool) -> tupl
         notes.append("Vocabulary redistributed: layers make room for embedding and head by the stages alone.")
     if job.model.moe is not None:
         notes.append(
-            f"The prediction assumes that the busiest expert rank gets {job.workload.routing_imbalance:g} times the mean."
+            f"The prediction assumes that the busiest expert rank gets {job.workload.imbalance_at(plan.ep):g} times the mean."
         )
     if job.workload.precision in ("fp8", "mxfp8"):
         notes.append(

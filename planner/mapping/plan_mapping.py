@@ -53,10 +53,11 @@ def map_plan(context: CostContext, plan: ParallelPlan, *, seed: int = 0, effort:
     """
     cluster = context.cluster
     grid = _host_grid(plan, cluster.node.num_gpus)
+    if cluster.topology is None or grid is None or cluster.num_nodes < 2:
+        return MappedPlan(plan=plan, search=None)
     links = cluster.pair_links
     off_diagonal = ~np.eye(cluster.num_nodes, dtype=bool)
-    is_flat = cluster.num_nodes < 2 or np.ptp(links.bandwidth[off_diagonal]) == 0.0
-    if cluster.topology is None or grid is None or is_flat:
+    if np.ptp(links.bandwidth[off_diagonal]) == 0.0:
         return MappedPlan(plan=plan, search=None)
     flat = replace(context, cluster=replace(cluster, topology=None))
     costs = iteration_costs(flat, plan)

@@ -67,6 +67,8 @@ def permute_checkpoint(
         If a file is damaged, or an expert or router of a layer is missing.
     """
     _check_order(placement, num_groups)
+    if not source.is_dir():
+        raise SpecError(f"{source}: no such folder; name the folder of the checkpoint's .safetensors files")
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise SpecError(f"{source}: holds no .safetensors files")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meshwright.costmodels.calibration import DeviceCalibration
 from meshwright.costmodels.parallelism.dispatch import capacity_rows, dropped_rows
@@ -26,7 +28,9 @@ from meshwright.simcore.domain.model import ModelSpec
 
 __all__ = ["PlacementReach", "best_layout", "capacity_drop", "placement_reach"]
 
-_SAMPLED_LAYERS, _SAMPLED_TOKENS = 2, 8192
+_DRAWN_LAYERS, _DRAWN_TOKENS = 2, 8192
+# What is read of the user's routing: evenly spaced, enough to stand for all.
+_SAMPLED_LAYERS, _SAMPLED_TOKENS = 8, 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,7 @@ def placement_reach(
     ep, redundant_experts : int
         Expert parallel ranks and redundant slots.
     routing : RoutingData | None
-        A trace or loads; drawn with weak affinity when None.
+        A trace or loads, of which evenly spaced layers and tokens stand for all; drawn with weak affinity when None.
     dispatch : Dispatch
         How the engine sends tokens.
     tokens_per_gpu : int
@@ -99,18 +103,19 @@ def placement_reach(
         raise SpecError(f"model {model.name} has no experts; only mixture-of-experts models have a placement")
     if routing is None:
         routing = draw_routing(
-            _SAMPLED_LAYERS,
+            _DRAWN_LAYERS,
             moe.num_experts,
             moe.top_k,
-            _SAMPLED_TOKENS,
+            _DRAWN_TOKENS,
             seed,
             None,
             moe.num_expert_groups,
             moe.top_k_groups,
         )
     else:
-        routing = _first_layers(routing)
-    ranks_per_node = min(ep, cluster.node.num_gpus)
+        routing = _sampled(routing)
+    # Where ranks do not fill nodes, the smallest part of a group on a node counts, as in the cost model.
+    ranks_per_node = gcd(ep, cluster.node.num_gpus)
     has_traffic = dispatch == "deduplicated" and routing.tokens is not None and ep > ranks_per_node
     request = PlacementRequest(
         routing=routing,
@@ -150,16 +155,24 @@ def placement_reach(
     )
 
 
-def _first_layers(routing: RoutingData) -> RoutingData:
-    """Return the first layers of routing data, enough to stand for all."""
-    count = _SAMPLED_LAYERS
+def _sampled(routing: RoutingData) -> RoutingData:
+    """Return evenly spaced layers and tokens of routing data; transitions between layers apart mean nothing."""
+    layers = _evenly(routing.num_layers, _SAMPLED_LAYERS)
+    loads, tokens = routing.loads[layers], None
+    if routing.tokens is not None:
+        tokens = routing.tokens[np.ix_(layers, _evenly(routing.num_tokens, _SAMPLED_TOKENS))]
+        loads = token_loads(tokens, routing.num_experts)
     return replace(
         routing,
-        loads=routing.loads[:count],
-        tokens=None if routing.tokens is None else routing.tokens[:count],
-        transitions=None if routing.transitions is None else routing.transitions[: count - 1],
-        windows=None if routing.windows is None else routing.windows[:, :count],
+        loads=loads,
+        tokens=tokens,
+        transitions=None,
+        windows=None if routing.windows is None else routing.windows[:, layers],
     )
+
+
+def _evenly(size: int, most: int) -> NDArray[np.int64]:
+    return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int64))
 
 
 def best_layout(

@@ -15,7 +15,7 @@ from meshwright.planner.serving.ranking import UnitColumns, rank_units
 from meshwright.planner.serving.search import RankedUnit, binding_names, is_closed_loop
 from meshwright.planner.serving.sizing import Sizing
 from meshwright.planner.serving.space import CandidateSpace, CostSource, candidate_space, scheduler_choices
-from meshwright.planner.serving.steady_state import replica_steady_state
+from meshwright.planner.serving.steady_state import limited_value, replica_steady_state
 from meshwright.simcore.domain.serving import Slo
 from meshwright.units import format_quantity
 
@@ -119,21 +119,17 @@ def _closest_text(request: ServingRequest, profile: LoadProfile, space: Candidat
         state = replica_steady_state(
             option.table, profile, num_decodes=np.ones(1), budgets=budgets, policy=option.policy
         )
-        values = {
-            "tpot": float(state.tpot[0, 0]),
-            "itl": float(state.itl[0, 0]),
-            "ttft": float(state.ttft[0, 0]),
-            "e2e": float(state.ttft[0, 0] + (profile.mean_output - 1.0) * state.tpot[0, 0]),
-        }
-        excess = max(values[limit.metric] / limit.seconds for limit in slo.limits)
+        # What is said to miss a limit is what the search held against it.
+        values = {limit.name: float(limited_value(state, limit, profile)[0, 0]) for limit in slo.limits}
+        excess = max(values[limit.name] / limit.seconds for limit in slo.limits)
         if best is None or excess < best[0]:
             best = (excess, option, values)
     assert best is not None
-    worst = max(slo.limits, key=lambda limit: best[2][limit.metric] / limit.seconds)
-    reached = _limits_text(slo, {limit.name: best[2][limit.metric] for limit in slo.limits})
+    worst = max(slo.limits, key=lambda limit: best[2][limit.name] / limit.seconds)
+    reached = _limits_text(slo, best[2])
     return (
         f"closest: {option_text(best[1])} reaches {reached} with one request alone; {worst.name} binds: ask for at least "
-        f"{_time(best[2][worst.metric])}"
+        f"{_time(best[2][worst.name])}"
     )
 
 

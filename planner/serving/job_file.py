@@ -195,7 +195,7 @@ def _slo(section: Section | None, flags: ServingFlags) -> Slo:
     of_file = slo_of_section(section.optional_section("slo") if section else None)
     limits = {limit.name: limit for limit in of_file.limits}
     for name, text in flags.slo.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--slo {name}"
         seconds = _flag_quantity(flag, text, "seconds")
         try:
             limits[name] = slo_limit(name, seconds)

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from meshwright.planner.serving.load_profile import LoadProfile
 from meshwright.planner.serving.step_times import prefill_attention, step_time
-from meshwright.simcore.domain.serving import PolicyName, PoolRole, Slo
+from meshwright.simcore.domain.serving import PolicyName, PoolRole, Slo, SloLimit
 from meshwright.simcore.serving.step_table import StepTable
 
 __all__ = [
     "SteadyState",
     "accepted_per_step",
     "keeps_limits",
+    "limited_value",
     "prefill_steady_state",
     "replica_steady_state",
 ]
@@ -237,20 +238,24 @@ def keeps_limits(state: SteadyState, slo: Slo, profile: LoadProfile) -> dict[str
     """
     kept: dict[str, BoolArray] = {}
     for limit in slo.limits:
-        if limit.metric == "tpot":
-            value = state.tpot
-        elif limit.metric == "ttft":
-            value = state.ttft
-        elif limit.metric == "itl":
-            # A percentile of single gaps is that of a mixed step as soon as more steps than its tail are mixed.
-            is_mixed = state.mixed_share > _TAILS[limit.statistic]
-            value = state.itl if limit.statistic == "mean" else np.where(is_mixed, state.mixed_step, 0.0)
-        else:
-            value = state.ttft + (profile.mean_output - 1.0) * state.tpot
         # The median of a skewed quantity may lie well below its mean.
         slack = 2.0 if limit.statistic == "p50" else 1.0
-        kept[limit.name] = value <= limit.seconds * slack
+        kept[limit.name] = limited_value(state, limit, profile) <= limit.seconds * slack
     return kept
+
+
+def limited_value(state: SteadyState, limit: SloLimit, profile: LoadProfile) -> FloatArray:
+    """Return what a limit is held against in each state [s]; see :func:`keeps_limits`."""
+    if limit.metric == "tpot":
+        return state.tpot
+    if limit.metric == "ttft":
+        return state.ttft
+    if limit.metric == "itl":
+        # A percentile of single gaps is that of a mixed step as soon as more steps than its tail are mixed.
+        is_mixed = limit.statistic != "mean" and state.mixed_share > _TAILS[limit.statistic]
+        unmixed = state.itl if limit.statistic == "mean" else 0.0 * state.itl
+        return np.where(is_mixed, state.mixed_step, unmixed)
+    return state.ttft + (profile.mean_output - 1.0) * state.tpot
 
 
 def _mean_attention(table: StepTable, profile: LoadProfile, cached: float) -> float:

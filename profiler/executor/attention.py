@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from meshwright.profiler.executor.build import BuildContext
 from meshwright.profiler.executor.context import biased_attention, context_attention
+from meshwright.profiler.executor.kv_cache import KvCache
 from meshwright.profiler.executor.linear import Linear, cut
 from meshwright.profiler.executor.norms import Norm
 from meshwright.profiler.executor.weights import Role, set_role
@@ -59,12 +60,18 @@ class Attention(nn.Module):
         Of the layer, before the names of its weights.
     window : int | None
         Keys that each query sees; None is all before it.
+
+    Attributes
+    ----------
+    cache : KvCache | None
+        Where keys and values stay while a model is served; None trains.
     """
 
     def __init__(self, context: BuildContext, name: str, window: int | None) -> None:
         super().__init__()
         model, tp = context.model, context.mesh.tp
         self._context, self._window = context, window
+        self.cache: KvCache | None = None
         self._heads = model.num_attention_heads // tp.size
         self._groups = model.num_query_groups // tp.size
         self._head_dim = model.head_dim
@@ -131,6 +138,8 @@ class Attention(nn.Module):
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         plan = self._context.plan
+        if self.cache is not None:
+            return self.cache.attend(query, key, value)
         if self._slopes is not None or self.sinks is not None:
             return biased_attention(query, key, value, self._window, self._slopes, self.sinks)
         return context_attention(

@@ -35,6 +35,7 @@ from meshwright.simcore.domain.plan import (
     VocabParallel,
 )
 from meshwright.simcore.domain.workload import PRECISIONS, Precision, TrainingWorkload
+from meshwright.simcore.domain.workload_section import routing_by_ep_of_section
 
 __all__ = ["read_execution"]
 
@@ -83,6 +84,7 @@ def _workload(section: Section) -> TrainingWorkload:
         sequence_length=section.integer("sequence_length", minimum=1),
         precision=cast("Precision", section.choice("precision", PRECISIONS)),
         routing_imbalance=section.number("routing_imbalance", default=1.0),
+        routing_by_ep=routing_by_ep_of_section(section),
         expert_capacity_factor=capacity,
         lora_rank=section.optional_integer("lora_rank", minimum=1),
     )

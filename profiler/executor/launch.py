@@ -7,7 +7,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,6 +161,7 @@ def run_here(
     execution: Execution,
     directory: Path,
     *,
+    commands: Callable[[Execution, Path, int], tuple[WorkerCommand, ...]] = local_commands,
     patience: Patience | None = None,
     progress: Progress | None = None,
 ) -> ExecutionReport:
@@ -172,6 +173,8 @@ def run_here(
         What runs; the folder holds its text as :data:`EXECUTION_FILE`.
     directory : Path
         The run's folder.
+    commands : Callable[[Execution, Path, int], tuple[WorkerCommand, ...]]
+        What starts each rank, as :func:`local_commands`.
     patience : Patience | None
         How long to wait.
     progress : Callable[[str], None] | None
@@ -183,9 +186,7 @@ def run_here(
         If a rank fails, hangs or writes no report.
     """
     _forget(directory, range(execution.plan.num_gpus))
-    supervise(
-        local_commands(execution, directory, _free_port()), directory, patience=patience, progress=progress
-    )
+    supervise(commands(execution, directory, _free_port()), directory, patience=patience, progress=progress)
     return _reports(execution, directory)
 
 

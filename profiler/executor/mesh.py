@@ -6,6 +6,7 @@ Experts fold over ``tp x cp x dp``: ep fastest, then the ranks that hold the sam
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,11 +70,16 @@ class RankMesh:
     handles: tuple[Any, ...]
 
     def destroy(self) -> None:
-        """Give up the process groups."""
-        # A mesh axis as long as the world is the world's own group.
-        for handle in {id(each): each for each in self.handles}.values():
-            if handle is not distributed.group.WORLD:
-                distributed.destroy_process_group(handle)
+        """Give up the process groups but the world's, which is the caller's; those that are gone are no error."""
+        world = distributed.group.WORLD
+        if world is None:
+            return
+        # By name: an axis as long as the world is the world's own group, which torch may hand out as another object.
+        for name, handle in {each.group_name: each for each in self.handles}.items():
+            if name != world.group_name:
+                # What torch says to a group that is gone.
+                with contextlib.suppress(ValueError):
+                    distributed.destroy_process_group(handle)
 
 
 def build_mesh(plan: ParallelPlan, edges: Sequence[tuple[int, int]], recorder: Recorder) -> RankMesh:

@@ -192,7 +192,7 @@ class Chunk(nn.Module):
             Token numbers to predict ``(sequence, batch)``, for the last.
         """
         if self.has_embedding:
-            x = self._embedded(x)
+            x = self._embedded(x, self._positions)
         for layer in self.layers:
             x = layer(x, self._rotary)
         if not self.has_head:
@@ -201,6 +201,28 @@ class Chunk(nn.Module):
         if self.final_norm is not None:
             x = self.final_norm(x)
         return self._loss(x, targets)
+
+    def next_logits(self, tokens: Tensor, first: int) -> Tensor:
+        """Return this rank's logits of the token after the last, ``(batch, vocabulary / tp)``; of a whole model.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            Token numbers ``(sequence, batch)``, the same on all tensor parallel ranks.
+        first : int
+            Position of the first of them; those before are in the layers' caches.
+        """
+        here = slice(first, first + tokens.shape[0])
+        rotary = None if self._rotary is None else tuple(each[here] for each in self._rotary)
+        x = self._embedded(tokens, self._positions[here])
+        for layer in self.layers:
+            x = layer(x, rotary)
+        last = x[-1]
+        if self.final_norm is not None:
+            last = self.final_norm(last)
+        weight = self.table if self.head is None else self.head
+        assert weight is not None
+        return linear(last, weight, self.head_bias, self._context.gradients)
 
     def _vocabulary(self, name: str, role: Role, *, is_vector: bool = False) -> nn.Parameter:
         """Return this rank's rows of a table over the vocabulary, padded to equal parts."""
@@ -211,7 +233,7 @@ class Chunk(nn.Module):
         padded = torch.cat([whole, whole.new_zeros((missing, *columns))]) if missing else whole
         return set_role(nn.Parameter(cut(padded, 0, tp.index, tp.size)), role)
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         tp, is_split = self._context.mesh.tp, self._context.plan.sequence_parallel
         assert self.table is not None
         if tp.size == 1:
@@ -223,7 +245,6 @@ class Chunk(nn.Module):
             found = functional.embedding(local.clamp(0, rows - 1), self.table)
             x = leave_split(found * is_mine.unsqueeze(-1), tp, is_sequence_split=is_split)
         if self.position_table is not None:
-            positions = self._positions
             if is_split:
                 positions = positions.view(tp.size, -1)[tp.index]
             reserved = self._context.model.num_reserved_positions

@@ -2,6 +2,7 @@
 
 Every worker leads a process group of its own, which signals reach as a whole. A leader that has ended is not waited
 for (:func:`os.waitid` with ``WNOWAIT``) until its group is gone, so that its number cannot have become another's.
+Should this process be killed, :mod:`meshwright.profiler.executor.orphans` ends the workers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from meshwright.errors import ExecutionError
+from meshwright.profiler.executor.orphans import OrphanKeeper
 from meshwright.profiler.executor.report import log_path, now_path
 
 __all__ = ["Patience", "WorkerCommand", "supervise"]
@@ -109,12 +111,13 @@ def supervise(
     """
     patience = patience or Patience()
     workers: list[_Worker] = []
-    with _deferred_signals() as received:
+    with _deferred_signals() as received, OrphanKeeper() as keeper:
         try:
             for command in commands:
                 if received:
                     break
                 workers.append(_start(command, directory))
+                keeper.add(workers[-1].process.pid)
             while not received and any(worker.exit_code is None for worker in workers):
                 _observe(workers, directory, progress)
                 _check_exits(workers, directory)

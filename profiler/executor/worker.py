@@ -6,10 +6,12 @@ Started under ``torchrun`` or with its variables (``RANK``, ``WORLD_SIZE``, ``LO
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -116,7 +118,7 @@ def rank_report(execution: Execution, recorder: Recorder, stage: int) -> RankRep
     )
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], run: Callable[[Execution, Recorder], RankMesh] = execute) -> int:
     """Run as a rank; return the exit code."""
     if len(arguments) != 2:
         print(
@@ -127,7 +129,7 @@ def main(arguments: list[str]) -> int:
     directory = Path(arguments[1])
     try:
         execution = read_execution(Path(arguments[0]))
-        _run(execution, directory)
+        _run(execution, directory, run)
     except MeshwrightError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -140,7 +142,7 @@ def _require_supported(execution: Execution) -> None:
         raise ExecutionError("the executor cannot run this plan: " + "; ".join(reasons))
 
 
-def _run(execution: Execution, directory: Path) -> None:
+def _run(execution: Execution, directory: Path, run: Callable[[Execution, Recorder], RankMesh]) -> None:
     _require_supported(execution)
     is_gpu = execution.device == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_gpu else torch.device("cpu")
@@ -151,8 +153,11 @@ def _run(execution: Execution, directory: Path) -> None:
     distributed.init_process_group(
         "nccl" if is_gpu else "gloo", timeout=_TIMEOUT, device_id=device if is_gpu else None
     )
-    mesh = execute(execution, recorder)
+    mesh = run(execution, recorder)
     report = rank_report(execution, recorder, mesh.at.pp)
+    if run is not execute:
+        # Nothing was learnt.
+        report = dataclasses.replace(report, losses=(), gradient_norms=())
     document = json.loads(rank_report_text(report))
     document["operations"] = recorder.steps[-1].operations
     path = report_path(directory, report.rank)

@@ -10,6 +10,7 @@ from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.model_catalog import model_to_mapping
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.domain.workload import TrainingWorkload
+from meshwright.simcore.domain.workload_section import routing_by_ep_mappings
 
 __all__ = ["Execution", "ExecutionDevice", "execution_mapping", "execution_text"]
 
@@ -53,7 +54,7 @@ def execution_mapping(execution: Execution) -> dict[str, object]:
         "num_warmup_steps": execution.num_warmup_steps,
         "seed": execution.seed,
         "plan": _plan_mapping(execution.plan),
-        "workload": asdict(execution.workload),
+        "workload": _workload_mapping(execution.workload),
         "model": model_to_mapping(execution.model),
     }
 
@@ -61,6 +62,11 @@ def execution_mapping(execution: Execution) -> dict[str, object]:
 def execution_text(execution: Execution) -> str:
     """Return the execution as JSON."""
     return json.dumps(execution_mapping(execution), indent=2) + "\n"
+
+
+def _workload_mapping(workload: TrainingWorkload) -> dict[str, object]:
+    mapping = asdict(workload) | {"routing_by_ep": routing_by_ep_mappings(workload.routing_by_ep)}
+    return {key: value for key, value in mapping.items() if key != "routing_by_ep" or value}
 
 
 def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:

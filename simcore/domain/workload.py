@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from meshwright.errors import SpecError, did_you_mean
 
-__all__ = ["MAX_GLOBAL_BATCH_SIZE", "MAX_SEQUENCE_LENGTH", "PRECISIONS", "Precision", "TrainingWorkload"]
+__all__ = [
+    "MAX_GLOBAL_BATCH_SIZE",
+    "MAX_SEQUENCE_LENGTH",
+    "PRECISIONS",
+    "ExpertRouting",
+    "Precision",
+    "TrainingWorkload",
+]
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "fp8_block", "mxfp8", "nvfp4", "int8", "int4_wo"]
 # Beyond any published run (16 M tokens per step); larger ones are slips of a finger, and would search for hours.
@@ -16,6 +24,40 @@ MAX_SEQUENCE_LENGTH = 100_000_000
 # All tokens on one of a thousand ranks; beyond it lies a slip of a finger.
 _MAX_IMBALANCE = 1_000.0
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRouting:
+    """What routing comes to on one number of expert parallel ranks.
+
+    Parameters
+    ----------
+    ep : int
+        Expert parallel ranks, at least 2.
+    imbalance : float
+        Tokens of the most loaded rank over the mean, 1 to ep.
+    remote_nodes_per_token : float | None
+        Nodes other than its own that a token reaches where the ranks fill nodes in order; None where unknown.
+    """
+
+    ep: int
+    imbalance: float
+    remote_nodes_per_token: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ep < 2:
+            raise SpecError(f"workload.routing_by_ep: ep must be at least 2, not {self.ep}")
+        if not 1.0 <= self.imbalance <= self.ep:
+            raise SpecError(
+                f"workload.routing_by_ep: the imbalance of ep {self.ep} is the most loaded rank over the mean: 1 to "
+                f"{self.ep}, not {self.imbalance:g}"
+            )
+        remote = self.remote_nodes_per_token
+        if remote is not None and not 0.0 <= remote < self.ep:
+            raise SpecError(
+                f"workload.routing_by_ep: the remote nodes per token of ep {self.ep} are 0 to below {self.ep}, not "
+                f"{remote:g}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +74,8 @@ class TrainingWorkload:
         Number format of the matrix multiplications; weights and activations stay 16-bit.
     routing_imbalance : float
         Tokens of the most loaded expert parallel rank over the mean, at least 1 (mixture-of-experts models).
+    routing_by_ep : tuple[ExpertRouting, ...]
+        In its place, what routing comes to on each number of expert parallel ranks, ascending; empty when unknown.
     expert_capacity_factor : float | None
         Experts take at most this many times their mean share and drop the rest; None drops nothing.
     lora_rank : int | None
@@ -43,6 +87,7 @@ class TrainingWorkload:
     sequence_length: int
     precision: Precision = "bf16"
     routing_imbalance: float = 1.0
+    routing_by_ep: tuple[ExpertRouting, ...] = ()
     expert_capacity_factor: float | None = None
     lora_rank: int | None = None
 
@@ -67,6 +112,10 @@ class TrainingWorkload:
                 f"workload.routing_imbalance is the most loaded rank over the mean: 1 to {_MAX_IMBALANCE:g}, "
                 f"not {self.routing_imbalance:g}"
             )
+        if self.routing_by_ep and self.routing_imbalance != 1.0:
+            raise SpecError("workload: give routing_imbalance or routing_by_ep, not both")
+        if any(second.ep <= first.ep for first, second in pairwise(self.routing_by_ep)):
+            raise SpecError("workload.routing_by_ep: list every ep once, in ascending order")
         if (
             self.expert_capacity_factor is not None
             and not 0.0 < self.expert_capacity_factor <= _MAX_IMBALANCE
@@ -77,6 +126,22 @@ class TrainingWorkload:
             )
         if self.lora_rank is not None and self.lora_rank < 1:
             raise SpecError(f"workload.lora_rank must be at least 1, not {self.lora_rank}")
+
+    def imbalance_at(self, ep: int) -> float:
+        """Return the tokens of the most loaded of ``ep`` expert parallel ranks over the mean.
+
+        Of an ep that ``routing_by_ep`` leaves out, the value of the next larger one (of the largest, past that):
+        fewer ranks hold more experts each, which even out better.
+        """
+        stated = self.routing_imbalance
+        if self.routing_by_ep:
+            at = next((each for each in self.routing_by_ep if each.ep >= ep), self.routing_by_ep[-1])
+            stated = at.imbalance
+        return min(stated, float(ep))
+
+    def remote_nodes_at(self, ep: int) -> float | None:
+        """Return the nodes other than its own that a token reaches with ``ep`` ranks; None where unknown."""
+        return next((each.remote_nodes_per_token for each in self.routing_by_ep if each.ep == ep), None)
 
     @property
     def num_tokens(self) -> int:

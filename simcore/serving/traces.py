@@ -109,8 +109,10 @@ def read_trace(path: Path) -> Trace:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise SpecError(f"{path}: is not UTF-8 text; give a trace as CSV or JSON lines") from None
     first = text.lstrip()[:1]
     if not first:
         raise SpecError(f"{path}: the trace is empty; it must hold at least one request")

@@ -122,6 +122,7 @@ def refused(outcome, says, code=2):
             "a.log: cannot be read (No such file or directory)",
         ),
         (("--from", "vidur", "a", "b", "--gpu", "l4"), "--from vidur takes one folder"),
+        (("--from", "serving-runs", "a.csv", "--software", "vllm"), "--software goes with --from runs"),
         (("--from", "vidurr", "a"), "Invalid value for '--from'"),
     ],
 )

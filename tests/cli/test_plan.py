@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import yaml
 
@@ -193,3 +194,20 @@ def test_a_plan_file_holds_all_that_it_was_made_from(plans):
         < plan["prediction"]["iteration_time_seconds"]
         < plan["prediction"]["iteration_time_high_seconds"]
     )
+
+
+def test_recorded_routing_gives_each_ep_its_imbalance(meshwright, folder):
+    experts = np.random.default_rng(0).permuted(np.tile(np.arange(8), (32, 600, 1)), axis=2)[..., :2]
+    np.savez(folder / "trace.npz", tokens=np.where(experts == 7, 0, experts))
+    flags = ("--cluster", "dgx-h100:1", "--global-batch-size", 16, "--sequence-length", 1024, "--top", 1)
+    outcome = meshwright("plan", "--model", "mixtral-8x7b", *flags, "--routing", "trace.npz", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert "Routing data trace.npz" in json.loads(outcome.stdout)["notes"][0]
+    plan = yaml.safe_load((folder / "plans" / "1.yaml").read_text())
+    reached = {each["ep"]: each["imbalance"] for each in plan["workload"]["routing_by_ep"]}
+    # Expert 7 gets nothing and expert 0 twice its share (but where both are drawn): alone on a rank it has about 2.
+    assert sorted(reached) == [2, 4, 8]
+    assert reached[2] < 1.1 < 1.6 < reached[8] < 2.1
+    refused = meshwright("plan", "--serve", "--model", "mixtral-8x7b", *flags[:2], "--routing", "trace.npz")
+    assert refused.code != 0
+    assert "--routing goes with training jobs" in refused.stderr

@@ -59,6 +59,7 @@ def test_a_few_runs_calibrate_an_engine(meshwright, table):
     assert outcome.code == 0, outcome.stderr
     assert "Constants of vllm on h200-sxm-141" in " ".join(outcome.stdout.split())
     assert "Mean TPOT error" in outcome.stdout
+    assert "step_latency 500 us" in " ".join(outcome.stdout.split())
     assert list(json.loads(Path("mine.json").read_text())["software"]) == ["serving-vllm"]
     again = meshwright("validate", table, "--calibration", "mine.json", "--quiet")
     assert again.code == 0, again.stderr

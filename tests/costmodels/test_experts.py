@@ -30,10 +30,16 @@ from meshwright.costmodels.prediction import predict
 from meshwright.costmodels.stage import leading_dense_layers
 from meshwright.simcore.domain.model_catalog import load_model
 from meshwright.simcore.domain.plan import ParallelPlan
+from meshwright.simcore.domain.workload import ExpertRouting
 
 MakeContext = Callable[..., CostContext]
 MakePlan = Callable[..., ParallelPlan]
 Idealise = Callable[[CostContext], CostContext]
+ROUTING = (
+    ExpertRouting(ep=2, imbalance=1.125),
+    ExpertRouting(ep=8, imbalance=1.25),
+    ExpertRouting(ep=16, imbalance=1.5),
+)
 MOES = ["mixtral-8x7b", "qwen3-235b-a22b", "deepseek-v3", "gpt-oss-120b"]
 # Scale-up links of several kinds, and a node whose GPUs reach each other over PCIe, slower than their NICs.
 SCALE_UP_NODES = ["hgx-h800", "dgx-h100", "dgx-b200", "gb200-nvl72", "mi300x-8"]
@@ -54,7 +60,7 @@ def cases(**changes: float) -> LayerCases:
     return LayerCases(**values, cp_method=np.zeros(1, dtype=np.int64), sequence_parallel=sp)
 
 
-def with_workload(context: CostContext, **changes: float) -> CostContext:
+def with_workload(context: CostContext, **changes: object) -> CostContext:
     return replace(context, workload=replace(context.workload, **changes))  # type: ignore[arg-type]
 
 
@@ -182,6 +188,43 @@ def test_the_most_loaded_rank_has_the_imbalance_but_never_more_than_all(
     # Buffers filled or padded to a capacity are as full everywhere.
     padded = with_workload(context, expert_capacity_factor=1.25)
     assert seconds(expert_load(padded, cases(ep=ep))) == 1.25
+
+
+def test_every_ep_has_its_own_imbalance(make_context: MakeContext) -> None:
+    context = with_workload(make_context("deepseek-v3"), routing_by_ep=ROUTING)
+    columns = replace(cases(), ep=column(16, 1, 2, 8, 4, 256))
+    # 4 is not stated: the next larger one counts; nor is anything past 16.
+    assert expert_load(context, columns).tolist() == [1.5, 1.0, 1.125, 1.25, 1.25, 1.5]
+
+
+def test_an_ep_costs_what_its_imbalance_stated_alone_costs(make_context: MakeContext) -> None:
+    uniform = make_context("deepseek-v3", "dgx-h100:4")
+    by_ep = with_workload(uniform, routing_by_ep=ROUTING[:2])
+    for each in ROUTING[:2]:
+        shape = cases(ep=each.ep)
+        alone = with_workload(uniform, routing_imbalance=each.imbalance)
+        for price in (dispatch_time, combine_time):
+            assert price(by_ep, shape) == price(alone, shape) > price(uniform, shape)
+        assert expert_times(by_ep, shape).forward == expert_times(alone, shape).forward
+
+
+def test_a_placement_that_keeps_tokens_near_shortens_the_deduplicated_exchange(
+    make_context: MakeContext,
+) -> None:
+    context = make_context("deepseek-v3", "dgx-h100:8")
+    copies = seconds(remote_copies(context.model.moe, place_group(column(64), column(1), 8)))
+
+    def priced(remote: float | None, etp: float = 1.0, *, features: frozenset[str]) -> float:
+        entry = ExpertRouting(ep=64, imbalance=1.0, remote_nodes_per_token=remote)
+        routed = with_workload(replace(context, features=features), routing_by_ep=(entry,))
+        return seconds(combine_time(routed, cases(ep=64, etp=etp)))
+
+    once = frozenset({"deepep"})
+    assert priced(0.5 * copies, features=once) < priced(None, features=once)
+    assert priced(copies, features=once) == pytest.approx(priced(None, features=once), rel=1e-12)
+    # Ranks that are not side by side, and engines that send every pair, have nothing of it.
+    assert priced(0.5 * copies, 2.0, features=once) == priced(None, 2.0, features=once)
+    assert priced(0.5 * copies, features=frozenset()) == priced(None, features=frozenset())
 
 
 def test_imbalance_and_capacity_stretch_the_experts(make_context: MakeContext, idealise: Idealise) -> None:

@@ -15,7 +15,7 @@ from meshwright.planner.export import EXPORTERS
 from meshwright.simcore.domain.device_mapping import DeviceMapping
 from meshwright.simcore.domain.layer_groups import LayerGroup
 from meshwright.simcore.domain.plan import ParallelPlan
-from meshwright.simcore.domain.workload import TrainingWorkload
+from meshwright.simcore.domain.workload import ExpertRouting, TrainingWorkload
 
 SP = {"sequence_parallel": True}
 DENSE, SPARSE = make_job(num_nodes=8), make_job(MIXTRAL, num_nodes=8)
@@ -72,6 +72,7 @@ WORKLOADS = {
     "sequence_length": {"sequence_length": 4096},
     "precision": {"precision": "fp8"},
     "routing_imbalance": {"routing_imbalance": 1.5},
+    "routing_by_ep": {"routing_by_ep": (ExpertRouting(ep=8, imbalance=1.5),)},
     "expert_capacity_factor": {"expert_capacity_factor": 1.25},
     "lora_rank": {"lora_rank": 8},
 }
@@ -104,7 +105,7 @@ def test_a_field_of_the_workload_shows_or_is_refused(field, target):
     job, ep = (DENSE, 1) if target == "accelerate" else (SPARSE, 8)
     plan = make_plan(dp=16, ep=ep, sharding="zero2")
     assert exported(target, job, plan) is not None
-    if job.model.moe is None and field in ("routing_imbalance", "expert_capacity_factor"):
+    if job.model.moe is None and field in ("routing_imbalance", "routing_by_ep", "expert_capacity_factor"):
         return
     changed = dataclasses.replace(job, workload=dataclasses.replace(job.workload, **WORKLOADS[field]))
     after = exported(target, changed, plan)

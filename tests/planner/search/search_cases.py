@@ -23,7 +23,7 @@ from meshwright.simcore.domain.workload import TrainingWorkload
 from meshwright.simcore.schedules import SCHEDULES
 from meshwright.simcore.training.iteration import iteration_time
 
-__all__ = ["brute_force", "make_request", "random_request", "run", "winning_values"]
+__all__ = ["brute_force", "brute_force_of", "make_request", "random_request", "run", "winning_values"]
 
 
 def make_request(
@@ -67,7 +67,11 @@ def brute_force(seed: int) -> tuple[list[float], int, dict[str, int]]:
 
     Every constraint is evaluated on every row, and every feasible plan is simulated.
     """
-    request = random_request(seed)
+    return brute_force_of(random_request(seed))
+
+
+def brute_force_of(request: SearchRequest) -> tuple[list[float], int, dict[str, int]]:
+    """Return what :func:`brute_force` does, of a request."""
     rejections: dict[str, int] = {}
     values: list[float] = []
     worlds = world_sizes(request.objective, request.context)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from meshwright.errors import InfeasiblePlanError, SpecError
 from meshwright.planner.serving.infeasible import infeasible_serving
+from meshwright.planner.serving.limits import ServingLimits
 from meshwright.planner.serving.load_profile import load_profile
 from meshwright.planner.serving.load_search import LoadPoint
 from meshwright.planner.serving.pairing import best_pairs
@@ -165,6 +170,22 @@ def test_an_impossible_slo_names_the_closest_shape_and_what_binds(cases, fixed_l
     assert "closest: vllm tp 8" in str(error)
     assert "tpot_p99 binds: ask for at least 6" in str(error)
     assert error.rejections["slo"] > 0
+
+
+def test_a_limit_on_gaps_is_missed_by_the_value_it_was_held_against(cases):
+    """A percentile of gaps is that of steps with prompts, not the mean, which may keep the limit."""
+    # One step in 20 holds a prompt: more than the hundredth that a 99th percentile leaves out.
+    short_answers = load_profile(np.full(10, 1000.0), np.full(10, 20.0))
+
+    def aggregated(**flags):
+        return replace(cases.request(**flags), limits=ServingLimits(allowed={"mode": ("aggregated",)}))
+
+    # Steps of tp 8 take 6 ms, and 8.5 ms with a prompt.
+    text = str(
+        failed(SimpleNamespace(request=aggregated, costs=cases.costs), short_answers, slo={"itl_p99": "7 ms"})
+    )
+    reached, limit = re.search(r"itl_p99 ([0-9.]+) ms \(limit ([0-9.]+) ms\)", text).groups()
+    assert float(reached) > float(limit)
 
 
 def test_a_load_beyond_the_cluster_says_what_fits_and_what_is_needed(cases, fixed_load):

@@ -13,6 +13,7 @@ from meshwright.profiler.executor.execution_file import read_execution
 from meshwright.simcore.domain.device_mapping import DeviceMapping
 from meshwright.simcore.domain.execution import Execution, execution_text
 from meshwright.simcore.domain.layer_groups import LayerGroup
+from meshwright.simcore.domain.workload import ExpertRouting
 
 
 def written(folder: Path, each: Execution) -> Path:
@@ -32,6 +33,16 @@ def test_groups_and_mappings_are_read_back(tmp_path: Path) -> None:
     groups = (LayerGroup(num_layers=2, tp=2), LayerGroup(num_layers=2, tp=2, sharding="zero1"))
     each = execution(DENSE, dp=2, tp=2, layer_groups=groups, device_mapping=mapping)
     assert read_execution(written(tmp_path, each)) == each
+
+
+def test_the_routing_of_each_ep_is_read_back(tmp_path: Path) -> None:
+    each = execution(DENSE, dp=2)
+    table = (
+        ExpertRouting(ep=2, imbalance=1.5),
+        ExpertRouting(ep=4, imbalance=2.0, remote_nodes_per_token=0.5),
+    )
+    routed = dataclasses.replace(each, workload=dataclasses.replace(each.workload, routing_by_ep=table))
+    assert read_execution(written(tmp_path, routed)) == routed
 
 
 def _without(document: dict[str, Any], key: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import meshwright
 from meshwright.errors import ExecutionError
+from meshwright.profiler.executor.orphans import OrphanKeeper
 from meshwright.profiler.executor.report import log_path, now_path
 from meshwright.profiler.executor.supervise import Patience, WorkerCommand, supervise
 
@@ -186,3 +187,57 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path, number, expected):
     assert starter.wait(timeout=10.0) == expected
     assert len(pids(tmp_path)) == 2
     assert not any(map(is_running, pids(tmp_path)))
+
+
+def test_the_death_of_the_supervisor_ends_its_workers_and_their_children(tmp_path):
+    body = """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        (folder / f"pid-child{rank}").write_text(str(child.pid))
+        say("waiting")
+        time.sleep(60)
+    """
+    commands = [worker(tmp_path, rank, body) for rank in range(2)]
+    program = f"""
+        from pathlib import Path
+        from meshwright.profiler.executor.supervise import WorkerCommand, supervise
+        supervise({commands!r}, Path({str(tmp_path)!r}))
+    """
+    starter = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], env={**os.environ, "PYTHONPATH": SOURCE}
+    )
+    try:
+        wait_for(lambda: all(now_path(tmp_path, rank).exists() for rank in range(2)))
+        assert len(pids(tmp_path)) == 4
+        assert all(map(is_running, pids(tmp_path)))
+    finally:
+        starter.kill()
+        starter.wait(timeout=10.0)
+    wait_for(lambda: not any(map(is_running, pids(tmp_path))))
+
+
+def test_the_keeper_goes_with_the_run_and_touches_no_one():
+    sleeper = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        with OrphanKeeper() as keeper:
+            keeper.add(sleeper.pid)
+            assert is_running(keeper.pid)
+        assert not is_running(keeper.pid)
+        assert sleeper.poll() is None
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_without_its_keeper_a_run_goes_on():
+    with OrphanKeeper() as keeper:
+        os.kill(keeper.pid, signal.SIGKILL)
+        wait_for(lambda: not is_running(keeper.pid))
+        keeper.add(os.getpid())
+
+
+def test_without_a_process_to_spare_a_run_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    with pytest.raises(ExecutionError, match="no process can be started"):
+        supervise([worker(tmp_path, 0, "time.sleep(60)")], tmp_path)
+    assert not pids(tmp_path)

@@ -1,0 +1,138 @@
+"""Run the shard of one replica of a serving pool: what runs, what is refused, and the time of its two kinds of steps."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from meshwright.profiler.executor.launch import local_commands, run_here
+from meshwright.profiler.executor.limits import unsupported
+from meshwright.profiler.executor.report import ExecutionReport
+from meshwright.profiler.executor.supervise import Patience, Progress, WorkerCommand
+from meshwright.simcore.domain.execution import Execution, ExecutionDevice
+from meshwright.simcore.domain.model import ModelSpec
+from meshwright.simcore.domain.plan import ParallelPlan
+from meshwright.simcore.domain.serving import ServingPlan, ServingPool
+from meshwright.simcore.domain.workload import TrainingWorkload
+
+__all__ = [
+    "NUM_DECODES",
+    "StepTimes",
+    "pool_execution",
+    "run_pool",
+    "serving_commands",
+    "step_times",
+    "unsupported_pool",
+]
+
+#: Decode steps after each prefill.
+NUM_DECODES = 4
+_TRAINING_WORKER = "meshwright.profiler.executor.worker"
+_SERVING_WORKER = "meshwright.profiler.executor.serving_worker"
+_PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Seconds of one prefill step and of one decode step: medians over the steps, of the slowest rank [s]."""
+
+    prefill: float
+    decode: float
+
+
+def pool_execution(
+    model: ModelSpec,
+    plan: ServingPlan,
+    pool: ServingPool,
+    *,
+    batch: int,
+    prompt: int,
+    device: ExecutionDevice,
+    num_steps: int,
+    num_warmup_steps: int,
+    seed: int,
+) -> Execution:
+    """Return what the workers of one replica run.
+
+    Parameters
+    ----------
+    model, plan, pool : ModelSpec, ServingPlan, ServingPool
+        What is served.
+    batch, prompt : int
+        Sequences of a step, and tokens of each prompt.
+    device, num_steps, num_warmup_steps, seed : ExecutionDevice, int, int, int
+        As of an :class:`Execution`; each step is a prefill and :data:`NUM_DECODES` decodes.
+    """
+    return Execution(
+        model=model,
+        plan=ParallelPlan(
+            tp=pool.tp,
+            dp=1,
+            micro_batch_size=batch,
+            schedule="none",
+            layers_per_stage=(model.num_layers,),
+        ),
+        workload=TrainingWorkload(global_batch_size=batch, sequence_length=prompt, precision=plan.precision),
+        device=device,
+        num_steps=num_steps,
+        num_warmup_steps=num_warmup_steps,
+        seed=seed,
+    )
+
+
+def unsupported_pool(plan: ServingPlan, pool: ServingPool, execution: Execution) -> tuple[str, ...]:
+    """Return every reason why a replica of a pool cannot be run; none if it can."""
+    model, found = execution.model, list(unsupported(execution))
+    if model.moe is not None:
+        found.append("models with experts are not served here; dense ones are")
+    if model.mla is not None:
+        found.append("latent attention has no cache here")
+    if model.position_embedding == "alibi" or model.has_attention_sinks or model.sliding_window is not None:
+        found.append("attention with ALiBi, sinks or a window has no cache here")
+    found += [
+        f"{name} {getattr(pool, name)} is not run; a replica is its tp ranks"
+        for name in ("pp", "attention_dp")
+        if getattr(pool, name) > 1
+    ]
+    if pool.num_speculative_tokens:
+        found.append("speculative decoding is not run")
+    if plan.precision in _PRECISIONS and plan.kv_precision != plan.precision:
+        found.append(f"a cache in {plan.kv_precision} beside {plan.precision} is not run")
+    length = execution.workload.sequence_length + NUM_DECODES
+    if model.position_embedding == "learned" and model.max_position_embeddings < length:
+        found.append(f"{length} tokens exceed the {model.max_position_embeddings} learned positions")
+    return tuple(found)
+
+
+def serving_commands(execution: Execution, directory: Path, port: int) -> tuple[WorkerCommand, ...]:
+    """Return the command of each rank; parameters are those of ``local_commands``."""
+    return tuple(
+        replace(
+            command,
+            arguments=tuple(
+                _SERVING_WORKER if each == _TRAINING_WORKER else each for each in command.arguments
+            ),
+        )
+        for command in local_commands(execution, directory, port)
+    )
+
+
+def run_pool(
+    execution: Execution,
+    directory: Path,
+    *,
+    patience: Patience | None = None,
+    progress: Progress | None = None,
+) -> ExecutionReport:
+    """Run all ranks of a replica on this machine; parameters and errors are those of ``run_here``."""
+    return run_here(execution, directory, commands=serving_commands, patience=patience, progress=progress)
+
+
+def step_times(report: ExecutionReport) -> StepTimes:
+    """Return the times of the two kinds of steps."""
+
+    def slowest(phase: str) -> float:
+        return max(statistics.median(rank.phase_seconds[phase]) for rank in report.ranks)
+
+    return StepTimes(prefill=slowest("prefill"), decode=slowest("decode") / NUM_DECODES)
