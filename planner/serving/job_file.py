@@ -36,6 +36,8 @@ ServingObjective = Literal["goodput_per_gpu", "cost", "throughput"]
 SERVING_OBJECTIVES: tuple[str, ...] = get_args(ServingObjective)
 # Requests drawn where a trace is none and nothing is said: enough for a 99th percentile of ten.
 _DEFAULT_REQUESTS = 1000
+# Limits with a flag of their own; the others come with --slo.
+_LIMIT_FLAGS = ("ttft_p99", "tpot_p99", "ttft_mean", "tpot_mean", "itl_p99", "e2e_p99")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +197,7 @@ def _slo(section: Section | None, flags: ServingFlags) -> Slo:
     of_file = slo_of_section(section.optional_section("slo") if section else None)
     limits = {limit.name: limit for limit in of_file.limits}
     for name, text in flags.slo.items():
-        flag = f"--slo {name}"
+        flag = f"--{name.replace('_', '-')}" if name in _LIMIT_FLAGS else f"--slo {name}"
         seconds = _flag_quantity(flag, text, "seconds")
         try:
             limits[name] = slo_limit(name, seconds)

@@ -171,7 +171,7 @@ class _Search:
         bracket = highest_load(
             self.runner(unit),
             self.request.job.slo,
-            upper=max(1.0, np.ceil(unit.load)) if self.is_whole else unit.load,
+            upper=self.most_load(unit),
             to_beat=self.load_to_beat(unit, to_beat),
             tolerance=_COARSE,
             is_whole=self.is_whole,
@@ -204,6 +204,10 @@ class _Search:
                 self.missed.append(ranked)
         elif shape not in self.found or ranked.value > self.found[shape].value:
             self.found[shape] = ranked
+
+    def most_load(self, unit: Unit) -> float:
+        """Return the highest load worth simulating: the bound, as whole clients where they are counted."""
+        return max(1.0, float(np.ceil(unit.load))) if self.is_whole else unit.load
 
     def best(self) -> list[RankedUnit]:
         return sorted(self.found.values(), key=lambda ranked: (-ranked.value, ranked.unit.plan.num_gpus))
@@ -410,7 +414,9 @@ def _separate(search: _Search) -> bool:
         for ranked in pending:
             measured.add(ranked.unit.shape)
             failing = ranked.bracket.failing
-            upper = failing.load if failing is not None else ranked.point.load * (1.0 + _COARSE)
+            # More than the bound lasts for the few requests of a simulation only.
+            most = max(ranked.point.load, search.most_load(ranked.unit))
+            upper = failing.load if failing is not None else min(ranked.point.load * (1.0 + _COARSE), most)
             bracket = highest_load(
                 search.runner(ranked.unit, is_thorough=True),
                 search.request.job.slo,

@@ -156,10 +156,14 @@ def replica_steady_state(
         lasts = room > 0.0
         mixed = mixed + pure
     else:
-        lasts = mixed_share <= 1.0
-        # States that do not last have no rate; their share may even be infinite.
-        share = 1.0 - (1.0 - np.minimum(mixed_share, 1.0)) ** num_ranks
-        itl = (1.0 - share) * pure + share * mixed
+        # The bound lets prompts wait for each other until a step is full, where that makes fewer steps of them.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            full_share = np.where(per_step > 0.0, per_step / room, 0.0)
+        full = time(d + 0.0 * budget, np.maximum(room, 1.0)) if own else pure
+        lasts = np.minimum(mixed_share, full_share) <= 1.0
+        itl = np.minimum(
+            _mixed_time(pure, mixed, mixed_share, num_ranks), _mixed_time(pure, full, full_share, num_ranks)
+        )
     rate = np.where(lasts, d / (steps * itl * table.stage_share), 0.0)
     longest = max(1.0, (profile.mean_prompt if prompt is None else prompt) - cached)
     with np.errstate(divide="ignore"):
@@ -179,6 +183,14 @@ def replica_steady_state(
         ttft=ttft,
         kv_tokens=kv_tokens + np.zeros(shape),
     )
+
+
+def _mixed_time(pure: FloatArray, mixed: FloatArray, share: FloatArray, num_ranks: int) -> FloatArray:
+    """Return the mean step of which a share holds a prompt on any of the ranks [s]."""
+    # States that do not last have no rate; their share may even be infinite.
+    any_rank = 1.0 - (1.0 - np.minimum(share, 1.0)) ** num_ranks
+    mean: FloatArray = (1.0 - any_rank) * pure + any_rank * mixed
+    return mean
 
 
 def prefill_steady_state(
