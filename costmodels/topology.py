@@ -97,7 +97,9 @@ def _hosts(plan: ParallelPlan, cluster: ClusterSpec) -> NDArray[np.int64]:
     else:
         number = (stage * plan.dp + replica) * inner + rank
     node = (number // cluster.node.num_gpus).reshape(plan.pp, -1)
-    order = np.array(mapping.host_order or range(cluster.num_nodes), dtype=np.int64)
+    # A variant of a mapped plan may run on more hosts than were ordered: they are taken in their own order.
+    is_ordered = len(mapping.host_order) > int(node.max())
+    order = np.array(mapping.host_order if is_ordered else range(int(node.max()) + 1), dtype=np.int64)
     hosts: NDArray[np.int64] = order[node]
     return hosts
 

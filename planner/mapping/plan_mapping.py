@@ -77,7 +77,8 @@ def map_plan(context: CostContext, plan: ParallelPlan, *, seed: int = 0, effort:
     found = search_order(problem, seed=seed, effort=effort)
     if found.cost >= found.identity_cost:
         return MappedPlan(plan=plan, search=found)
-    order = tuple(int(host) for host in found.order)
+    num_nodes = grid[0] * grid[1]
+    order = tuple(int(host) for host in found.order[:num_nodes])
     return MappedPlan(plan=replace(plan, device_mapping=DeviceMapping(host_order=order)), search=found)
 
 

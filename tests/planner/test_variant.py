@@ -70,7 +70,7 @@ def test_a_mistake_in_a_field_is_named(text, says):
 
 def test_every_field_of_a_plan_can_be_forced_but_its_layers():
     of_plan = set(ParallelPlan.__slots__)
-    assert of_plan - set(VARIANT_FIELDS) == {"layers_per_stage", "layer_groups"}
+    assert of_plan - set(VARIANT_FIELDS) == {"layers_per_stage", "layer_groups", "device_mapping"}
     assert set(VARIANT_FIELDS) <= of_plan
 
 

@@ -112,3 +112,14 @@ def test_equal_links_leave_nothing_to_choose() -> None:
     alike = ClusterTopology(islands=islands, island_bandwidth=400e9)
     assert map_plan(context_on(alike), plan_of()).search is None
     assert map_plan(context_on(None), plan_of()).search is None
+
+
+def test_idle_hosts_are_not_named_and_a_larger_variant_takes_hosts_in_their_own_order() -> None:
+    context = context_on(random_matrix(3))
+    mapped = map_plan(context, plan_of(pp=3, dp=2, layers_per_stage=(27, 27, 26)), effort=1e-3)
+    mapping = mapped.plan.device_mapping
+    assert mapping is not None
+    assert len(mapping.host_order) == 6
+    mapping.check_fits(6, 8)
+    larger = replace(plan_of(), device_mapping=mapping)
+    assert predict(context, larger).iteration_time == predict(context, plan_of()).iteration_time

@@ -171,9 +171,12 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path, number, expected):
     )
     polite = worker(tmp_path, 1, 'say("waiting"); time.sleep(60)')
     program = f"""
+        import signal
         import sys
         from pathlib import Path
         from meshwright.profiler.executor.supervise import Patience, WorkerCommand, supervise
+        # A suite that runs in the background may have been started with Ctrl-C ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             supervise({[stubborn, polite]!r}, Path({str(tmp_path)!r}), patience=Patience(goodbye=0.2))
         except KeyboardInterrupt:
