@@ -133,11 +133,12 @@ def read_plan(path: Path) -> PlanDocument:
     section = read_yaml(path)
     kind = section.optional_text("kind")
     if kind != "training_plan":
-        hint = (
-            "plan it first: 'meshwright plan'"
-            if kind == "training"
-            else "'meshwright plan' writes plan files"
-        )
+        hints = {
+            "training": "plan it first: 'meshwright plan'",
+            "serving": "plan it first: 'meshwright plan'",
+            "serving_plan": "this takes plans of training; 'simulate', 'explain', 'export' and 'run' take those of serving",
+        }
+        hint = hints.get(str(kind), "'meshwright plan' writes plan files")
         raise section.error(
             "kind", f"expected a plan file (kind: training_plan), not {kind or 'this'}; {hint}"
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from meshwright.planner.export.rules import divisors, nearest, nearest_multiples, server_size
-from meshwright.planner.export.serving_requests import longest_request
+from meshwright.planner.export.serving_requests import longest_request, max_model_length
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "broken_pool_rules",
     "plan_fits_cluster",
     "pool_name",
+    "step_holds_a_prompt",
 ]
 
 PlanRule = Callable[[ServingJob, ServingPlan], str | None]
@@ -63,6 +64,17 @@ def replicas_fill_servers(job: ServingJob, plan: ServingPlan, pool: ServingPool)
     return (
         f"a replica takes {gpus} GPUs (tp {pool.tp} x pp {pool.pp} x attention_dp {pool.attention_dp}), which does "
         f"not fill whole servers of {size}; use {nearest_multiples(gpus, size)}."
+    )
+
+
+def step_holds_a_prompt(job: ServingJob, plan: ServingPlan, pool: ServingPool) -> str | None:
+    """Without chunks a prompt runs in one step."""
+    longest = max_model_length(job)
+    if pool.policy == "chunked_prefill" or pool.max_num_batched_tokens >= longest:
+        return None
+    return (
+        f"max_num_batched_tokens {pool.max_num_batched_tokens} is less than the {longest} tokens of the longest "
+        f"request, and policy '{pool.policy}' cuts no prompts; raise it or use policy 'chunked_prefill'."
     )
 
 

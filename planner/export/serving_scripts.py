@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from meshwright.planner.export.base import ExportFile
+from meshwright.planner.export.base import ExportBundle, ExportFile
 from meshwright.planner.export.rules import server_size
 from meshwright.planner.export.scripts import required_variables
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
@@ -14,6 +14,7 @@ __all__ = [
     "MODEL_VARIABLE",
     "ReplicaShape",
     "pool_script_name",
+    "pools_bundle",
     "replica_shape",
     "router_file",
     "serving_file",
@@ -55,6 +56,27 @@ def replica_shape(job: ServingJob, pool: ServingPool) -> ReplicaShape:
 def pool_script_name(pool: ServingPool) -> str:
     """Return the stem of the files of a pool: ``serve``, ``prefill`` or ``decode``."""
     return _SCRIPT[pool.role]
+
+
+def pools_bundle(
+    target: str,
+    target_version: str,
+    plan: ServingPlan,
+    pool_files: Sequence[tuple[ExportFile, ...]],
+    router: ExportFile | None,
+    notes: tuple[str, ...],
+) -> ExportBundle:
+    """Return the bundle of an engine that one script per pool starts, with a router in front where there is one."""
+    files = [file for files in pool_files for file in files]
+    return ExportBundle(
+        target=target,
+        target_version=target_version,
+        files=(*files, router) if router is not None else tuple(files),
+        launch_command=" and ".join(
+            f"MODEL=/path/to/checkpoint bash {pool_script_name(pool)}.sh" for pool in plan.pools
+        ),
+        notes=notes,
+    )
 
 
 def serving_file(

@@ -26,7 +26,12 @@ from meshwright.planner.export.serving_rules import (
     broken_pool_rules,
     plan_fits_cluster,
 )
-from meshwright.planner.export.serving_scripts import pool_script_name, router_file, serving_file
+from meshwright.planner.export.serving_scripts import (
+    pool_script_name,
+    pools_bundle,
+    router_file,
+    serving_file,
+)
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
 
 __all__ = ["SglangExporter", "sglang_arguments", "sglang_reasons"]
@@ -92,21 +97,8 @@ class SglangExporter:
         """
         raise_reasons(self.target, self.target_version, self.unsupported(job, plan))
         notes = (*serving_notes(job, plan, VERSION), *accuracy_notes(plan, _FROM_CHECKPOINT), *_notes(plan))
-        files: list[ExportFile] = []
-        for pool in plan.pools:
-            files += _pool_files(job, plan, pool, notes)
-        router = _router(plan)
-        if router is not None:
-            files.append(router)
-        return ExportBundle(
-            target=self.target,
-            target_version=self.target_version,
-            files=tuple(files),
-            launch_command=" and ".join(
-                f"MODEL=/path/to/checkpoint bash {pool_script_name(pool)}.sh" for pool in plan.pools
-            ),
-            notes=notes,
-        )
+        pools = [_pool_files(job, plan, pool, notes) for pool in plan.pools]
+        return pools_bundle(self.target, self.target_version, plan, pools, _router(plan), notes)
 
 
 def sglang_reasons(job: ServingJob, plan: ServingPlan) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from meshwright.planner.export.serving_rules import (
     COMMON_POOL_RULES,
     broken_pool_rules,
     plan_fits_cluster,
+    step_holds_a_prompt,
 )
 from meshwright.planner.export.serving_scripts import (
     MODEL_VARIABLE,
@@ -121,7 +122,7 @@ def tensorrt_llm_reasons(job: ServingJob, plan: ServingPlan) -> tuple[str, ...]:
         *COMMON_POOL_RULES,
         _attention_data_parallel_takes_all,
         _policy_exists,
-        _step_holds_a_prompt,
+        step_holds_a_prompt,
         _block_is_a_power_of_two,
     )
     return broken_pool_rules(job, plan, plan_rules, pool_rules)
@@ -317,17 +318,6 @@ def _attention_data_parallel_takes_all(job: ServingJob, plan: ServingPlan, pool:
     return (
         f"attention_dp {pool.attention_dp} with tp {pool.tp}: TensorRT-LLM's attention data parallelism takes all "
         f"{ranks} ranks; use attention_dp {ranks} with tp 1, or attention_dp 1 with tp {ranks}."
-    )
-
-
-def _step_holds_a_prompt(job: ServingJob, plan: ServingPlan, pool: ServingPool) -> str | None:
-    """Without chunks a prompt runs in one step."""
-    longest = max_model_length(job)
-    if pool.policy == "chunked_prefill" or pool.max_num_batched_tokens >= longest:
-        return None
-    return (
-        f"max_num_batched_tokens {pool.max_num_batched_tokens} is less than the {longest} tokens of the longest "
-        f"request, and policy '{pool.policy}' cuts no prompts; raise it or use policy 'chunked_prefill'."
     )
 
 

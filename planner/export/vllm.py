@@ -26,9 +26,11 @@ from meshwright.planner.export.serving_rules import (
     COMMON_POOL_RULES,
     broken_pool_rules,
     plan_fits_cluster,
+    step_holds_a_prompt,
 )
 from meshwright.planner.export.serving_scripts import (
     pool_script_name,
+    pools_bundle,
     replica_shape,
     router_file,
     serving_file,
@@ -98,21 +100,8 @@ class VllmExporter:
         """
         raise_reasons(self.target, self.target_version, self.unsupported(job, plan))
         notes = (*serving_notes(job, plan, VERSION), *accuracy_notes(plan, _FROM_CHECKPOINT), *_notes(plan))
-        files: list[ExportFile] = []
-        for pool in plan.pools:
-            files += _pool_files(job, plan, pool, notes)
-        router = _router(job, plan)
-        if router is not None:
-            files.append(router)
-        return ExportBundle(
-            target=self.target,
-            target_version=self.target_version,
-            files=tuple(files),
-            launch_command=" and ".join(
-                f"MODEL=/path/to/checkpoint bash {pool_script_name(pool)}.sh" for pool in plan.pools
-            ),
-            notes=notes,
-        )
+        pools = [_pool_files(job, plan, pool, notes) for pool in plan.pools]
+        return pools_bundle(self.target, self.target_version, plan, pools, _router(job, plan), notes)
 
 
 def vllm_reasons(job: ServingJob, plan: ServingPlan) -> tuple[str, ...]:
@@ -123,7 +112,7 @@ def vllm_reasons(job: ServingJob, plan: ServingPlan) -> tuple[str, ...]:
         _experts_whole_or_split,
         _data_parallel_fills_servers,
         _policy_exists,
-        _step_holds_a_prompt,
+        step_holds_a_prompt,
         _block_exists,
         _decode_has_one_stage,
     )
@@ -283,17 +272,6 @@ def _data_parallel_fills_servers(job: ServingJob, plan: ServingPlan, pool: Servi
     return (
         f"a data parallel rank of tp {pool.tp} x pp {pool.pp} neither divides nor fills servers of {size} GPUs; "
         f"change tp or pp."
-    )
-
-
-def _step_holds_a_prompt(job: ServingJob, plan: ServingPlan, pool: ServingPool) -> str | None:
-    """Without chunks a prompt runs in one step."""
-    longest = max_model_length(job)
-    if pool.policy == "chunked_prefill" or pool.max_num_batched_tokens >= longest:
-        return None
-    return (
-        f"max_num_batched_tokens {pool.max_num_batched_tokens} is less than the {longest} tokens of the longest "
-        f"request, and policy '{pool.policy}' cuts no prompts; raise it or use policy 'chunked_prefill'."
     )
 
 

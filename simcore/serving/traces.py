@@ -206,7 +206,10 @@ class _Rows:
         where = f"{self._path}:{line}"
         for field, value in (("input_length", input_length), ("output_length", output_length)):
             if not (1 <= value < 1 << 31) or value != int(value):
-                raise SpecError(f"{where}: {field} must be a whole number of at least 1 token, not {value:g}")
+                failed = "; take out requests that failed, which had no answer" if value == 0 else ""
+                raise SpecError(
+                    f"{where}: {field} must be a whole number of at least 1 token, not {value:g}{failed}"
+                )
         if self._has_times is None:
             self._has_times = time is not None
         elif self._has_times != (time is not None):

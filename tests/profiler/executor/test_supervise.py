@@ -110,6 +110,7 @@ def test_one_that_gets_on_keeps_the_waiting_ones_alive(tmp_path):
         'say("recv")\nwhile not (folder / "rank0.now").exists() or "11" not in (folder / "rank0.now").read_text(): time.sleep(0.05)',
     )
     supervise([works, waits], tmp_path, patience=QUICK)
+    assert [now_path(tmp_path, rank).read_text() for rank in range(2)] == ["step 11\n", "recv\n"]
 
 
 def test_a_worker_that_never_says_a_word_is_given_longer(tmp_path):
@@ -140,7 +141,9 @@ def test_children_of_a_worker_that_ended_well_do_not_stay(tmp_path):
         (folder / "pid-child").write_text(str(child.pid))
     """
     supervise([worker(tmp_path, 0, leaves)], tmp_path, patience=QUICK)
+    assert (tmp_path / "pid-child").exists()
     wait_for(lambda: not any(map(is_running, pids(tmp_path))))
+    assert not any(map(is_running, pids(tmp_path)))
 
 
 def test_a_program_that_is_not_there_is_said(tmp_path):
@@ -236,7 +239,9 @@ def test_without_its_keeper_a_run_goes_on():
     with OrphanKeeper() as keeper:
         os.kill(keeper.pid, signal.SIGKILL)
         wait_for(lambda: not is_running(keeper.pid))
+        # A broken pipe is no reason to stop.
         keeper.add(os.getpid())
+    assert not is_running(keeper.pid)
 
 
 def test_without_a_process_to_spare_a_run_does_not_start(tmp_path, monkeypatch):
