@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from meshwright.cli.contention import ContentionFlags, asked_contention, contention_options
 from meshwright.cli.options import CommonOptions, common_options
 
 if TYPE_CHECKING:
+    from meshwright.costmodels.contention import ContentionOutcome
     from meshwright.costmodels.context import CostContext
     from meshwright.costmodels.prediction import Prediction
+    from meshwright.planner.plan_file import PlanDocument
     from meshwright.simcore.domain.plan import ParallelPlan
     from meshwright.simcore.training.jitter import Jitter, JitterResult
 
@@ -60,6 +63,7 @@ _DEFAULT_SEEDS = 100
     type=click.IntRange(1, 1_000_000),
     help="Iterations to draw with jitter, the first one with --seed; 100.",
 )
+@contention_options
 @common_options
 def command(
     *,
@@ -72,6 +76,7 @@ def command(
     rank_spread: str | None,
     slow_ranks: tuple[str, ...],
     slow_nodes: tuple[str, ...],
+    contention: ContentionFlags,
     requests: Path | None,
     explains: bool,
     seeds: int | None,
@@ -84,6 +89,7 @@ def command(
     \b
     meshwright simulate plans/1.yaml --timeline step.json.gz
     meshwright simulate plans/1.yaml --jitter 2% --rank-spread 1% --seeds 100
+    meshwright simulate plans/1.yaml --contention --routing ecmp --background 'leaf up=30%'
     meshwright simulate serving-plan.yaml --requests requests.jsonl --out results/
     """
     from meshwright.cli.render.console import print_json
@@ -106,6 +112,7 @@ def command(
                 "--slow-rank": slow_ranks,
                 "--slow-node": slow_nodes,
                 "--seeds": seeds,
+                **contention.given,
             },
             requests=requests,
             timeline=timeline,
@@ -124,12 +131,33 @@ def command(
     prediction = predict(context, document.plan, flops)  # type: ignore[arg-type]  # click.Choice holds the words
     jittered = None
     if asked is not None:
+        _check_equal_replicas(plan, document)
         jittered = _simulate_jitter(context, document.plan, prediction, asked, seeds, common)
-    written = _write(prediction, jittered, timeline, picture, out, force=common.force)
+    slow = () if asked is None else asked.slow_ranks
+    contended = asked_contention(context, document.plan, contention, slow, common.seed)
+    written = _write(prediction, jittered, contended, timeline, picture, out, force=common.force)
     if common.as_json:
-        print_json({**simulation_mapping(document, context, prediction, jittered), "written": written})
+        print_json(
+            {**simulation_mapping(document, context, prediction, jittered, contended), "written": written}
+        )
     else:
-        print_simulation(document, context, prediction, jittered, flops, written)
+        print_simulation(document, context, prediction, jittered, contended, flops, written)
+
+
+def _check_equal_replicas(path: Path, document: PlanDocument) -> None:
+    """Refuse jitter of replicas that differ: it is drawn over ranks that all take the time of one replica."""
+    from meshwright.costmodels.mixed import replica_groups
+    from meshwright.errors import SpecError
+
+    job = document.job
+    if not job.cluster.is_mixed:
+        return
+    groups = replica_groups(job.cluster, document.plan, job.workload.global_batch_size)
+    if len(groups) > 1:
+        raise SpecError(
+            f"{path}: its replicas run on different kinds of node or different numbers of micro-batches, and jitter is "
+            "drawn over equal replicas; leave --jitter, --rank-spread, --slow-rank and --slow-node out"
+        )
 
 
 def _asked_jitter(
@@ -223,6 +251,7 @@ def _simulate_jitter(
 def _write(
     prediction: Prediction,
     jittered: JitterResult | None,
+    contended: ContentionOutcome | None,
     timeline: Path | None,
     picture: Path | None,
     out: Path | None,
@@ -230,6 +259,7 @@ def _write(
     force: bool,
 ) -> list[str]:
     """Write what was asked for; every target is checked before the first is written. Returns what to print."""
+    from meshwright.cli.render.contention import contention_mapping
     from meshwright.cli.render.jitter import jitter_mapping
     from meshwright.errors import SpecError
     from meshwright.planner.output_file import (
@@ -243,6 +273,7 @@ def _write(
     from meshwright.simcore.chrome_trace import write_chrome_trace
     from meshwright.simcore.timeline import timeline_svg
 
+    iteration = prediction.iteration if contended is None else contended.iteration.result
     result_path = out / "result.json" if out is not None else None
     for path, is_ours in ((timeline, is_our_trace), (picture, is_our_svg), (result_path, is_our_json)):
         if path is not None:
@@ -251,7 +282,7 @@ def _write(
     if timeline is not None:
         try:
             timeline.parent.mkdir(parents=True, exist_ok=True)
-            summary = write_chrome_trace(prediction.iteration, timeline)
+            summary = write_chrome_trace(iteration, timeline)
         except OSError as error:
             raise SpecError(f"{timeline}: cannot be written ({error.strerror})") from None
         note = f"; {summary.note}" if summary.note else ""
@@ -259,13 +290,15 @@ def _write(
             f"{timeline} ({summary.num_events:,} events, open it in https://ui.perfetto.dev{note})"
         )
     if picture is not None:
-        svg = timeline_svg(prediction.iteration)
+        svg = timeline_svg(iteration)
         replace_file(picture, svg.encode(), force=force, is_ours=is_our_svg)
         written.append(str(picture))
     if result_path is not None:
         mapping = {"written_by": "meshwright", "schema_version": 1, **prediction_mapping(prediction)}
         if jittered is not None:
             mapping["jitter"] = jitter_mapping(jittered)
+        if contended is not None:
+            mapping["contention"] = contention_mapping(contended)
         text = json.dumps(mapping, indent=2, allow_nan=False) + "\n"
         replace_file(result_path, text.encode(), force=force, is_ours=is_our_json)
         written.append(str(result_path))

@@ -7,29 +7,36 @@ from dataclasses import asdict
 from rich.table import Table
 
 from meshwright.cli.render.console import make_table, stdout_console
+from meshwright.cli.render.contention import contention_mapping, print_contention
 from meshwright.cli.render.jitter import jitter_mapping, print_jitter
 from meshwright.cli.render.plans import FLOPS_WORDS, memory_table
+from meshwright.costmodels.contention import ContentionOutcome
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.prediction import Prediction
+from meshwright.planner.kinds_text import machines_text, placement_sentence
 from meshwright.planner.plan_file import PlanDocument, prediction_mapping
 from meshwright.planner.reasons import degrees_text
 from meshwright.simcore.timeline import timeline_text
-from meshwright.simcore.training.iteration import steady_state_period
+from meshwright.simcore.training.iteration import IterationResult, steady_state_period
 from meshwright.simcore.training.jitter import JitterResult
 
 __all__ = ["print_simulation", "simulation_mapping"]
 
 
 def simulation_mapping(
-    document: PlanDocument, context: CostContext, prediction: Prediction, jittered: JitterResult | None
+    document: PlanDocument,
+    context: CostContext,
+    prediction: Prediction,
+    jittered: JitterResult | None,
+    contended: ContentionOutcome | None,
 ) -> dict[str, object]:
-    """Return the simulation as plain data, with what jitter does to it where that was asked."""
+    """Return the simulation as plain data, with what jitter and contention do to it where that was asked."""
     mapping: dict[str, object] = {
         "kind": "training_simulation",
         "model": document.job.model.name,
         "cluster": document.job.cluster.id,
         "software": document.job.software,
-        "calibration": dict(context.calibration.identity),
+        "calibration": dict(context.calibration_identity),
         "plan": asdict(document.plan),
         "prediction": prediction_mapping(prediction),
         "idle_seconds_all_stages": prediction.iteration.idle_time.totals(),
@@ -37,6 +44,8 @@ def simulation_mapping(
     }
     if jittered is not None:
         mapping["jitter"] = jitter_mapping(jittered)
+    if contended is not None:
+        mapping["contention"] = contention_mapping(contended)
     return mapping
 
 
@@ -45,14 +54,15 @@ def print_simulation(
     context: CostContext,
     prediction: Prediction,
     jittered: JitterResult | None,
+    contended: ContentionOutcome | None,
     flops: str,
     written: list[str],
 ) -> None:
-    """Print figures, time attribution, timeline, memory, and what jitter does where that was asked."""
+    """Print figures, time attribution, timeline, memory, and what jitter and contention do where that was asked."""
     console = stdout_console()
     result, job, plan = prediction.iteration, document.job, document.plan
     figures = make_table(
-        f"{job.model.name} on {plan.num_gpus} x {job.cluster.gpu.id}: {degrees_text(plan)}, "
+        f"{job.model.name} on {machines_text(job.cluster, plan)}: {degrees_text(plan)}, "
         f"{plan.schedule}, recompute {plan.recompute}, sharding {plan.sharding}",
         (("figure", False), ("value", True)),
     )
@@ -69,8 +79,12 @@ def print_simulation(
         figures.add_row("rent per trillion tokens", f"{prediction.dollars_per_trillion_tokens:,.0f} $")
     figures.add_row("energy, at most", f"{prediction.joules_per_token:.3g} J/token")
     console.print(figures)
-    console.print(_attribution(prediction))
-    console.print(timeline_text(result, width=min(console.width, 120)), markup=False)
+    if job.cluster.is_mixed:
+        console.print(placement_sentence(job, plan), soft_wrap=True)
+    shown = result if contended is None else contended.iteration.result
+    words = "Where the time goes" if contended is None else "Where the time goes, with contention"
+    console.print(_attribution(words, shown))
+    console.print(timeline_text(shown, width=min(console.width, 120)), markup=False)
     console.print(memory_table(prediction))
     fits = "fits" if prediction.memory_headroom >= 0 else "DOES NOT FIT"
     console.print(
@@ -79,16 +93,17 @@ def print_simulation(
     )
     if jittered is not None:
         print_jitter(console, jittered)
-    console.print(f"Calibration: {context.calibration.id} ({context.calibration.reason}).", soft_wrap=True)
+    if contended is not None:
+        print_contention(console, contended)
+    console.print(f"Calibration: {context.calibration_text}.", soft_wrap=True)
     for line in written:
         console.print(f"Wrote {line}", soft_wrap=True, markup=False)
 
 
-def _attribution(prediction: Prediction) -> Table:
+def _attribution(title: str, result: IterationResult) -> Table:
     """Table of where the time of first, busiest and last stage goes."""
-    result = prediction.iteration
     stages = sorted({0, int(result.busy_time.argmax()), len(result.busy_time) - 1})
-    table = make_table("Where the time goes", (("", False), *((f"stage {stage}", True) for stage in stages)))
+    table = make_table(title, (("", False), *((f"stage {stage}", True) for stage in stages)))
     table.add_row("busy", *(f"{result.busy_time[stage]:.4g} s" for stage in stages))
     for cause in result.idle_time.totals():
         values = getattr(result.idle_time, cause)

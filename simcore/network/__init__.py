@@ -1,5 +1,6 @@
 """Flow-level network: what transfers that share links take from each other, and collectives over a cluster's links."""
 
+from meshwright.simcore.network.channels import ChannelLinks, Channels
 from meshwright.simcore.network.collectives import (
     collective_flow_time,
     collective_phases,
@@ -9,6 +10,8 @@ from meshwright.simcore.network.fabric import Fabric, FabricShape, cluster_fabri
 from meshwright.simcore.network.flows import FlowSet, FlowTimes, simulate_flows
 
 __all__ = [
+    "ChannelLinks",
+    "Channels",
     "Fabric",
     "FabricShape",
     "FlowSet",

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.errors import SpecError
+from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.specs import ClusterSpec
 from meshwright.hardware_specs.topology import ClusterTopology, TierSpec
 
@@ -135,7 +135,10 @@ class Fabric:
             If the fabric has no such links; names those it has.
         """
         if kind not in self._start:
-            raise SpecError(f"fabric: no links '{kind}'; it has {', '.join(self.kinds)}")
+            known = ", ".join(f"'{each}'" for each in self.kinds)
+            raise SpecError(
+                f"fabric: no links '{kind}'{did_you_mean(kind, self.kinds) or '.'} It has {known}"
+            )
         return np.flatnonzero(self.kind == self.kinds.index(kind)).astype(np.int64)
 
     def with_capacity_factors(self, factors: Mapping[int, float]) -> Fabric:
@@ -225,12 +228,61 @@ class Fabric:
         broken = self._is_failed[np.maximum(found, 0)] & (found >= 0)
         if broken.any():
             flow_index, column = (int(each) for each in np.argwhere(broken)[0])
-            kind = self.kinds[int(self.kind[found[flow_index, column]])]
+            link = int(found[flow_index, column])
+            is_bundle = self.routing == "adaptive" and self.kinds[int(self.kind[link])] in self._cables
             raise SpecError(
                 f"fabric: GPU {int(sources[flow_index])} cannot reach GPU {int(destinations[flow_index])}: "
-                f"link {int(found[flow_index, column])} ({kind}) has failed; leave out the GPUs behind it"
+                f"link '{self.link_name(link)}' has failed; "
+                + (
+                    "under adaptive routing that is a whole uplink: make it slower, or fail a cable under ecmp"
+                    if is_bundle
+                    else "leave out the GPUs behind it"
+                )
             )
         return found
+
+    def links_out(self, share: FloatArray) -> tuple[IntArray, FloatArray]:
+        """Return the links from nodes to what sits above the fabric, storage for one, and the flows on each.
+
+        ``share`` says how large the flow of each NIC of a node is, ``(num_nodes,)``; uplinks spread all alike.
+        """
+        shape = self.shape
+        planes = shape.num_rails if shape.is_rail_optimized else 1
+        links, flows = [self.links_of("rail up")], [np.repeat(share, shape.num_rails)]
+        for tier in self._tiers:
+            kind = f"{tier.name} up"
+            group = np.arange(shape.num_nodes) // tier.nodes_per_group
+            bundles = np.repeat(np.bincount(group, weights=share) * shape.num_rails / planes, planes)
+            counts = np.diff(self._cables[kind])
+            links.append(self.links_of(kind))
+            flows.append(np.repeat(bundles / counts, counts))
+        return np.concatenate(links), np.concatenate(flows)
+
+    def link_name(self, link: int) -> str:
+        """Return what users call a link: its kind and its number among those."""
+        kind = self.kinds[int(self.kind[link])]
+        return f"{kind} {link - self._start[kind]}"
+
+    def link_number(self, name: str) -> int:
+        """Return the id of a link by what :meth:`link_name` calls it.
+
+        Raises
+        ------
+        SpecError
+            If there is no such link.
+        """
+        kind, _, number = name.strip().rpartition(" ")
+        if kind not in self._start:
+            known = ", ".join(f"'{each}'" for each in self.kinds)
+            raise SpecError(
+                f"no link '{name}'{did_you_mean(kind, self.kinds) or '.'} Write its kind and number, 'rail up 3'; the "
+                f"kinds are {known}"
+            )
+        links = self.links_of(kind)
+        # Longer numbers than any link has are not even read.
+        if not number.isdecimal() or len(number) > 9 or int(number) >= len(links):
+            raise SpecError(f"no link '{name}': '{kind}' has links 0 to {len(links) - 1}")
+        return int(links[int(number)])
 
     def latencies(self, sources: IntArray, destinations: IntArray) -> FloatArray:
         """Return the one-way latency between pairs of GPUs, 0 to itself [s]."""
@@ -361,6 +413,7 @@ def cluster_fabric(
     for name, value in (("intra_efficiency", intra_efficiency), ("inter_efficiency", inter_efficiency)):
         if not 0.0 < value <= 1.0:
             raise SpecError(f"fabric: {name} must be above 0 and at most 1, not {value:g}")
+    cluster.require_one_kind()
     node, fabric = cluster.node, cluster.fabric
     topology = cluster.topology or ClusterTopology()
     if not topology.tiers and topology.matrix is None and fabric.oversubscription > 1.0:

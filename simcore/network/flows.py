@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import SpecError
-from meshwright.simcore.compiled import for_kernel, from_kernel, kernel_output
-from meshwright.simcore.network.max_min import run_flows
+from meshwright.simcore.compiled import for_kernel
+from meshwright.simcore.network.flow_memory import OWNER, flow_memory
+from meshwright.simcore.network.task_loop import run_tasks
+from meshwright.simcore.network.task_memory import read_tasks, task_memory
 
-__all__ = ["FlowSet", "FlowTimes", "simulate_flows"]
+__all__ = ["FlowSet", "FlowTimes", "run_communications", "simulate_flows"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -118,24 +120,40 @@ def simulate_flows(flows: FlowSet) -> FlowTimes:
     >>> simulate_flows(flows).finish.tolist()
     [10.0, 10.0, 5.0]
     """
-    num_flows, num_links = flows.num_flows, len(flows.capacity)
+    num_flows = flows.num_flows
     begin = flows.start if flows.latency is None else flows.start + flows.latency
-    multiplicity = np.ones(num_flows) if flows.multiplicity is None else flows.multiplicity
-    order = np.argsort(begin, kind="stable").astype(np.int64)
-    flow_of = np.repeat(np.arange(num_flows, dtype=np.int64), np.diff(flows.route_starts))
-    finish = kernel_output(num_flows, 0.0, np.float64)
-    num_solves = run_flows(
-        for_kernel(flows.capacity.astype(np.float64)),
-        for_kernel(flows.route_starts.astype(np.int64)),
-        for_kernel(flows.route_links.astype(np.int64)),
-        for_kernel(flow_of),
-        for_kernel(flows.num_bytes.astype(np.float64)),
-        for_kernel(begin.astype(np.float64)),
-        for_kernel(multiplicity.astype(np.float64)),
-        for_kernel(order),
-        finish,
-        kernel_output(num_links, -1, np.int64),
-        kernel_output(len(flow_of), -1, np.int64),
-        kernel_output(len(flow_of), -1, np.int64),
+    usage = np.ones(len(flows.route_links))
+    if flows.multiplicity is not None:
+        usage = np.repeat(flows.multiplicity.astype(np.float64), np.diff(flows.route_starts))
+    # A flow is a task that waits for its start and then sends.
+    times, num_solves = run_communications(
+        np.empty((0, num_flows), dtype=np.int64),
+        begin,
+        np.arange(num_flows),
+        flows.num_bytes,
+        flow_memory(flows.capacity, flows.route_starts, flows.route_links, usage),
     )
-    return FlowTimes(finish=from_kernel(finish, np.float64), num_solves=num_solves)
+    return FlowTimes(finish=times[2], num_solves=num_solves)
+
+
+def run_communications(
+    predecessors: IntArray,
+    fixed: FloatArray,
+    channel: IntArray,
+    volume: FloatArray,
+    flows: tuple[IntArray, FloatArray, IntArray],
+) -> tuple[FloatArray, int]:
+    """Return start, begin of communication and end of tasks, ``(3, num_tasks)`` [s], and how often rates were solved.
+
+    Parameters
+    ----------
+    predecessors, fixed, channel, volume
+        As :func:`~meshwright.simcore.network.task_memory.task_memory` takes them.
+    flows : tuple[IntArray, FloatArray, IntArray]
+        A :func:`~meshwright.simcore.network.flow_memory.flow_memory` with one flow per channel.
+    """
+    ints, floats, records = flows
+    tasks, times, channels = task_memory(predecessors, fixed, channel, volume, records)
+    ints[records + OWNER] = channels
+    num_solves = run_tasks(tasks, times, for_kernel(ints), for_kernel(floats))
+    return read_tasks(times, len(fixed)), num_solves

@@ -12,7 +12,13 @@ from meshwright.simcore.training.attribution import IdleTime, idle_time
 from meshwright.simcore.training.costs import IterationCosts
 from meshwright.simcore.training.structure import IterationStructure, iteration_structure, joint_time
 
-__all__ = ["IterationResult", "iteration_time", "simulate_iteration", "steady_state_period"]
+__all__ = [
+    "IterationResult",
+    "iteration_result",
+    "iteration_time",
+    "simulate_iteration",
+    "steady_state_period",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,6 +147,29 @@ def simulate_iteration(costs: IterationCosts, schedule: str) -> IterationResult:
     structure = _structure(costs, schedule)
     times = structure.graph.evaluate(structure.durations(costs), structure.lags(costs))
     start, end = structure.graph.in_built_order(times.start), structure.graph.in_built_order(times.end)
+    return iteration_result(structure, costs, schedule, start, end)
+
+
+def iteration_result(
+    structure: IterationStructure,
+    costs: IterationCosts,
+    schedule: str,
+    start: NDArray[np.float64],
+    end: NDArray[np.float64],
+) -> IterationResult:
+    """Return what the times of an iteration's tasks say.
+
+    Parameters
+    ----------
+    structure : IterationStructure
+        The iteration's tasks.
+    costs : IterationCosts
+        Their durations when nothing slows them.
+    schedule : str
+        Name of the pipeline schedule.
+    start, end : NDArray[np.float64]
+        Of each task, in the numbering the graph was built with, ``(num_tasks,)`` [s].
+    """
     shape = structure.operations.kind.shape
     operation_start = start[: structure.operations.kind.size].reshape(shape)
     operation_end = end[: structure.operations.kind.size].reshape(shape)
@@ -158,7 +187,7 @@ def simulate_iteration(costs: IterationCosts, schedule: str) -> IterationResult:
     return IterationResult(
         schedule=schedule,
         costs=costs,
-        iteration_time=times.makespan + costs.fixed_time,
+        iteration_time=float(end.max(initial=0.0)) + costs.fixed_time,
         pipeline_time=float(operation_end[:, -1].max()),
         bubble_time=float(bubble[worst] * span[worst]),
         bubble_fraction=float(bubble[worst]),

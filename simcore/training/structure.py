@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +28,29 @@ from meshwright.simcore.task_graph import TaskGraph, build_task_graph
 from meshwright.simcore.training.costs import IterationCosts
 from meshwright.simcore.training.operation_links import linked_operations
 
-__all__ = ["IterationStructure", "iteration_structure", "joint_time"]
+__all__ = ["IterationStructure", "TaskBlock", "iteration_structure", "joint_time"]
 
 # Structures kept: 128 of up to 2**15 operations, 4 of up to 2**20; about 35 bytes per operation each.
 _SMALL, _LARGE = 2**15, 2**20
-# Blocks of task classes, in units of the number of virtual stages; block k < 4 is operation kind k.
-_FIRST_FORWARD, _LAST_BACKWARD, _FORWARD_READY, _BACKWARD_READY = 4, 5, 6, 7
-_GATHER_EXPOSED, _GATHER_OVERLAPPED, _REDUCE_OVERLAPPED, _REDUCE_EXPOSED = 8, 9, 10, 11
-_JOINT_FORWARD = 12
+
+
+class TaskBlock(IntEnum):
+    """Blocks of task classes, in units of the number of virtual stages; the first four are operation kinds."""
+
+    FORWARD = 0
+    BACKWARD = 1
+    INPUT_GRADIENT = 2
+    WEIGHT_GRADIENT = 3
+    FIRST_FORWARD = 4
+    LAST_BACKWARD = 5
+    FORWARD_READY = 6
+    BACKWARD_READY = 7
+    GATHER_EXPOSED = 8
+    GATHER_OVERLAPPED = 9
+    REDUCE_OVERLAPPED = 10
+    REDUCE_EXPOSED = 11
+    JOINT_FORWARD = 12
+    JOINT_BACKWARD = 13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -200,8 +216,8 @@ def iteration_structure(
 def _build(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: int) -> IterationStructure:
     operations = SCHEDULES[schedule].operations(num_stages, num_chunks, num_micro_batches)
     placement, num_virtual = operations.placement, num_stages * num_chunks
-    num_blocks = _JOINT_FORWARD if operations.is_overlapped is None else _JOINT_FORWARD + 2
-    tail = num_blocks * num_virtual
+    num_blocks = TaskBlock.JOINT_FORWARD if operations.is_overlapped is None else TaskBlock.JOINT_FORWARD + 2
+    tail = int(num_blocks) * num_virtual
     num_operations = num_stages * operations.num_operations
     extra = num_operations + np.arange(2 * num_stages + 7 * num_virtual, dtype=np.int32)
     begin, optimizer = extra[:num_stages], extra[num_stages : 2 * num_stages]
@@ -209,12 +225,12 @@ def _build(schedule: str, num_stages: int, num_chunks: int, num_micro_batches: i
     ready, done, backward_ready, exposed, overlapped, reduce_overlapped, reduce_exposed = blocks
 
     first, second, task_class, first_forward, last_backward = linked_operations(
-        operations, done, len(extra), _JOINT_FORWARD, tail + 2 * num_stages
+        operations, done, len(extra), int(TaskBlock.JOINT_FORWARD), tail + 2 * num_stages
     )
     first[first_forward + 1] = done
     for block, task, guard in (
-        (_FIRST_FORWARD, first_forward, ready),
-        (_LAST_BACKWARD, last_backward, backward_ready),
+        (TaskBlock.FIRST_FORWARD, first_forward, ready),
+        (TaskBlock.LAST_BACKWARD, last_backward, backward_ready),
     ):
         first[guard], second[guard] = first[task], second[task]
         first[task], second[task] = guard, -1
@@ -278,12 +294,12 @@ def _set_classes(
     task_class[optimizer] = tail + num_stages + np.arange(num_stages)
     task_class[done] = tail + 2 * num_stages
     for block, tasks in (
-        (_FORWARD_READY, ready),
-        (_BACKWARD_READY, backward_ready),
-        (_GATHER_EXPOSED, exposed),
-        (_GATHER_OVERLAPPED, overlapped),
-        (_REDUCE_OVERLAPPED, reduce_overlapped),
-        (_REDUCE_EXPOSED, reduce_exposed),
+        (TaskBlock.FORWARD_READY, ready),
+        (TaskBlock.BACKWARD_READY, backward_ready),
+        (TaskBlock.GATHER_EXPOSED, exposed),
+        (TaskBlock.GATHER_OVERLAPPED, overlapped),
+        (TaskBlock.REDUCE_OVERLAPPED, reduce_overlapped),
+        (TaskBlock.REDUCE_EXPOSED, reduce_exposed),
     ):
         task_class[tasks] = block * num_virtual + np.arange(num_virtual)
 
