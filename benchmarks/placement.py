@@ -1,6 +1,6 @@
-"""Expert placement beside EPLB: balance, chain locality with its certificate, joint, traffic, exact oracles, DeepEP.
+"""Expert placement beside EPLB: balance, chain locality, joint, traffic, grouping, layouts, exact oracles, DeepEP.
 
-    python benchmarks/placement.py [balance chain joint traffic oracle dispatch]
+    python benchmarks/placement.py [balance chain joint traffic grouping layout oracle dispatch]
 
 All routing is synthetic (the generator of meshwright.planner.placement.synthetic, seeds below): the figures compare
 methods and prove no gain on a real model. Times are CPU seconds of this process; the first call of a kernel compiles it.
@@ -36,11 +36,16 @@ from meshwright.planner.placement.evaluation import (
     measure,
 )
 from meshwright.planner.placement.exact import exact_balance, exact_chain, exact_replicated_balance
+from meshwright.planner.placement.job import PlacementFlags, read_placement_job, with_layout
+from meshwright.planner.placement.joint_choice import choose_layout
 from meshwright.planner.placement.request import PlacementRequest
 from meshwright.planner.placement.routing import split_held_out, token_transitions
+from meshwright.planner.placement.simulation import job_calibration
 from meshwright.planner.placement.solving import solve_placement
 from meshwright.planner.placement.spread import spread_slots
 from meshwright.planner.placement.synthetic import SyntheticRouting, draw_routing
+from meshwright.planner.placement.token_groups import speculative_grouping
+from meshwright.planner.placement.training import training_options
 from meshwright.simcore.domain.expert_placement import ExpertPlacement
 
 STRONG = SyntheticRouting(topic_strength=3.0, persistence=0.9)
@@ -210,6 +215,82 @@ def traffic() -> None:
             )
 
 
+def grouping() -> None:
+    print(
+        "Tokens grouped (Speculative-MoE), 4 nodes of 8, top-8 of 256, 4 layers, 16,384 tokens to learn from and to judge,"
+        " median of seeds 0 to 4: remote nodes per token, share of pairs at home"
+    )
+    for name, spec in (("weak", WEAK), ("strong", STRONG)):
+        for redundant in (0, 32):
+            rows = []
+            for seed in SEEDS:
+                routing, judge = split_held_out(draw_routing(4, 256, 8, 32_768, seed, spec))
+                assert judge is not None
+                assert routing.tokens is not None
+                assert judge.tokens is not None
+                slots = 256 + redundant
+                theirs, ours = (
+                    ExpertPlacement(slots=each, num_experts=256, num_ranks=32, ranks_per_node=8)
+                    for each in (
+                        eplb_slots(routing.loads, slots, 1, 1, 32),
+                        spread_slots(routing.tokens, routing.loads, slots, 32, 8, slack=0.01),
+                    )
+                )
+                drawn, grouped = (
+                    speculative_grouping(each, routing.tokens, judge.tokens) for each in (theirs, ours)
+                )
+                # The first layer has none before that foretells it.
+                cells = (
+                    drawn.by_chance,
+                    drawn.grouped,
+                    grouped.by_chance,
+                    grouped.grouped,
+                    grouped.foreknown,
+                )
+                rows.append(
+                    [
+                        value
+                        for each in cells
+                        for value in (each.remote_nodes[1:].mean(), each.local_pairs[1:].mean())
+                    ]
+                    + [drawn.by_chance.imbalance[1:].mean(), grouped.grouped.imbalance[1:].mean()]
+                )
+            medians = np.median(np.asarray(rows), axis=0)
+            pairs = [f"{medians[2 * each]:.3f} / {medians[2 * each + 1]:.3f}" for each in range(5)]
+            print(
+                f"  {name:6s} {redundant:3d} redundant: EPLB {pairs[0]}, grouped {pairs[1]}; ours {pairs[2]}, grouped "
+                f"{pairs[3]} ({medians[6] / medians[0] - 1.0:+.1%} nodes), known before {pairs[4]}; imbalance EPLB "
+                f"{medians[10]:.3f}, ours grouped {medians[11]:.3f}",
+                flush=True,
+            )
+
+
+def layout() -> None:
+    print("Ranks, slots, capacity and overlap chosen together, 4,096 tokens per GPU, strong affinity, seed 0")
+    for model, cluster in (
+        ("mixtral-8x7b", "dgx-h100:2"),
+        ("qwen3-235b-a22b", "dgx-h200:4"),
+        ("deepseek-v3", "dgx-h200:4"),
+    ):
+        flags = PlacementFlags(model=model, cluster=cluster, synthetic="strong", is_choosing=True)
+        job = read_placement_job(flags)
+        calibration = job_calibration(job)
+        started = time.process_time()
+        choice = choose_layout(job, calibration)
+        seconds = time.process_time() - started
+        best = choice.best
+        print(
+            f"  {model} on {cluster}: ep {best.ep}, {best.redundant_experts} redundant, capacity "
+            f"{best.capacity_factor or 'none'}, overlap {best.overlap_degree}: {best.layer_seconds * 1e6:,.0f} us a layer, "
+            f"{best.weight_bytes / 1e9:.0f} GB; {len(choice.candidates)} candidates in {seconds:.1f} s"
+        )
+        print("    " + "\n    ".join(choice.reasons))
+        whole = with_layout(job, best.ep, 0, job.request.routing)
+        options = training_options(whole, calibration, 4096)
+        cells = ", ".join(f"{each.name} {each.layer_seconds * 1e6:,.0f} us" for each in options[:4])
+        print(f"    training on ep {best.ep}: {cells}", flush=True)
+
+
 def oracle() -> None:
     print("Heuristics against integer programming on random small instances: equal / closed / tried")
     generator = np.random.default_rng(7)
@@ -304,6 +385,8 @@ SECTIONS: dict[str, Callable[[], None]] = {
     "chain": chain,
     "joint": joint,
     "traffic": traffic,
+    "grouping": grouping,
+    "layout": layout,
     "oracle": oracle,
     "dispatch": dispatch,
 }

@@ -28,7 +28,19 @@ __all__ = ["command"]
 )
 @click.option("--synthetic-tokens", type=click.IntRange(64, 1_000_000), default=16_384, show_default=True)
 @click.option("--ep", type=click.IntRange(1, 65_536), help="Expert parallel ranks; all GPUs by default.")
-@click.option("--redundant-experts", type=click.IntRange(0, 65_536), default=0, show_default=True)
+@click.option("--redundant-experts", type=click.IntRange(0, 65_536), help="Slots for copies; 0 by default.")
+@click.option(
+    "--choose",
+    is_flag=True,
+    help="Choose ranks, redundant experts, capacity factor and overlap together; --ep and --redundant-experts fix theirs.",
+)
+@click.option(
+    "--max-token-drop",
+    type=click.FloatRange(0.0, 100.0),
+    default=0.0,
+    show_default=True,
+    help="For --choose: percent of the tokens that a capacity factor may drop.",
+)
 @click.option("--engine", default="sglang", show_default=True, help="Whose file to write.")
 @click.option(
     "--objective", help="balance, traffic, joint or active; by default what dispatch and data allow."
@@ -44,15 +56,25 @@ __all__ = ["command"]
     show_default=True,
     help="Points of imbalance above EPLB that a joint placement may have.",
 )
+@click.option(
+    "--speculative-grouping",
+    is_flag=True,
+    help="Hand tokens to where their next experts are expected; experts that are chosen together share a home.",
+)
 @click.option("--active-batch", type=click.IntRange(1, 1_000_000), default=128, show_default=True)
 @click.option("--solver", help="auto, heuristic, highs or cbc.", default="auto", show_default=True)
 @click.option("--simulate", is_flag=True, help="Layer time before and after: compute and all-to-all.")
+@click.option(
+    "--training",
+    is_flag=True,
+    help="Layer time forward and backward: experts at home, hot ones copied each iteration, smaller groups.",
+)
 @click.option(
     "--tokens-per-gpu",
     type=click.IntRange(1, 1_000_000),
     default=4096,
     show_default=True,
-    help="For --simulate.",
+    help="For --simulate, --choose and --training.",
 )
 @click.option(
     "--permute-checkpoint",
@@ -73,15 +95,19 @@ def command(
     synthetic: str | None,
     synthetic_tokens: int,
     ep: int | None,
-    redundant_experts: int,
+    redundant_experts: int | None,
+    choose: bool,
+    max_token_drop: float,
     engine: str,
     objective: str | None,
     dispatch: str | None,
     current: Path | None,
     imbalance_slack: float,
+    speculative_grouping: bool,
     active_batch: int,
     solver: str,
     simulate: bool,
+    training: bool,
     tokens_per_gpu: int,
     permute_checkpoint: tuple[Path, Path] | None,
     out: Path | None,
@@ -91,14 +117,19 @@ def command(
 
     \b
     meshwright place --model deepseek-v3 --cluster dgx-h200:4 --routing trace.npz --redundant-experts 32 --out placement/
+    meshwright place --model deepseek-v3 --cluster dgx-h200:4 --routing trace.npz --choose --out placement/
     meshwright place --model mixtral-8x7b --cluster dgx-h100:1 --ep 4 --synthetic weak
     """
     from meshwright.cli.render.console import ProgressLine, print_json
     from meshwright.cli.render.place import placement_mapping, print_placement, report_text
+    from meshwright.cli.render.place_choices import extra_mappings, print_choice, print_training_options
     from meshwright.planner.export.writer import write_bundle
     from meshwright.planner.placement.engines import placement_bundle
-    from meshwright.planner.placement.job import PlacementFlags, read_placement_job
+    from meshwright.planner.placement.job import PlacementFlags, read_placement_job, with_layout
+    from meshwright.planner.placement.joint_choice import ChoiceLimits, choose_layout
+    from meshwright.planner.placement.simulation import job_calibration, simulate_layers
     from meshwright.planner.placement.solving import solve_placement
+    from meshwright.planner.placement.training import training_options
 
     job = read_placement_job(
         PlacementFlags(
@@ -110,24 +141,37 @@ def command(
             synthetic_tokens=synthetic_tokens,
             ep=ep,
             redundant_experts=redundant_experts,
+            is_choosing=choose,
             engine=engine,
             objective=objective,
             dispatch=dispatch,
             current=current,
             imbalance_slack=imbalance_slack / 100.0,
             active_batch=active_batch,
+            is_grouping_tokens=speculative_grouping,
             solver=solver,
             seed=common.seed,
         )
     )
+    calibration = job_calibration(job, common.calibrations) if simulate or choose or training else None
+    choice = layer_seconds = options = None
     with ProgressLine(common.quiet or common.as_json) as progress:
+        if choose and calibration is not None:
+            limits = ChoiceLimits(
+                ep=ep,
+                redundant_experts=redundant_experts,
+                max_token_drop=max_token_drop / 100.0,
+                tokens_per_gpu=tokens_per_gpu,
+            )
+            choice = choose_layout(job, calibration, limits, progress)
+            job = with_layout(job, choice.best.ep, choice.best.redundant_experts, job.request.routing)
         answer = solve_placement(job.request, progress)
-        layer_times = None
-        if simulate:
-            from meshwright.planner.placement.simulation import simulate_layers
-
-            layer_times = simulate_layers(job, answer, tokens_per_gpu, common.calibrations)
-    mapping = placement_mapping(job, answer, layer_times)
+        if simulate and calibration is not None:
+            layer_seconds = simulate_layers(job, answer, tokens_per_gpu, calibration)
+        if training and calibration is not None:
+            options = training_options(job, calibration, tokens_per_gpu)
+    mapping = placement_mapping(job, answer, layer_seconds)
+    mapping |= extra_mappings(choice, options)
     if permute_checkpoint is not None:
         from meshwright.planner.placement.checkpoint import permute_checkpoint as permute
 
@@ -143,4 +187,8 @@ def command(
     if common.as_json:
         print_json(mapping)
     else:
-        print_placement(job, answer, layer_times, bundle, mapping)
+        if choice is not None:
+            print_choice(choice, tokens_per_gpu)
+        print_placement(job, answer, layer_seconds, bundle, mapping)
+        if options is not None:
+            print_training_options(options, tokens_per_gpu)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from meshwright import __version__
 from meshwright.cli.render.console import make_table, stdout_console
@@ -12,6 +12,7 @@ from meshwright.planner.export.base import ExportBundle
 from meshwright.planner.placement.certificates import Certificate
 from meshwright.planner.placement.job import PlacementJob
 from meshwright.planner.placement.request import PlacementAnswer
+from meshwright.planner.placement.token_groups import SpeculativeGrouping
 
 __all__ = ["is_gain_claimed", "placement_mapping", "print_placement", "report_text"]
 
@@ -65,9 +66,26 @@ def placement_mapping(
     }
     if answer.moved_slots is not None:
         mapping["moved_bytes"] = answer.moved_slots * request.expert_bytes
+    if answer.grouping is not None:
+        mapping["grouping"] = _grouping_mapping(answer.grouping)
     if layer_times is not None:
         mapping["layer_times"] = dict(layer_times)
     return mapping
+
+
+def _grouping_mapping(grouping: SpeculativeGrouping) -> dict[str, object]:
+    return {
+        "num_homes": grouping.num_homes,
+        "is_of_nodes": grouping.is_of_nodes,
+        **{
+            name: {each.name: float(getattr(groups, each.name).mean()) for each in fields(groups)}
+            for name, groups in (
+                ("by_chance", grouping.by_chance),
+                ("grouped", grouping.grouped),
+                ("foreknown", grouping.foreknown),
+            )
+        },
+    }
 
 
 def is_gain_claimed(answer: PlacementAnswer, *, is_synthetic: bool) -> bool:
@@ -117,6 +135,8 @@ def print_placement(
         change = f"{after / before - 1.0:+.2%}" if before else ""
         table.add_row(name_with_batch, f"{before:.4f}", *between, f"{after:.4f}", change)
     console.print(table)
+    if answer.grouping is not None:
+        console.print(_grouping_table(answer.grouping, label))
     console.print(_certificate_table(answer.certificates))
     if layer_times is not None:
         _print_layer_times(layer_times)
@@ -140,6 +160,23 @@ def print_placement(
 def _amount(num_tokens: int) -> str:
     """Return how much routing was read; sums of loads count no tokens."""
     return f"{num_tokens:,} tokens" if num_tokens else "loads only, no tokens"
+
+
+def _grouping_table(grouping: SpeculativeGrouping, label: str) -> object:
+    """Return what this placement's tokens reach from homes at random, foretold, and known before."""
+    homes = "nodes" if grouping.is_of_nodes else "ranks"
+    table = make_table(
+        f"Tokens grouped on {grouping.num_homes} {homes}{label}",
+        (("measure", False), ("by chance", True), ("grouped", True), ("known before", True)),
+    )
+    for field, name in (
+        ("remote_nodes", f"remote {homes} per token"),
+        ("local_pairs", "share of pairs at home"),
+        ("imbalance", "heaviest rank / mean"),
+    ):
+        cells = (grouping.by_chance, grouping.grouped, grouping.foreknown)
+        table.add_row(name, *(f"{getattr(each, field).mean():.4f}" for each in cells))
+    return table
 
 
 def _certificate_table(certificates: tuple[Certificate, ...]) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from meshwright.costmodels.collectives import GroupPlacement, all_to_all_time, collective_time, place_group
+from meshwright.costmodels.collectives import GroupPlacement, all_to_all_time, collective_time
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.layers.cases import LayerCases
 from meshwright.costmodels.layers.experts import expert_load, routed_rows
@@ -42,8 +42,9 @@ def _exchange_time(context: CostContext, cases: LayerCases, element_bytes: float
     moe = model.moe
     assert moe is not None
     efficiency = context.software.inter_node_efficiency
-    rows = routed_rows(context, cases, moe) * expert_load(context, cases)
-    group = place_group(cases.ep, cases.etp, cluster.node.num_gpus)
+    # Every chunk pays the latency of an exchange of its own.
+    rows = routed_rows(context, cases, moe) * expert_load(context, cases) / cases.expert_overlap
+    group = context.place_group(cases.ep, cases.etp)
     num_bytes = rows * element_bytes * model.hidden_size
     exchange = all_to_all_time(num_bytes, group, cluster, calibration, efficiency)
     if context.deduplicates_dispatch:
@@ -52,9 +53,9 @@ def _exchange_time(context: CostContext, cases: LayerCases, element_bytes: float
         across = once * _remote_nodes(context, cases, group, moe)
         forwarded = all_to_all_time(received, group, cluster, calibration, efficiency, across)
         exchange = np.minimum(exchange, forwarded)
-    inner = place_group(cases.etp, np.ones_like(cases.etp), cluster.node.num_gpus)
+    inner = context.place_group(cases.etp, np.ones_like(cases.etp))
     gather = collective_time("all_gather", num_bytes * cases.etp, inner, cluster, calibration, efficiency)
-    return exchange + gather
+    return (exchange + gather) * cases.expert_overlap
 
 
 def _remote_nodes(
@@ -115,14 +116,15 @@ def exposed_exchange_time(
     cases : LayerCases
         Layer shapes; ``expert_overlap`` is d.
     exchange : FloatColumn
-        One dispatch and one combine [s].
+        One dispatch and one combine, all their chunks [s].
     compute : FloatColumn
-        The experts' own time [s].
+        The experts' own time, all chunks [s].
     """
     degree = cases.expert_overlap
     total = np.maximum(exchange + compute / degree, compute + exchange / degree)
     exposed = np.where(degree > 1.0, total - compute, exchange)
     launch = context.calibration.gemm_curve(context.compute_precision).launch_time
     hidden = exchange - exposed
-    extra = context.software.expert_overlap_contention * hidden + 2.0 * (degree - 1.0) * launch
+    # Launches of products and exchanges are in their times; the activation's are not.
+    extra = context.software.expert_overlap_contention * hidden + (degree - 1.0) * launch
     return np.where(cases.ep * cases.etp > 1.0, exposed + extra, 0.0)

@@ -39,6 +39,8 @@ class Engine:
         Options that make it use the file, with ``{slots}`` and ``{redundant}``.
     note : str
         What the user must know.
+    has_copies_apart : bool
+        A rank of it holds an expert once at most.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Engine:
     read: Callable[[str, LayerTable, str], ExpertPlacement] | None
     command: str
     note: str
+    has_copies_apart: bool = False
 
 
 ENGINES: dict[str, Engine] = {
@@ -59,8 +62,9 @@ ENGINES: dict[str, Engine] = {
         file_name="expert_location.json",
         write=write_sglang,
         read=read_sglang,
-        command="--init-expert-location expert_location.json --ep-num-redundant-experts {redundant} "
-        "--ep-dispatch-algorithm static",
+        # Static dispatch is refused without an all-to-all backend (0.5.23, arg_groups/parallel_hook.py).
+        command="--moe-a2a-backend deepep --init-expert-location expert_location.json "
+        "--ep-num-redundant-experts {redundant} --ep-dispatch-algorithm static",
         note="static dispatch takes the copy on the same GPU, in recent releases then the one on the same node; "
         "older ones choose among the rest at random",
     ),
@@ -94,6 +98,8 @@ ENGINES: dict[str, Engine] = {
         read=read_ascend,
         command='--additional-config \'{{"eplb_config": {{"expert_map_path": "expert_map.json"}}}}\'',
         note="layers are numbered from the first mixture-of-experts layer",
+        # A device's map has one place for each expert (vllm_ascend/eplb/core/eplb_utils.py).
+        has_copies_apart=True,
     ),
     "exflow": Engine(
         name="exflow",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -27,7 +27,7 @@ from meshwright.planner.placement.synthetic import SyntheticRouting, draw_routin
 from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.model_catalog import load_model
 
-__all__ = ["PlacementFlags", "PlacementJob", "moe_layer_indices", "read_placement_job"]
+__all__ = ["PlacementFlags", "PlacementJob", "moe_layer_indices", "read_placement_job", "with_layout"]
 
 _STRONG = SyntheticRouting(topic_strength=3.0, persistence=0.9)
 # Weights of experts rest in 16 bits unless the user knows better; only migration is priced with it.
@@ -36,7 +36,7 @@ _WEIGHT_BYTES = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementFlags:
-    """What the user said; see ``meshwright place --help``."""
+    """What the user said; see ``meshwright place --help``. When choosing, ranks and slots are only where it starts."""
 
     model: str
     cluster: str
@@ -45,13 +45,15 @@ class PlacementFlags:
     synthetic: str | None = None
     synthetic_tokens: int = 16_384
     ep: int | None = None
-    redundant_experts: int = 0
+    redundant_experts: int | None = None
+    is_choosing: bool = False
     engine: str = "sglang"
     objective: str | None = None
     dispatch: str | None = None
     current: Path | None = None
     imbalance_slack: float = 0.0125
     active_batch: int = 128
+    is_grouping_tokens: bool = False
     solver: str = "auto"
     seed: int = 0
 
@@ -82,6 +84,7 @@ def read_placement_job(flags: PlacementFlags) -> PlacementJob:
         If a name is unknown, a file is bad, or the experts do not fit the ranks: what, where and how to fix it.
     """
     model, cluster = load_model(flags.model), resolve_cluster(flags.cluster)
+    cluster.require_one_kind()
     moe = model.moe
     if moe is None:
         raise SpecError(f"model {model.name} has no experts; only mixture-of-experts models have a placement")
@@ -94,17 +97,20 @@ def read_placement_job(flags: PlacementFlags) -> PlacementJob:
     ranks_per_node = min(num_ranks, cluster.node.num_gpus)
     if num_ranks % ranks_per_node:
         raise SpecError(f"--ep {num_ranks} does not fill whole nodes of {ranks_per_node} GPUs")
-    _check_slots(moe.num_experts, flags.redundant_experts, num_ranks)
+    redundant = flags.redundant_experts or 0
+    if flags.is_choosing and flags.redundant_experts is None:
+        redundant = -moe.num_experts % num_ranks
+    _check_slots(moe.num_experts, redundant, num_ranks)
     layers = moe_layer_indices(model)
     current = None
     table = layer_table(model.num_layers, layers, moe.num_experts, num_ranks, ranks_per_node)
     if flags.current is not None:
         current = read_placement(_read_text(flags.current), table, str(flags.current))
     routing = _routing(flags, model, layers)
-    objective = flags.objective or _usual_objective(dispatch, routing)
+    objective = flags.objective or _usual_objective(dispatch, routing, groups=flags.is_grouping_tokens)
     request = PlacementRequest(
         routing=routing,
-        num_slots=moe.num_experts + flags.redundant_experts,
+        num_slots=moe.num_experts + redundant,
         num_ranks=num_ranks,
         ranks_per_node=ranks_per_node,
         objective=cast("PlacementObjective", _known("--objective", objective, OBJECTIVES)),
@@ -114,12 +120,36 @@ def read_placement_job(flags: PlacementFlags) -> PlacementJob:
         top_k=moe.top_k,
         imbalance_slack=flags.imbalance_slack,
         active_batch=flags.active_batch,
+        is_grouping_tokens=flags.is_grouping_tokens,
+        has_copies_apart=engine.has_copies_apart,
         current=current,
         expert_bytes=_WEIGHT_BYTES * model.num_expert_parameters,
         solver=cast("SolverName", solver),
         seed=flags.seed,
     )
     return PlacementJob(model=model, cluster=cluster, engine=engine, table=table, request=request)
+
+
+def with_layout(
+    job: PlacementJob, num_ranks: int, redundant_experts: int, routing: RoutingData
+) -> PlacementJob:
+    """Return the job on other numbers of ranks and slots, with routing data of the same layers or of some of them.
+
+    A placement in use does not carry over to other ranks.
+    """
+    moe = job.model.moe
+    assert moe is not None
+    ranks_per_node = min(num_ranks, job.cluster.node.num_gpus)
+    request = replace(
+        job.request,
+        routing=routing,
+        num_slots=moe.num_experts + redundant_experts,
+        num_ranks=num_ranks,
+        ranks_per_node=ranks_per_node,
+        current=job.request.current if num_ranks == job.request.num_ranks else None,
+    )
+    table = replace(job.table, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
+    return replace(job, request=request, table=table)
 
 
 def _known(flag: str, name: str, known: Collection[str]) -> str:
@@ -170,9 +200,9 @@ def _routing(flags: PlacementFlags, model: ModelSpec, layers: tuple[int, ...]) -
     )
 
 
-def _usual_objective(dispatch: str, routing: RoutingData) -> str:
+def _usual_objective(dispatch: str, routing: RoutingData, *, groups: bool) -> str:
     """Return what dispatch and data allow: joint where traffic is known and depends on the placement."""
-    if dispatch == "deduplicated" and routing.tokens is not None:
+    if groups or (dispatch == "deduplicated" and routing.tokens is not None):
         return "joint"
     if dispatch == "coherent" and (routing.tokens is not None or routing.transitions is not None):
         return "joint"

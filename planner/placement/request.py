@@ -9,6 +9,7 @@ from meshwright.errors import SpecError
 from meshwright.planner.placement.certificates import Certificate
 from meshwright.planner.placement.evaluation import Measures, ReplicaChoice
 from meshwright.planner.placement.routing import RoutingData
+from meshwright.planner.placement.token_groups import SpeculativeGrouping
 from meshwright.simcore.domain.expert_placement import ExpertPlacement
 
 __all__ = [
@@ -56,6 +57,11 @@ class PlacementRequest:
         Share of the tokens, the last ones, that judge and do not solve.
     active_batch : int
         Tokens of a decode batch over all ranks.
+    is_grouping_tokens : bool
+        Tokens are handed to the home where their next experts are expected (Speculative-MoE, arXiv 2503.04398), and
+        experts that are chosen together share one.
+    has_copies_apart : bool
+        A rank holds an expert once at most.
     current : ExpertPlacement | None
         Placement in use: ranks are named so that few experts move.
     expert_bytes : float
@@ -78,6 +84,8 @@ class PlacementRequest:
     imbalance_slack: float = 0.0125
     held_out_share: float = 0.5
     active_batch: int = 128
+    is_grouping_tokens: bool = False
+    has_copies_apart: bool = False
     current: ExpertPlacement | None = None
     expert_bytes: float = 0.0
     solver: SolverName = "auto"
@@ -110,13 +118,15 @@ class PlacementRequest:
         return self.num_ranks // self.ranks_per_node
 
     @property
+    def ranks_per_home(self) -> int:
+        """Ranks among which a token costs nothing to move: those of a node, or one where all share a node."""
+        return self.ranks_per_node if self.num_nodes > 1 else 1
+
+    @property
     def choice(self) -> ReplicaChoice:
         """How tokens choose among copies: near ones where the dispatch pays for nodes, else any."""
-        return (
-            "nearest"
-            if self.dispatch == "deduplicated" and self.objective in ("traffic", "joint")
-            else "random"
-        )
+        pays = self.dispatch == "deduplicated" or self.is_grouping_tokens
+        return "nearest" if pays and self.objective in ("traffic", "joint") else "random"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -142,6 +152,8 @@ class PlacementAnswer:
         What forbids or limits a claim, one sentence each.
     moved_slots : int | None
         Slots to be filled anew, coming from the current placement.
+    grouping : SpeculativeGrouping | None
+        What grouping the tokens that judge comes to; None where it was not asked for.
     """
 
     placement: ExpertPlacement
@@ -155,3 +167,4 @@ class PlacementAnswer:
     certificates: tuple[Certificate, ...]
     warnings: tuple[str, ...]
     moved_slots: int | None = None
+    grouping: SpeculativeGrouping | None = None

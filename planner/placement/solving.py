@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import SpecError
 from meshwright.planner.placement.answer_certificates import certify
+from meshwright.planner.placement.answer_checks import answer_warnings, check_request
 from meshwright.planner.placement.balance import balance_slots, level_over_windows
 from meshwright.planner.placement.chain import (
     alternate_often,
@@ -23,6 +24,7 @@ from meshwright.planner.placement.chain_partitions import (
     best_priced_partitions,
     num_partitions,
 )
+from meshwright.planner.placement.distinct import copies_apart
 from meshwright.planner.placement.eplb import eplb_slots
 from meshwright.planner.placement.evaluation import (
     Measures,
@@ -38,14 +40,13 @@ from meshwright.planner.placement.migration import keep_in_place
 from meshwright.planner.placement.request import PlacementAnswer, PlacementRequest
 from meshwright.planner.placement.routing import RoutingData, split_held_out, token_transitions
 from meshwright.planner.placement.spread import spread_slots
+from meshwright.planner.placement.token_groups import SpeculativeGrouping, TokenGroups, speculative_grouping
 from meshwright.simcore.domain.expert_placement import ExpertPlacement
 
 __all__ = ["solve_placement"]
 
 Progress = Callable[[str, int, int], None]
 
-_GAP_WARNING = 0.01
-_MIN_TOKENS = 16_384
 # How far a node may exceed the mean: where traffic alone counts, and at least, for exchanges need some room.
 _TRAFFIC_SLACK, _LEAST_SLACK = 0.03, 0.005
 _MAX_PARTITIONS = 500
@@ -86,10 +87,14 @@ def solve_placement(
     SpecError
         If the routing data cannot serve the objective.
     """
-    _check_data(request)
+    check_request(request)
     solve_with, judge_with = split_held_out(request.routing, request.held_out_share)
     baseline = _wrap(request, _eplb(request, solve_with))
     candidates = [*_candidates(request, solve_with, progress), _Candidate(method="EPLB", placement=baseline)]
+    if request.has_copies_apart:
+        candidates = [
+            replace(each, placement=copies_apart(each.placement, solve_with.loads)) for each in candidates
+        ]
     best = _choose(request, candidates, solve_with)
     placement = best.placement
     if request.current is not None:
@@ -109,9 +114,33 @@ def solve_placement(
         baseline_held_out=None if judge_with is None else _measured(request, baseline, judge_with, "random"),
         baseline_nearest=_measured(request, baseline, judge) if request.choice == "nearest" else None,
         certificates=certify(request, placement, solve_with) if certificates else (),
-        warnings=_warnings(request, solved, held_out),
+        warnings=answer_warnings(request, solved, held_out),
         moved_slots=None if request.current is None else moved_slots(request.current, placement),
+        grouping=_grouping(request, placement, solve_with, judge) if request.is_grouping_tokens else None,
     )
+
+
+def _grouping(
+    request: PlacementRequest, placement: ExpertPlacement, learn_from: RoutingData, judge: RoutingData
+) -> SpeculativeGrouping:
+    assert learn_from.tokens is not None
+    assert judge.tokens is not None
+    return speculative_grouping(
+        placement,
+        learn_from.tokens,
+        judge.tokens,
+        is_deduplicated=request.dispatch == "deduplicated",
+        choice=request.choice,
+        seed=request.seed,
+    )
+
+
+def _grouped_fresh(
+    request: PlacementRequest, placement: ExpertPlacement, routing: RoutingData
+) -> TokenGroups:
+    """Return what grouping comes to inside the tokens solved with: tables of one half, judged on the other."""
+    learn_from, judge = split_held_out(routing, 0.5)
+    return _grouping(request, placement, learn_from, judge or learn_from).grouped
 
 
 def _measured(
@@ -128,30 +157,6 @@ def _measured(
         with_chain=request.dispatch == "coherent",
         seed=request.seed,
     )
-
-
-def _check_data(request: PlacementRequest) -> None:
-    routing = request.routing
-    needs_tokens = request.objective in ("traffic", "joint") and request.dispatch == "deduplicated"
-    if needs_tokens and routing.tokens is None:
-        raise SpecError(
-            f"{routing.origin}: objective {request.objective} with deduplicated dispatch needs a trace of tokens, not "
-            "sums; record one, or use --objective balance"
-        )
-    if request.objective in ("traffic", "joint") and request.dispatch == "full":
-        raise SpecError(
-            f"objective {request.objective}: without deduplication every (token, expert) pair travels wherever experts "
-            "sit; only their balance can be improved: use --objective balance or active"
-        )
-    if request.objective in ("traffic", "joint") and request.dispatch == "coherent":
-        if routing.tokens is None and routing.transitions is None:
-            raise SpecError(f"{routing.origin}: coherent dispatch needs a trace or transition counts")
-        if routing.num_layers < 2:
-            raise SpecError(
-                f"{routing.origin}: coherent dispatch needs at least two mixture-of-experts layers"
-            )
-        if request.num_slots != routing.num_experts:
-            raise SpecError("coherent dispatch keeps one copy of each expert; leave out redundant experts")
 
 
 def _wrap(request: PlacementRequest, slots: NDArray[np.int64]) -> ExpertPlacement:
@@ -179,7 +184,7 @@ def _candidates(request: PlacementRequest, routing: RoutingData, progress: Progr
         return _balanced(request, routing)
     if request.dispatch == "coherent":
         return _chained(request, routing)
-    if request.num_nodes == 1:
+    if request.num_nodes == 1 and not request.is_grouping_tokens:
         return _balanced(request, routing)
     result = []
     slack = request.imbalance_slack
@@ -202,7 +207,10 @@ def _excess(request: PlacementRequest, placement: ExpertPlacement, routing: Rout
     """Return how far a placement's imbalance is expected to lie above EPLB's on fresh tokens."""
     baseline = _wrap(request, _eplb(request, routing))
     theirs = fresh_imbalance(baseline, routing, "random", request.seed)
-    return fresh_imbalance(placement, routing, request.choice, request.seed) - theirs
+    ours = fresh_imbalance(placement, routing, request.choice, request.seed)
+    if request.is_grouping_tokens:
+        ours = max(ours, float(_grouped_fresh(request, placement, routing).imbalance.mean()))
+    return ours - theirs
 
 
 def _balanced(request: PlacementRequest, routing: RoutingData) -> list[_Candidate]:
@@ -292,7 +300,7 @@ def _spread(
         routing.loads,
         request.num_slots,
         request.num_ranks,
-        request.ranks_per_node,
+        request.ranks_per_home,
         slack=slack,
         num_groups=request.num_groups,
         seed=request.seed,
@@ -389,7 +397,11 @@ def _choose(
             scores = [load(each) for each in candidates]
         return candidates[_first_best(scores)]
     measured = [_measured(request, each.placement, routing) for each in candidates]
-    if request.dispatch == "coherent":
+    if request.is_grouping_tokens:
+        grouped = [_grouped_fresh(request, each.placement, routing) for each in candidates]
+        is_once = request.dispatch == "deduplicated"
+        traffic = [float((each.remote_nodes if is_once else -each.local_pairs).mean()) for each in grouped]
+    elif request.dispatch == "coherent":
         traffic = [-(each.locality or 0.0) for each in measured]
     else:
         traffic = [each.remote_nodes_per_token or 0.0 for each in measured]
@@ -405,38 +417,3 @@ def _first_best(scores: list[float]) -> int:
     """Return the first score that is least but for rounding: ours come before EPLB's."""
     limit = min(scores)
     return next(index for index, each in enumerate(scores) if each <= limit + 1e-9 * abs(limit))
-
-
-def _warnings(request: PlacementRequest, solved: Measures, held_out: Measures | None) -> tuple[str, ...]:
-    routing = request.routing
-    result = list(routing.notes)
-    if routing.is_synthetic:
-        result.append("synthetic routing: no gain is claimed; record a trace of your own requests")
-    if held_out is None:
-        result.append(
-            "nothing was held out to judge with: the figures are those of the data solved with, no gain is claimed"
-        )
-    else:
-        pairs = (
-            ("imbalance", solved.imbalance, held_out.imbalance),
-            ("nodes per token", solved.nodes_per_token, held_out.nodes_per_token),
-            ("locality", solved.locality, held_out.locality),
-        )
-        for name, before, after in pairs:
-            if before and after and abs(after / before - 1.0) > _GAP_WARNING:
-                result.append(
-                    f"{name} is {after:.4g} on held-out tokens and {before:.4g} on those solved with "
-                    f"({abs(after / before - 1.0):.1%} apart): the placement is fitted to its trace; record more tokens"
-                )
-    if routing.tokens is not None and not routing.is_synthetic and routing.num_tokens < _MIN_TOKENS:
-        result.append(
-            f"{routing.num_tokens:,} tokens are few: below {_MIN_TOKENS:,} per layer traffic gains are mostly overfitting"
-        )
-    if request.objective in ("traffic", "joint") and request.dispatch == "deduplicated":
-        if request.num_nodes == 1:
-            result.append("all ranks share one node: only balance was improved")
-        elif request.num_slots > routing.num_experts:
-            result.append(
-                "the engine must prefer the copy on the token's own node (SGLang: --ep-dispatch-algorithm static)"
-            )
-    return tuple(result)

@@ -98,6 +98,50 @@ def test_synthetic_routing_is_labelled_everywhere(meshwright):
     assert report["held_out"]["locality"] > report["eplb_held_out"]["locality"]
 
 
+def test_a_layout_is_chosen_then_placed(meshwright, trace, folder):
+    words = (
+        "place",
+        "--routing",
+        trace,
+        *MIXTRAL,
+        "--choose",
+        "--tokens-per-gpu",
+        1024,
+        "--out",
+        "placement",
+    )
+    outcome = meshwright(*words, "--json")
+    assert outcome.code == 0, outcome.stderr
+    report = json.loads(outcome.stdout)
+    best = report["choice"]["best"]
+    assert report["num_ranks"] == best["ep"]
+    assert report["num_slots"] == 8 + best["redundant_experts"]
+    assert best in report["choice"]["candidates"]
+    assert (folder / "placement" / "expert_location.json").exists()
+    text = meshwright(*words[:-2], "--ep", 8, "--redundant-experts", 0)
+    assert text.code == 0, text.stderr
+    assert "Chosen: ep 8, 0 redundant experts (1 slots per rank), no capacity limit" in text.stdout
+    assert "drops" in text.stdout
+
+
+def test_tokens_are_grouped_and_ways_to_train_compared(meshwright, trace):
+    words = ("place", "--routing", trace, *MIXTRAL, "--ep", 16, "--redundant-experts", 8)
+    outcome = meshwright(*words, "--speculative-grouping", "--simulate", "--training", "--json")
+    assert outcome.code == 0, outcome.stderr
+    report = json.loads(outcome.stdout)
+    grouping = report["grouping"]
+    assert grouping["num_homes"] == 2
+    assert grouping["grouped"]["local_pairs"] > grouping["by_chance"]["local_pairs"]
+    times = report["layer_times"]["placements"]
+    assert times["this placement, tokens grouped"]["layer"] <= times["this placement"]["layer"]
+    seconds = [each["layer_seconds"] for each in report["training_options"]]
+    assert seconds == sorted(seconds)
+    assert {each["name"] for each in report["training_options"]} >= {"1 copied to each rank", "groups of 8"}
+    shown = meshwright(*words, "--speculative-grouping", "--training").stdout
+    assert "Tokens grouped on 2 nodes" in shown
+    assert "one layer forward and backward" in shown
+
+
 def test_a_current_placement_says_what_moves(meshwright, loads, folder):
     words = ("place", "--loads", loads, *MIXTRAL, "--ep", 4, "--redundant-experts", 4, "--out", "placement")
     assert meshwright(*words).code == 0
@@ -165,6 +209,8 @@ def bad_inputs(folder, trace):
             ("--routing", trace, "--dispatch", "full", "--objective", "traffic", "--ep", 8),
             "only their balance",
         ),
+        (("--routing", trace, "--choose", "--ep", 12), "does not fill whole nodes"),
+        (("--routing", trace, "--speculative-grouping", "--objective", "balance"), "traffic and joint"),
         (("--routing", trace, "--loads", "nan.csv"), "give one of"),
         ((), "give one of"),
         (("--routing", trace, "--model", "llama-3-8b"), "has no experts"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-from meshwright.errors import SpecError
+import numpy as np
+
+from meshwright.errors import ExportError, SpecError
 from meshwright.planner.placement.formats.tables import LayerTable, parse_json_text, placement_of_rows
 from meshwright.simcore.domain.expert_placement import ExpertPlacement
 
@@ -12,9 +14,23 @@ __all__ = ["read_ascend", "write_ascend"]
 
 
 def write_ascend(placement: ExpertPlacement, table: LayerTable) -> str:
-    """Return the text of the file; layers are numbered from the first mixture-of-experts layer."""
+    """Return the text of the file; layers are numbered from the first mixture-of-experts layer.
+
+    Raises
+    ------
+    ExportError
+        If a rank holds an expert twice, for which a device's map has no place.
+    """
     del table
     layers = []
+    ranks = np.sort(placement.slots.reshape(placement.num_layers, placement.num_ranks, -1), axis=2)
+    twice = np.argwhere(ranks[..., 1:] == ranks[..., :-1])
+    if len(twice):
+        layer, rank, place = twice[0]
+        raise ExportError(
+            f"vLLM-Ascend holds an expert once on a device, but layer {layer} has expert {ranks[layer, rank, place]} twice "
+            f"on rank {rank}; use fewer redundant experts"
+        )
     for layer, row in enumerate(
         placement.slots.reshape(placement.num_layers, placement.num_ranks, -1).tolist()
     ):

@@ -10,6 +10,7 @@ import yaml
 
 from meshwright.errors import ExportError, SpecError
 from meshwright.planner.placement.checkpoint import permute_checkpoint, permutes_groups
+from meshwright.planner.placement.distinct import copies_apart
 from meshwright.planner.placement.engines import ENGINES, layer_table, placement_bundle, read_placement
 from meshwright.planner.placement.formats.vllm import read_vllm_redundant_experts
 from meshwright.planner.placement.safetensors_bytes import (
@@ -38,6 +39,8 @@ def test_every_format_reads_back_what_it_wrote(engine):
     if engine == "exflow":  # says which rank, not which slot
         rows = np.sort(placement.slots.reshape(3, 4, 2), axis=2).reshape(3, 8)
         placement = ExpertPlacement(slots=rows, num_experts=8, num_ranks=4, ranks_per_node=2)
+    if ENGINES[engine].has_copies_apart:
+        placement = copies_apart(placement, np.ones((3, 8)))
     text = ENGINES[engine].write(placement, TABLE)
     again = read_placement(text, TABLE, "file")
     assert again.slots.tolist() == placement.slots.tolist()
