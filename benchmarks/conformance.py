@@ -12,6 +12,9 @@ A client that is absent is left out, with the reason.
 Broken plans are written out without Meshwright's rules for the client to judge; what the files cannot say (a schedule,
 a sharding, adapters) is lost in writing, and no client can object to it. That is what the rules are for.
 
+Serving engines, Kubernetes, NVIDIA Dynamo and Megatron-Bridge have programs of their own: conformance_serving.py,
+conformance_kubernetes.py, conformance_dynamo.py and conformance_bridge.py.
+
 The plans, the questions and the scripts that ask are those of tests/conformance. With ``--verbose`` every rejected export
 and every broken plan that the client lets through is listed.
 """

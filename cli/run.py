@@ -102,7 +102,7 @@ def command(
     from meshwright.planner.plan_file import read_plan
     from meshwright.planner.serving.plan_file import is_serving_plan
     from meshwright.profiler.executor.evidence import check_appendable
-    from meshwright.profiler.executor.launch import check_devices, launcher_rank
+    from meshwright.profiler.executor.launch import check_devices, check_host_memory, launcher_rank
     from meshwright.simcore.domain.execution import Execution
 
     seconds = _seconds(timeout)
@@ -145,7 +145,9 @@ def command(
         _print_commands(plan, document, execution, out, timeout, common)
         return
     here = launcher_rank()
-    check_devices(execution.device, execution.plan.num_gpus if here is None else _num_local_ranks(here))
+    num_local = execution.plan.num_gpus if here is None else _num_local_ranks(here)
+    check_devices(execution.device, num_local)
+    check_host_memory(execution, num_local)
     _run(document, execution, out, append, seconds, here, common)
 
 

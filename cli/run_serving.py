@@ -84,7 +84,7 @@ def run_serving(
     from meshwright.planner.serving.costs import JobCosts
     from meshwright.planner.serving.deployment import check_engine_runs
     from meshwright.planner.serving.plan_file import read_serving_plan
-    from meshwright.profiler.executor.launch import check_devices, launcher_rank
+    from meshwright.profiler.executor.launch import check_devices, check_host_memory, launcher_rank
 
     document = read_serving_plan(plan)
     check_engine_runs(document.job, document.plan)
@@ -97,6 +97,7 @@ def run_serving(
         raise SpecError("serving plans run on one machine, without torchrun; unset RANK")
     for each in runs:
         check_devices(each.execution.device, each.execution.plan.num_gpus)
+        check_host_memory(each.execution, each.execution.plan.num_gpus, is_served=True)
     with run_folder(out) as base:
         reports = [_execute(each, base / each.pool.role, run, common) for each in runs]
     _show(document, runs, reports, out, common)
@@ -121,7 +122,7 @@ def _pool_run(
     prompt = run.prompt or min(longest, max(1, round(lengths.mean if lengths else 1)))
     held = pool.kv_cache_tokens or costs.kv_cache_tokens(plan, pool)
     room = min(pool.max_num_sequences, longest // prompt, held // (prompt + NUM_DECODES))
-    is_cpu = pool_cluster(job.cluster, pool).gpu.architecture == "cpu"
+    is_cpu = pool_cluster(job, pool).gpu.architecture == "cpu"
     execution = pool_execution(
         job.model,
         plan,
@@ -155,7 +156,8 @@ def _predicted(
     from meshwright.profiler.executor.serving_run import NUM_DECODES, StepTimes
 
     table = costs.step_table(document.plan, pool)
-    batch = np.array([float(execution.workload.global_batch_size)])
+    # What an engine's step is priced by: one attention data parallel rank's.
+    batch = np.array([float(execution.plan.micro_batch_size)])
     none = np.zeros(1)
     prompt = float(execution.workload.sequence_length)
     prefill = step_time(
@@ -214,7 +216,7 @@ def _show(
             {
                 "pool": each.pool.role,
                 "step": kind,
-                "batch": each.execution.workload.global_batch_size,
+                "batch": each.execution.plan.micro_batch_size,
                 "prompt": each.execution.workload.sequence_length,
                 "predicted_seconds": predicted[kind],
                 "measured_seconds": measured[kind],
@@ -252,7 +254,7 @@ def _show(
     for row in rows:
         error = row["error"]
         table.add_row(
-            f"{row['step']}, tp {next(each.pool.tp for each in runs if each.pool.role == row['pool'])}",
+            f"{row['step']}, {next(_degrees(each.pool) for each in runs if each.pool.role == row['pool'])}",
             str(row["batch"]),
             str(row["prompt"]),
             f"{row['predicted_seconds']:.4g} s",
@@ -263,6 +265,12 @@ def _show(
     console.print(note, soft_wrap=True)
     for line in written:
         console.print(f"Wrote {line}", soft_wrap=True)
+
+
+def _degrees(pool: ServingPool) -> str:
+    names = ("pp", "attention_dp", "ep", "moe_tp")
+    above = [f"{name.replace('_', ' ')} {getattr(pool, name)}" for name in names if getattr(pool, name) > 1]
+    return " ".join([f"tp {pool.tp}", *above])
 
 
 def _note(document: ServingPlanDocument, runs: list[_PoolRun]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from meshwright.profiler.executor.comparison import (
     ComparedTraffic,
     Comparison,
     comparison_mapping,
+    shared_cores,
 )
 from meshwright.profiler.executor.report import ExecutionReport
 from meshwright.simcore.domain.execution import Execution
@@ -75,7 +77,7 @@ def run_mapping(
         "model": document.job.model.name,
         "cluster": document.job.cluster.id,
         "software": document.job.software,
-        "calibration": dict(context.calibration.identity),
+        "calibration": dict(context.calibration_identity),
         "plan": asdict(execution.plan),
         "device": execution.device,
         "num_steps": report.num_steps,
@@ -121,13 +123,16 @@ def print_run(
             " runs, not how fast.",
             soft_wrap=True,
         )
+    note = shared_cores(comparison, plan.num_gpus, os.cpu_count() or 1)
+    if note is not None:
+        console.print(note, soft_wrap=True)
     phases = make_table("Phases of a step, median", (("", False), ("mean of ranks", True), ("slowest", True)))
     for name, seconds in _phases(report).items():
         phases.add_row(name.replace("_", " "), f"{seconds['mean']:.4g} s", f"{seconds['slowest']:.4g} s")
     console.print(phases)
     _print_traffic(console, traffic)
     _print_ranks(console, report)
-    console.print(f"Calibration: {context.calibration.id} ({context.calibration.reason}).", soft_wrap=True)
+    console.print(f"Calibration: {context.calibration_text}.", soft_wrap=True)
     for line in written:
         console.print(f"Wrote {line}", soft_wrap=True)
 

@@ -73,7 +73,9 @@ class Attention(nn.Module):
         self._context, self._window = context, window
         self.cache: KvCache | None = None
         self._heads = model.num_attention_heads // tp.size
-        self._groups = model.num_query_groups // tp.size
+        # Where there are fewer key/value heads than ranks, neighbours hold copies of one.
+        copies = context.mesh.kv.size
+        self._groups = model.num_query_groups * copies // tp.size
         self._head_dim = model.head_dim
         widths = {
             "query": model.num_attention_heads * model.head_dim,
@@ -82,25 +84,26 @@ class Attention(nn.Module):
         }
         split = Role(is_split=True)
 
-        def drawn(suffix: str, *inputs: int) -> Tensor:
-            return torch.cat(
-                [
-                    cut(
-                        context.source.normal(f"{name}.{each}.{suffix}", (width, *inputs)),
-                        0,
-                        tp.index,
-                        tp.size,
-                    )
-                    for each, width in widths.items()
+        def projection(names: tuple[str, ...], role: Role) -> Linear:
+            share = copies if role.is_copied else 1
+
+            def drawn(suffix: str, *inputs: int) -> Tensor:
+                wholes = [
+                    context.source.normal(f"{name}.{each}.{suffix}", (widths[each], *inputs))
+                    for each in names
                 ]
+                return torch.cat([cut(whole, 0, tp.index // share, tp.size // share) for whole in wholes])
+
+            return Linear(
+                drawn("weight", model.hidden_size),
+                drawn("bias") if model.has_qkv_bias else None,
+                role=role,
+                gradients=context.gradients,
             )
 
-        self.qkv = Linear(
-            drawn("weight", model.hidden_size),
-            drawn("bias") if model.has_qkv_bias else None,
-            role=split,
-            gradients=context.gradients,
-        )
+        shared = ("key", "value") if copies > 1 else ()
+        self.qkv = projection(tuple(each for each in widths if each not in shared), split)
+        self.key_value = projection(shared, Role(is_split=True, is_copied=True)) if shared else None
         output = context.source.normal(f"{name}.output.weight", (model.hidden_size, widths["query"]))
         self.output = Linear(
             cut(output, 1, tp.index, tp.size),
@@ -127,7 +130,10 @@ class Attention(nn.Module):
         """Return this rank's part of the output before its bias, from a whole input ``(sequence, batch, hidden)``."""
         length, batch, _ = x.shape
         width = self._head_dim
-        projected = self.qkv(x).view(length, batch, -1, width).permute(1, 2, 0, 3)
+        projected = self.qkv(x)
+        if self.key_value is not None:
+            projected = torch.cat([projected, self.key_value(x)], dim=-1)
+        projected = projected.view(length, batch, -1, width).permute(1, 2, 0, 3)
         query, key, value = projected.split([self._heads, self._groups, self._groups], dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)

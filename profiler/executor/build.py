@@ -52,6 +52,8 @@ class BuildContext:
         Draws weights.
     gradients : WeightGradients
         Takes weight gradients that are put off.
+    is_served : bool
+        Forward passes alone, in which all ranks that share experts see all their tokens.
     """
 
     model: ModelSpec
@@ -59,6 +61,7 @@ class BuildContext:
     mesh: RankMesh
     source: WeightSource
     gradients: WeightGradients
+    is_served: bool = False
 
     @property
     def scattered_role(self) -> Role:

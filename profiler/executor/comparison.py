@@ -21,13 +21,21 @@ __all__ = [
     "compare",
     "compare_traffic",
     "comparison_mapping",
+    "shared_cores",
 ]
 
 # Axes whose collectives are called, and waited for, inside forward and backward.
-_INSIDE: Mapping[str, str] = {"tensor parallel": "tp", "context parallel": "cp", "expert parallel": "ep"}
+_INSIDE: Mapping[str, tuple[str, ...]] = {
+    "tensor parallel": ("tp",),
+    "context parallel": ("cp",),
+    "expert parallel": ("ep", "etp"),
+}
 _COMPUTING = ("forward", "backward", "weight_gradient")
 _FULLY_SHARDED = ("zero2", "zero3", "hsdp")
 _DATA_AXES = ("dp", "expert_dp")
+_IN_CPU_TIME = "compute in CPU time"
+# Wall over CPU time of compute that a rank with a core of its own does not reach.
+_MOST_TIMES = 1.2
 # What runs on the device; what is fixed per iteration is the host's, which a worker cannot tell apart.
 _COMPUTE = ("compute", "recompute", "embedding and head", "offload", "fixed")
 
@@ -112,6 +120,33 @@ class ComparedTraffic:
         )
 
 
+def shared_cores(comparison: Comparison, num_ranks: int, num_cores: int) -> str | None:
+    """Return why wall times on a CPU say little: its ranks did not have a core each; None where they did.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        Of a run on a CPU, else there is nothing to tell.
+    num_ranks, num_cores : int
+        Of this machine.
+    """
+    in_cpu_time = [term.measured for term in comparison.terms if term.name == _IN_CPU_TIME]
+    if not in_cpu_time:
+        return None
+    if num_ranks > num_cores:
+        return (
+            f"{num_ranks} ranks shared {num_cores} cores, and the prediction gives each one of its own: compare the"
+            " CPU time, not the wall time."
+        )
+    times = comparison.term("compute").measured / in_cpu_time[0]
+    if times < _MOST_TIMES:
+        return None
+    return (
+        f"Compute took {times:.1f} times its CPU time: something else ran on these cores. Compare the CPU time, not"
+        " the wall time."
+    )
+
+
 def compare_traffic(execution: Execution, report: ExecutionReport) -> tuple[ComparedTraffic, ...]:
     """Return what all ranks sent in a step, beside what plan and model alone say; sorted by axis and operation."""
     predicted: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -178,7 +213,7 @@ def compare(
     def called(axes: Collection[str]) -> float:
         return _mean([sum(each.seconds for each in rank.traffic if each.axis in axes) for rank in ranks])
 
-    inside = {name: called((axis,)) for name, axis in _INSIDE.items()}
+    inside = {name: called(axes) for name, axes in _INSIDE.items()}
     sharded = called(_DATA_AXES) if plan.sharding in _FULLY_SHARDED else 0.0
     computing = sum(phase(name) for name in _COMPUTING)
     measured = {
@@ -200,7 +235,7 @@ def compare(
     is_there = {
         "tensor parallel": plan.tp > 1,
         "context parallel": plan.cp > 1,
-        "expert parallel": plan.ep > 1,
+        "expert parallel": plan.ep * plan.etp > 1,
         "data parallel": is_replicated,
         "pipeline (sends and bubble)": plan.pp > 1,
     }
@@ -208,11 +243,7 @@ def compare(
     terms = [
         _seconds("iteration", prediction.iteration_time, report.step_seconds),
         *(_seconds(name, expected[name], measured[name]) for name in measured if is_there.get(name, True)),
-        *(
-            [_seconds("compute in CPU time", expected["compute"], _mean(in_cpu_time))]
-            if any(in_cpu_time)
-            else []
-        ),
+        *([_seconds(_IN_CPU_TIME, expected["compute"], _mean(in_cpu_time))] if any(in_cpu_time) else []),
         ComparedTerm(
             name="peak memory",
             predicted=prediction.peak_memory_bytes,

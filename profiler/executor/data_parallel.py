@@ -10,34 +10,34 @@ gradient is there and run beside what follows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from meshwright.profiler.executor.adamw import Adamw, FlatTensor
 from meshwright.profiler.executor.communication import Group, Pending
 from meshwright.profiler.executor.mesh import RankMesh
 from meshwright.profiler.executor.weights import Role, roles_of
 
-__all__ = ["FlatGradients", "Optimizer", "adamw"]
+__all__ = ["FlatGradients", "Optimizer", "num_holders", "sum_of_squares"]
 
-_LEARNING_RATE = 1e-3
+# Few enough that single precision loses nothing that counts; a double copy would be read and written for nothing.
+_NORM_BLOCK = 2**16
 
 
-def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Return the optimizer of all runs: AdamW as Llama 2 was trained (arXiv 2307.09288, section 2.2).
+def sum_of_squares(gradient: Tensor) -> Tensor:
+    """Return the sum of the squares of a single-precision vector: of blocks as they are, of all in double precision."""
+    norms = torch._foreach_norm(torch.split(gradient, _NORM_BLOCK))
+    return torch.stack(norms).double().square().sum()
 
-    Its epsilon keeps a gradient that is zero but for rounding from becoming a whole step.
-    """
-    return torch.optim.AdamW(
-        parameters,
-        lr=_LEARNING_RATE,
-        betas=(0.9, 0.95),
-        eps=1e-5,
-        weight_decay=0.1,
-        # One pass over the states, on a CPU too (from Torch 2.4): what the optimizer is priced as.
-        fused=True,
-    )
+
+def num_holders(role: Role, mesh: RankMesh) -> int:
+    """Return how many tensor parallel ranks hold the same weights."""
+    if role.is_copied:
+        return mesh.kv.size
+    return 1 if role.is_split or role.is_expert else mesh.tp.size
 
 
 class Optimizer:
@@ -72,11 +72,10 @@ class _Flat:
     group: Group
     weights: Tensor
     gradients: Tensor
-    # Of the gradients that are summed over tp, and pieces with their share of the norm.
-    partial: tuple[int, int]
+    # Gradients that tensor parallel ranks sum, and pieces with their share of the norm.
+    sums: list[tuple[Group, slice]]
     pieces: list[tuple[int, int, float]]
     shard: slice = field(default_factory=lambda: slice(None))
-    master: Tensor | None = None
     pending: list[Pending] = field(default_factory=list)
 
 
@@ -91,6 +90,8 @@ class FlatGradients(Optimizer):
         Groups.
     is_sharded : bool
         zero1 rather than none.
+    host_share : float
+        Share of the optimizer states that rests in host memory.
     copies : list[int]
         Which copy of the model each chunk belongs to.
     counts_tied : list[bool]
@@ -103,6 +104,7 @@ class FlatGradients(Optimizer):
         mesh: RankMesh,
         *,
         is_sharded: bool,
+        host_share: float,
         copies: list[int],
         counts_tied: list[bool],
     ) -> None:
@@ -112,7 +114,11 @@ class FlatGradients(Optimizer):
             for kind, parameters in _kinds(chunk).items():
                 weight = 0.0 if copies[index] or (kind == "tied" and not counts_tied[index]) else 1.0
                 self._flats.append(self._flat(index, kind, parameters, weight))
-        self._optimizer = adamw([flat.master for flat in self._flats if flat.master is not None])
+        self._optimizer = Adamw(
+            [FlatTensor(flat.weights[flat.shard], partial(_shard_gradients, flat)) for flat in self._flats],
+            host_share,
+            mesh.dp.recorder,
+        )
         self._is_mirrored = mesh.mirror.size > 1
 
     def begin_step(self) -> None:
@@ -158,20 +164,17 @@ class FlatGradients(Optimizer):
             for first, last, weight in flat.pieces:
                 low, high = max(first, begin), min(last, end)
                 if low < high and weight:
-                    piece = flat.gradients[low:high].double()
-                    total += weight * replicas * piece.dot(piece)
+                    total += weight * replicas * sum_of_squares(flat.gradients[low:high])
         return total
 
     def step(self) -> None:
         """Update this rank's shard, and gather the weights of the others."""
         self._optimizer.step()
-        pending = []
-        for flat in self._flats:
-            assert flat.master is not None
-            if flat.master.dtype != flat.weights.dtype:
-                flat.weights[flat.shard].copy_(flat.master.detach())
-            if self._is_sharded and flat.group.size > 1:
-                pending.append(flat.group.start_all_gather(flat.weights, flat.weights[flat.shard].clone()))
+        pending = [
+            flat.group.start_all_gather(flat.weights, flat.weights[flat.shard].clone())
+            for flat in self._flats
+            if self._is_sharded and flat.group.size > 1
+        ]
         for work in pending:
             work.wait()
 
@@ -182,31 +185,31 @@ class FlatGradients(Optimizer):
         padded = -(-size // group.size) * group.size if self._is_sharded else size
         weights = torch.zeros(padded, dtype=first.dtype, device=first.device)
         gradients = torch.zeros(padded, dtype=torch.float32, device=first.device)
-        pieces, begin, whole_end = [], 0, 0
+        pieces, begin = [], 0
+        summed: dict[str, list[int]] = {}
         for parameter in parameters:
             role: Role = parameter.role  # type: ignore[attr-defined]
             end = begin + parameter.numel()
             weights[begin:end].copy_(parameter.detach().flatten())
             parameter.data = weights[begin:end].view_as(parameter)
             _collect(parameter, gradients[begin:end].view_as(parameter))
-            is_whole = not (role.is_split or role.is_expert)
-            pieces.append((begin, end, weight / self._mesh.tp.size if is_whole else weight))
+            pieces.append((begin, end, weight / num_holders(role, self._mesh)))
+            summed.setdefault(role.summed_over, []).extend((begin, end))
             begin = end
-            whole_end = whole_end if role.is_partial else end
-        partial = (whole_end, begin)
-        flat = _Flat(chunk, kind, group, weights, gradients, partial, pieces)
+        sums = [
+            (each, slice(min(ends), max(ends)))
+            for each in (self._mesh.tp, self._mesh.kv)
+            if (ends := summed.get(each.axis))
+        ]
+        flat = _Flat(chunk, kind, group, weights, gradients, sums, pieces)
         if self._is_sharded:
             share = padded // group.size
             flat.shard = slice(group.index * share, (group.index + 1) * share)
-        held = weights[flat.shard]
-        flat.master = nn.Parameter(held if held.dtype == torch.float32 else held.float())
-        flat.master.grad = gradients[flat.shard]
         return flat
 
     def _begin(self, flat: _Flat) -> None:
-        first, last = flat.partial
-        if last > first:
-            self._mesh.tp.all_reduce(flat.gradients[first:last])
+        for group, part in flat.sums:
+            group.all_reduce(flat.gradients[part])
         if flat.group.size == 1:
             return
         if self._is_sharded:
@@ -254,17 +257,21 @@ def _collect(parameter: nn.Parameter, target: Tensor) -> None:
 
 
 def _kinds(chunk: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of a chunk by kind, those whose gradients are summed over tp last."""
+    """Return the parameters of a chunk by kind; those whose gradients are summed together stand together."""
     roles = roles_of(chunk)
-    kinds: dict[str, list[tuple[bool, nn.Parameter]]] = {}
+    kinds: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in chunk.named_parameters():
         role = roles[name]
         kind = "expert" if role.is_expert else "tied" if role.is_tied else "dense"
-        kinds.setdefault(kind, []).append((role.is_partial, parameter))
+        kinds.setdefault(kind, []).append((role.summed_over, parameter))
     return {
         kind: [parameter for _, parameter in sorted(found, key=lambda each: each[0])]
         for kind, found in sorted(kinds.items())
     }
+
+
+def _shard_gradients(flat: _Flat) -> Tensor:
+    return flat.gradients[flat.shard]
 
 
 def _range(flat: _Flat) -> tuple[int, int]:

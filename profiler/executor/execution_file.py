@@ -115,6 +115,7 @@ def _plan(section: Section) -> ParallelPlan:
         "activation_offload": section.boolean("activation_offload"),
         "vocab_parallel": cast("VocabParallel", section.choice("vocab_parallel", VOCAB_PARALLELS)),
         "layers_per_stage": section.integers("layers_per_stage"),
+        "micro_batch_shares": section.integers("micro_batch_shares"),
         "layer_groups": tuple(_layer_group(each) for each in groups),
         "device_mapping": None if mapped is None else _device_mapping(mapped),
     }

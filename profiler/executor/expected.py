@@ -1,7 +1,8 @@
 """What every rank of a plan sends in one step, and in which order its stage runs, told from plan and model alone.
 
 Bytes are those of the buffer a rank contributes (:mod:`meshwright.profiler.executor.communication`). All-to-alls of
-experts depend on the routing on their way back; what is told is the mean over the group, whose sum is exact.
+experts depend on the routing on their way back, and wherever experts are split; what is told is the mean over the group,
+whose sum is exact.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from meshwright.profiler.executor.local_tensors import LocalTensor, has_experts,
 from meshwright.profiler.executor.pipeline_order import PipelineOrder
 from meshwright.profiler.executor.rank_order import Coordinates, coordinates
 from meshwright.simcore.domain.execution import Execution
+from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.schedules import FORWARD, WEIGHT_GRADIENT
 
 __all__ = ["ExpectedTraffic", "expected_operations", "expected_traffic"]
@@ -93,6 +95,8 @@ def _rank_traffic(execution: Execution, order: PipelineOrder, rank: int) -> Expe
         _flat_traffic(execution, order, chunks, sums)
     else:
         _sharded_traffic(execution, order, at, chunks, sums)
+    if execution.plan.optimizer_offload == "cpu":
+        _host_traffic(execution, at, chunks, sums)
     if execution.plan.num_gpus > 1:
         sums.add("world", "all_reduce", _SUMS_BYTES)
     return sums.result()
@@ -118,6 +122,9 @@ def _compute_traffic(
     plan, num_layers = execution.plan, order.layers[virtual]
     first = order.first_layer(virtual)
     num_recomputed = (plan.recompute_layers or num_layers) if plan.recompute == "full" else 0
+    if plan.activation_offload:
+        entering = _activation_bytes(execution) // (plan.tp if plan.sequence_parallel else 1)
+        sums.add("host", "to_host" if is_forward else "from_host", entering, messages=num_layers)
     for each in range(num_layers):
         _layer_traffic(execution, first + each, is_forward, each < num_recomputed, sums)
     if plan.tp == 1:
@@ -218,7 +225,7 @@ def _context_traffic(execution: Execution, is_forward: bool, sums: _Sums) -> Non
         return
     element = _element_bytes(execution)
     per_head = _tokens(execution) * model.head_dim
-    heads, groups = model.num_attention_heads // plan.tp, model.num_query_groups // plan.tp
+    heads, groups = model.num_attention_heads // plan.tp, max(model.num_query_groups // plan.tp, 1)
     if plan.cp_method == "ring":
         sums.add("cp", "send", 2 * groups * per_head * element, messages=plan.cp - 1)
         if not is_forward:
@@ -237,11 +244,16 @@ def _expert_traffic(execution: Execution, is_forward: bool, sums: _Sums) -> None
     model, plan = execution.model, execution.plan
     moe = model.moe
     assert moe is not None
+    rows = _tokens(execution) // (plan.tp if plan.sequence_parallel else 1) * moe.top_k
+    row_bytes = rows * model.hidden_size * _element_bytes(execution)
     if plan.ep > 1:
-        rows = _tokens(execution) // (plan.tp if plan.sequence_parallel else 1) * moe.top_k
         if is_forward:
             sums.add("ep", "all_to_all", moe.num_experts * _COUNT_BYTES)
-        sums.add("ep", "all_to_all", rows * model.hidden_size * _element_bytes(execution), messages=2)
+        sums.add("ep", "all_to_all", row_bytes, messages=2)
+    if plan.etp > 1:
+        if is_forward:
+            sums.add("etp", "all_gather", moe.num_experts * _COUNT_BYTES)
+        sums.add("etp", "all_to_all", plan.etp * row_bytes, messages=2)
     if _has_shared(execution):
         _pair(execution, is_forward, sums)
 
@@ -259,9 +271,8 @@ def _flat_traffic(
             axis, ranks = _replicas(execution, kind)
             size = sum(tensor.size for tensor in tensors)
             size = -(-size // ranks) * ranks if is_sharded else size
-            partial = sum(tensor.size for tensor in tensors if tensor.is_partial)
-            if partial and plan.tp > 1:
-                sums.add("tp", "all_reduce", _GRADIENT_BYTES * partial)
+            for over, summed in _summed(plan, tensors):
+                sums.add(over, "all_reduce", _GRADIENT_BYTES * sum(tensor.size for tensor in summed))
             if is_mirrored and kind != "tied":
                 sums.add("mirror", "all_reduce", _GRADIENT_BYTES * size)
             tied = size if kind == "tied" else tied
@@ -277,9 +288,45 @@ def _flat_traffic(
         sums.add("embedding", "all_reduce", _GRADIENT_BYTES * tied)
 
 
+def _host_traffic(
+    execution: Execution, at: Coordinates, chunks: list[list[LocalTensor]], sums: _Sums
+) -> None:
+    """Add the gradients that go to the host and the weights that come back: by buffer, or by tensor from FSDP."""
+    plan = execution.plan
+    is_flat = plan.sharding in ("none", "zero1")
+    for chunk in chunks:
+        for kind, tensors in _by_kind(chunk):
+            if is_flat:
+                size = sum(tensor.size for tensor in tensors)
+                ranks = _replicas(execution, kind)[1] if plan.sharding == "zero1" else 1
+                sizes = [-(-size // ranks)]
+            elif kind == "expert":
+                index = ((at.dp * plan.cp + at.cp) * plan.tp + at.tp) // (plan.ep * plan.etp)
+                sizes = [tensor.share(plan.expert_dp, index) for tensor in tensors]
+            else:
+                shards = (plan.sharding_group or plan.dp) * plan.cp
+                index = (at.dp * plan.cp + at.cp) % shards
+                sizes = [tensor.share(shards, index) for tensor in tensors]
+            for size in sizes:
+                away = round(plan.optimizer_offload_fraction * size)
+                if away:
+                    sums.add("host", "to_host", _GRADIENT_BYTES * away)
+                    # FSDP keeps its shards in single precision.
+                    element = _element_bytes(execution) if is_flat else _GRADIENT_BYTES
+                    sums.add("host", "from_host", element * away)
+
+
 def _by_kind(chunk: list[LocalTensor]) -> Iterator[tuple[str, list[LocalTensor]]]:
     for kind in sorted({tensor.kind for tensor in chunk}):
         yield kind, [tensor for tensor in chunk if tensor.kind == kind]
+
+
+def _summed(plan: ParallelPlan, tensors: list[LocalTensor]) -> Iterator[tuple[str, list[LocalTensor]]]:
+    """Yield the tensors whose gradients tensor parallel ranks sum, by the axis of those ranks."""
+    for axis, is_summed in (("tp", plan.tp > 1), ("kv", True)):
+        found = [each for each in tensors if (each.is_partial if axis == "tp" else each.is_copied)]
+        if found and is_summed:
+            yield axis, found
 
 
 def _replicas(execution: Execution, kind: str) -> tuple[str, int]:
@@ -317,10 +364,9 @@ def _sharded_traffic(
                 axis, "reduce_scatter", _GRADIENT_BYTES * size, messages=batches if per_micro_batch else 1
             )
     everything = [tensor for chunk in chunks for tensor in chunk]
-    partial = [tensor for tensor in everything if tensor.is_partial]
-    if partial and plan.tp > 1:
-        size = sum(tensor.share(shards, index) for tensor in partial)
-        sums.add("tp", "all_reduce", _GRADIENT_BYTES * size)
+    for over, summed in _summed(plan, everything):
+        size = sum(tensor.share(shards, index) for tensor in summed)
+        sums.add(over, "all_reduce", _GRADIENT_BYTES * size)
     if shards < plan.dp * plan.cp:
         size = sum(tensor.share(shards, index) for tensor in everything)
         sums.add("replica", "all_reduce", _GRADIENT_BYTES * size)

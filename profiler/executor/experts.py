@@ -49,10 +49,16 @@ class Experts(nn.Module):
         assert moe is not None
         held = moe.num_experts // context.plan.ep
         first = context.mesh.ep.index * held
-        alone = Group(axis="tp", ranks=(0,), index=0, handle=None, recorder=context.mesh.ep.recorder)
         role = Role(is_expert=True)
         self.experts = nn.ModuleList(
-            Mlp(context, f"{name}.experts.{first + each}", moe.moe_ffn_hidden_size, alone, role, role)
+            Mlp(
+                context,
+                f"{name}.experts.{first + each}",
+                moe.moe_ffn_hidden_size,
+                context.mesh.etp,
+                role,
+                role,
+            )
             for each in range(held)
         )
 
@@ -114,6 +120,8 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for the tokens at hand, ``(sequence, batch, hidden)``."""
+        if self._context.is_served:
+            return self._served(x)
         routed = self._routed(x.reshape(-1, x.shape[-1])).view_as(x)
         if self.shared is None:
             return routed
@@ -142,11 +150,39 @@ class MixtureOfExperts(nn.Module):
         whole = enter_split(x, tp, is_sequence_split=is_split)
         return self.shared.add_bias(leave_split(self.shared(whole), tp, is_sequence_split=is_split))
 
-    def _routed(self, rows: Tensor) -> Tensor:
+    def _chosen(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weight and the expert of each copy of each row."""
         # The softmax over all experts, normalised over the chosen ones; the others then get no gradient at all.
         logits, chosen = self._allowed(self.router(rows).float()).topk(self._top_k, dim=-1)
-        weights = functional.softmax(logits, dim=-1)
-        flat = chosen.reshape(-1)
+        return functional.softmax(logits, dim=-1).reshape(-1), chosen.reshape(-1)
+
+    def _served(self, x: Tensor) -> Tensor:
+        """Return the layer's output where ranks hold different experts, or parts of them, and no rank holds copies.
+
+        Attention data parallel ranks gather their tokens and scatter the sums; tensor parallel ranks hold the same tokens.
+        """
+        mesh = self._context.mesh
+        rows = mesh.dp.all_gather(x.reshape(-1, x.shape[-1]))
+        weights, flat = self._chosen(rows)
+        held = len(self.experts.experts)
+        first = mesh.ep.index * held
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=self._num_experts).tolist()
+        begin = sum(counts[:first])
+        counts = counts[first : first + held]
+        order = order[begin : begin + sum(counts)]
+        source = order // self._top_k
+        output = self.experts(rows[source], counts) * weights[order].unsqueeze(1).to(rows.dtype)
+        total = mesh.dp.reduce_scatter(torch.zeros_like(rows).index_add(0, source, output)).view_as(x)
+        if self.shared is not None:
+            shared = self.shared(x)
+            # Once in the sum.
+            shared = self.shared.add_bias(shared) if mesh.tp.index == 0 else shared
+            total = total + (shared if self.gate is None else torch.sigmoid(self.gate(x)) * shared)
+        return mesh.tp.all_reduce(total)
+
+    def _routed(self, rows: Tensor) -> Tensor:
+        weights, flat = self._chosen(rows)
         # Copies of the rows, expert by expert: that is rank by rank too.
         order = torch.argsort(flat, stable=True)
         source = order // self._top_k
@@ -156,13 +192,29 @@ class MixtureOfExperts(nn.Module):
         sent = counts.view(group.size, -1).sum(1).tolist()
         received = arriving.sum(1).tolist()
         dispatched: Tensor = _Exchange.apply(rows[source], group, sent, received)  # type: ignore[no-untyped-call]
-        # From rank by rank to expert by expert.
-        held = arriving.shape[1]
-        expert_of_row = torch.arange(held, device=rows.device).repeat(group.size)
-        expert_of_row = expert_of_row.repeat_interleave(arriving.reshape(-1))
-        by_expert = torch.argsort(expert_of_row, stable=True)
-        output = self.experts(dispatched[by_expert], arriving.sum(0).tolist())
-        unsorted = torch.empty_like(output).index_copy(0, by_expert, output)
-        combined: Tensor = _Exchange.apply(unsorted, group, received, sent)  # type: ignore[no-untyped-call]
-        scaled = combined * weights.reshape(-1)[order].unsqueeze(1).to(combined.dtype)
+        output = self._computed(dispatched, arriving)
+        combined: Tensor = _Exchange.apply(output, group, received, sent)  # type: ignore[no-untyped-call]
+        scaled = combined * weights[order].unsqueeze(1).to(combined.dtype)
         return torch.zeros_like(rows).index_add(0, source, scaled)
+
+    def _computed(self, rows: Tensor, arriving: Tensor) -> Tensor:
+        """Return the experts' outputs for rows that stand rank by rank, expert by expert.
+
+        Where experts are split the rows of all that split them are gathered before, and their outputs summed after.
+        Both are uneven, and so all-to-alls: gloo gathers equal parts alone.
+        """
+        group, own = self._context.mesh.etp, rows.shape[0]
+        everyones = group.all_gather(arriving)
+        parts = everyones.view(group.size, -1).sum(1).tolist()
+        mine = [own] * group.size
+        if group.size > 1:
+            rows = _Exchange.apply(rows.repeat(group.size, 1), group, mine, parts)  # type: ignore[no-untyped-call]
+        expert_of_row = torch.arange(arriving.shape[1], device=rows.device).repeat(everyones.shape[0])
+        by_expert = torch.argsort(expert_of_row.repeat_interleave(everyones.reshape(-1)), stable=True)
+        output = self.experts(rows[by_expert], everyones.sum(0).tolist())
+        output = torch.empty_like(output).index_copy(0, by_expert, output)
+        if group.size > 1:
+            output = _Exchange.apply(output, group, parts, mine)  # type: ignore[no-untyped-call]
+            output = output.view(group.size, own, -1).sum(0)
+        result: Tensor = output
+        return result

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshwright.errors import CalibrationError, ExecutionError, SpecError
+from meshwright.profiler.executor.local_tensors import local_tensors
+from meshwright.profiler.executor.pipeline_order import PipelineOrder
 from meshwright.profiler.executor.report import (
     ExecutionReport,
     log_path,
@@ -27,6 +29,7 @@ __all__ = [
     "KEEPS_PAGES",
     "LauncherRank",
     "check_devices",
+    "check_host_memory",
     "launcher_rank",
     "local_commands",
     "multi_node_commands",
@@ -45,6 +48,8 @@ KEEPS_PAGES: Mapping[str, str] = {
 _WORKER = "meshwright.profiler.executor.worker"
 # Every process imports torch (a third of a GiB); more than this on one machine is a slip, or belongs on several.
 _MAX_CPU_PROCESSES = 64
+# Of a parameter, in single precision [B].
+_GRADIENT_BYTES, _MOMENTS_BYTES = 4.0, 8.0
 _PORT = 29500
 # Reports of other nodes reach a shared folder with a delay [s].
 _SHARED_FOLDER_SECONDS = 60.0
@@ -106,13 +111,62 @@ def check_devices(device: ExecutionDevice, num_ranks: int) -> None:
     try:
         found = discover_device("cuda")
     except CalibrationError as error:
+        # What a profile could do instead is no help here.
+        found_none = str(error).removesuffix(", or measure the processor with --device cpu")
         raise CalibrationError(
-            f"{error}; --device cpu runs the plan on the processor, to check it and not its speed"
+            f"{found_none}; --device cpu runs the plan on the processor, to check it and not its speed"
         ) from None
     if found.num_devices < num_ranks:
         raise CalibrationError(
             f"the plan needs {num_ranks} GPUs and this machine has {found.num_devices} ({found.name}); --dry-run"
             " prints how to start it on several"
+        )
+
+
+def check_host_memory(execution: Execution, num_ranks: int, *, is_served: bool = False) -> None:
+    """Raise unless this machine's memory holds the weights of the ranks that it runs on its processor.
+
+    Counted are weights, and of a training run their gradients and optimizer states; activations come on top.
+
+    Parameters
+    ----------
+    execution : Execution
+        What runs.
+    num_ranks : int
+        Ranks of this machine.
+    is_served : bool
+        Weights are all there is.
+
+    Raises
+    ------
+    CalibrationError
+        If it does not.
+    """
+    if execution.device != "cpu":
+        return
+    plan = execution.plan
+    order = PipelineOrder(plan, plan.num_micro_batches(execution.workload.global_batch_size))
+    held = [
+        sum(
+            tensor.size
+            for virtual in order.placement[stage]
+            for tensor in local_tensors(execution.model, plan, order, int(virtual))
+        )
+        for stage in range(plan.pp)
+    ]
+    weight = 2.0 if execution.workload.precision == "bf16" else 4.0
+    shares = (plan.sharding_group or plan.dp) * plan.cp
+    per_parameter = weight + _GRADIENT_BYTES + _MOMENTS_BYTES / (1 if plan.sharding == "none" else shares)
+    if plan.sharding in ("zero3", "hsdp"):
+        # What they gather for a while is left out.
+        per_parameter = (weight + _GRADIENT_BYTES + _MOMENTS_BYTES) / shares
+    needed = (weight if is_served else per_parameter) * sum(held) * num_ranks / plan.pp
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        what = "weights" if is_served else "weights, gradients and optimizer states"
+        raise CalibrationError(
+            f"the {num_ranks} ranks hold {needed / 2**30:,.0f} GiB of {what}, and this"
+            f" machine has {available / 2**30:,.0f} GiB of memory; run a smaller model, or on GPUs"
         )
 
 

@@ -50,12 +50,20 @@ _PLAN_FIELDS = frozenset(
 _MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 
 
-def unsupported(execution: Execution) -> tuple[str, ...]:
-    """Return the reasons why an execution cannot run, each one sentence; empty when it can."""
+def unsupported(execution: Execution, *, is_served: bool = False) -> tuple[str, ...]:
+    """Return the reasons why an execution cannot run, each one sentence; empty when it can.
+
+    Parameters
+    ----------
+    execution : Execution
+        What is to run.
+    is_served : bool
+        Without a pipeline schedule, and with the same tokens on all tensor parallel ranks.
+    """
     return (
         *_of_model(execution),
-        *_of_layout(execution),
-        *_of_batch(execution),
+        *_of_layout(execution, is_served),
+        *(() if is_served else _of_batch(execution)),
         *_of_levers(execution),
     )
 
@@ -97,7 +105,7 @@ def _of_model(execution: Execution) -> Iterator[str]:
         yield f"{moe.num_experts} experts do not divide into {moe.num_expert_groups} groups"
     elif moe.num_experts // moe.num_expert_groups * moe.top_k_groups < moe.top_k:
         yield f"{moe.top_k_groups} groups of experts hold fewer than top_k {moe.top_k}"
-    if execution.workload.expert_capacity_factor is not None:
+    if execution.workload.capacity_at(execution.plan.ep) is not None:
         yield "an expert capacity factor is not built: no token is dropped"
 
 
@@ -117,19 +125,20 @@ def _of_latent_attention(execution: Execution, mla: MlaSpec) -> Iterator[str]:
         yield "latent attention is not built with ALiBi positions"
 
 
-def _of_layout(execution: Execution) -> Iterator[str]:
+def _of_layout(execution: Execution, is_served: bool) -> Iterator[str]:
     model, plan = execution.model, execution.plan
     moe = model.moe
     for name in _unknown(plan, _PLAN_FIELDS):
         yield f"{name} {getattr(plan, name)} is not run"
+    groups = 0 if model.mla else model.num_query_groups
     for name, value in (
         ("num_attention_heads", model.num_attention_heads),
-        ("num_query_groups", 0 if model.mla else model.num_query_groups),
+        ("num_query_groups", 0 if groups and plan.tp % groups == 0 else groups),
         ("ffn_hidden_size", model.ffn_hidden_size),
         ("shared_ffn_hidden_size", moe.shared_ffn_hidden_size if moe else 0),
     ):
         if value % plan.tp:
-            yield f"tp {plan.tp} does not divide {name} {value} (key/value heads are not copied)"
+            yield f"tp {plan.tp} does not divide {name} {value}"
     length = execution.workload.sequence_length
     pieces = plan.cp if plan.cp == 1 or plan.cp_method == "ulysses" else 2 * plan.cp
     if length % pieces:
@@ -138,24 +147,30 @@ def _of_layout(execution: Execution) -> Iterator[str]:
         yield f"tp {plan.tp} does not divide the {length // plan.cp} tokens of a rank (sequence parallel)"
     if plan.cp > 1 and plan.cp_method == "hierarchical":
         yield "hierarchical context parallelism is not built; use ring, ulysses or all_gather"
-    if plan.cp > 1 and plan.cp_method == "ulysses" and model.num_query_groups // plan.tp % plan.cp:
+    held = max(model.num_query_groups // plan.tp, 1)
+    if plan.cp > 1 and plan.cp_method == "ulysses" and held % plan.cp:
         yield (
-            f"ulysses with cp {plan.cp} does not divide the {model.num_query_groups // plan.tp} key/value heads"
+            f"ulysses with cp {plan.cp} does not divide the {held} key/value heads"
             " of a rank (they are not copied)"
         )
-    if plan.etp > 1:
-        yield f"experts split over etp {plan.etp} ranks are not built; use etp 1"
+    if plan.etp > 1 and (moe is None or moe.moe_ffn_hidden_size % plan.etp):
+        width = f"moe_ffn_hidden_size {moe.moe_ffn_hidden_size}" if moe else "a model without experts"
+        yield f"etp {plan.etp} does not divide {width}"
+    if plan.etp > 1 and model.has_mlp_bias:
+        yield "experts with biases need etp 1, as in Megatron-Core"
     if plan.ep > 1 and (moe is None or moe.num_experts % plan.ep):
         yield f"ep {plan.ep} does not divide {moe.num_experts if moe else 'a model without'} experts"
     if plan.tp * plan.cp * plan.dp % (plan.ep * plan.etp):
-        yield f"ep {plan.ep} does not divide the {plan.tp * plan.cp * plan.dp} ranks of a stage"
-    if moe is not None and plan.tp > 1 and not plan.sequence_parallel:
+        experts = f"ep {plan.ep} x etp {plan.etp}" if plan.etp > 1 else f"ep {plan.ep}"
+        yield f"{experts} does not divide the {plan.tp * plan.cp * plan.dp} ranks of a stage"
+    if moe is not None and plan.tp > 1 and not (plan.sequence_parallel or is_served):
         yield "experts with tp > 1 need sequence parallelism, as in Megatron-Core"
     if plan.device_mapping is not None and plan.device_mapping.rank_order != RANK_ORDERS[0]:
         yield f"rank order {plan.device_mapping.rank_order} is not run; {RANK_ORDERS[0]} is"
     if plan.layer_groups:
         yield "layer groups with strategies of their own are not run"
-    if plan.vocab_parallel != "none":
+    # Redistributed layers are those that the stages name.
+    if plan.vocab_parallel not in ("none", "redistributed"):
         yield f"vocabulary parallelism over stages ('{plan.vocab_parallel}') is not run"
     if plan.expert_overlap > 1:
         yield f"expert_overlap {plan.expert_overlap} is not run"
@@ -188,16 +203,23 @@ def _of_batch(execution: Execution) -> Iterator[str]:
 def _of_levers(execution: Execution) -> Iterator[str]:
     plan, workload = execution.plan, execution.workload
     if workload.precision not in _PRECISIONS:
-        yield f"precision {workload.precision} is not run; the executor runs {', '.join(_PRECISIONS)}"
+        yield (
+            f"precision {workload.precision} is not run: its scaled products are the frameworks' own kernels;"
+            f" the executor runs {', '.join(_PRECISIONS)}"
+        )
     elif workload.precision == "tf32" and execution.device == "cpu":
         yield "precision tf32 needs a GPU"
     if workload.lora_rank is not None:
         yield "low-rank adapters are not built"
-    for name in ("optimizer_offload", "parameter_offload"):
-        if getattr(plan, name) != "none":
-            yield f"{name} '{getattr(plan, name)}' is not run"
-    if plan.activation_offload:
-        yield "activation_offload is not run"
+    if plan.optimizer_offload == "nvme":
+        yield "optimizer_offload 'nvme' is not run; cpu is"
+    if plan.parameter_offload != "none":
+        yield f"parameter_offload '{plan.parameter_offload}' is not run"
+    if plan.activation_offload and (plan.recompute != "full" or plan.recompute_layers is not None):
+        yield (
+            "activation_offload is run where recompute is full, of all layers: what rests on the host is then the"
+            " layers' inputs"
+        )
     if plan.secondary_group is not None:
         yield f"secondary_group {plan.secondary_group} (hpZ) is not run"
     for module in plan.recompute_modules:

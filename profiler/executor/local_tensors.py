@@ -10,7 +10,7 @@ from meshwright.profiler.executor.pipeline_order import PipelineOrder
 from meshwright.simcore.domain.model import MlaSpec, ModelSpec
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["LocalTensor", "has_experts", "local_tensors"]
+__all__ = ["LocalTensor", "has_experts", "local_tensors", "num_copies"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +27,15 @@ class LocalTensor:
         ``dense``, ``tied`` or ``expert``.
     is_partial : bool
         Its gradient is summed over the tensor parallel ranks.
+    is_copied : bool
+        Its gradient is summed over those that share a key/value head.
     """
 
     shape: tuple[int, ...]
     unit: str
     kind: str = "dense"
     is_partial: bool = False
+    is_copied: bool = False
 
     @property
     def size(self) -> int:
@@ -55,6 +58,11 @@ def has_experts(model: ModelSpec, layer: int) -> bool:
     if moe is None or layer < moe.num_dense_layers:
         return False
     return (layer - moe.num_dense_layers) % moe.layer_frequency == 0
+
+
+def num_copies(model: ModelSpec, plan: ParallelPlan) -> int:
+    """Return the tensor parallel ranks that hold copies of the same key/value head."""
+    return 1 if model.mla is not None else max(plan.tp // model.num_query_groups, 1)
 
 
 def local_tensors(
@@ -91,7 +99,7 @@ def _layer(model: ModelSpec, plan: ParallelPlan, layer: int) -> Iterator[LocalTe
     if moe.has_router_bias:
         yield _whole(plan, unit, moe.num_experts)
     for _ in range(moe.num_experts // plan.ep):
-        for each in _mlp(model, plan, moe.moe_ffn_hidden_size, f"experts{layer}", 1):
+        for each in _mlp(model, plan, moe.moe_ffn_hidden_size, f"experts{layer}", plan.etp):
             yield replace(each, kind="expert", is_partial=False)
     if moe.shared_ffn_hidden_size:
         yield from _mlp(model, plan, moe.shared_ffn_hidden_size, unit, tp)
@@ -102,10 +110,14 @@ def _layer(model: ModelSpec, plan: ParallelPlan, layer: int) -> Iterator[LocalTe
 def _attention(model: ModelSpec, plan: ParallelPlan, unit: str) -> Iterator[LocalTensor]:
     tp, hidden = plan.tp, model.hidden_size
     queries = model.num_attention_heads * model.head_dim
-    width = (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
-    yield LocalTensor(shape=(width // tp, hidden), unit=unit)
-    if model.has_qkv_bias:
-        yield LocalTensor(shape=(width // tp,), unit=unit)
+    keys = 2 * max(model.num_query_groups // tp, 1) * model.head_dim
+    projections = [(queries // tp, False), (keys, True)]
+    if num_copies(model, plan) == 1:
+        projections = [(queries // tp + keys, False)]
+    for width, is_copied in projections:
+        yield LocalTensor(shape=(width, hidden), unit=unit, is_copied=is_copied)
+        if model.has_qkv_bias:
+            yield LocalTensor(shape=(width,), unit=unit, is_copied=is_copied)
     yield LocalTensor(shape=(hidden, queries // tp), unit=unit)
     if model.has_attention_output_bias:
         yield _whole(plan, unit, hidden)

@@ -1,6 +1,6 @@
 """The ranks of a plan as device meshes, in Megatron's order: tp fastest, then cp, dp, pp slowest.
 
-Experts fold over ``tp x cp x dp``: ep fastest, then the ranks that hold the same experts (Megatron-Core,
+Experts fold over ``tp x cp x dp``: etp fastest, then ep, then the ranks that hold the same experts (Megatron-Core,
 ``megatron/core/parallel_state.py``, order ``tp-cp-ep-dp-pp``).
 """
 
@@ -31,8 +31,10 @@ class RankMesh:
     ----------
     at : Coordinates
         Where it stands.
-    tp, cp, ep : Group
-        Tensor, context and expert parallel ranks.
+    tp, cp, ep, etp : Group
+        Tensor, context and expert parallel ranks, and those that split each expert.
+    kv : Group
+        Tensor parallel ranks that hold copies of the same key/value head; of one rank where each holds its own.
     dp : Group
         Ranks that hold the same dense weights: ``dp x cp``.
     expert_dp : Group
@@ -57,6 +59,8 @@ class RankMesh:
     tp: Group
     cp: Group
     ep: Group
+    etp: Group
+    kv: Group
     dp: Group
     expert_dp: Group
     replica: Group
@@ -82,7 +86,9 @@ class RankMesh:
                     distributed.destroy_process_group(handle)
 
 
-def build_mesh(plan: ParallelPlan, edges: Sequence[tuple[int, int]], recorder: Recorder) -> RankMesh:
+def build_mesh(
+    plan: ParallelPlan, edges: Sequence[tuple[int, int]], recorder: Recorder, num_copies: int = 1
+) -> RankMesh:
     """Return the groups of this rank; every rank of the run calls this.
 
     Parameters
@@ -93,6 +99,8 @@ def build_mesh(plan: ParallelPlan, edges: Sequence[tuple[int, int]], recorder: R
         Pairs of stages of which the first sends to the second.
     recorder : Recorder
         Counts what the groups send.
+    num_copies : int
+        Neighbouring tensor parallel ranks that share a key/value head.
     """
     rank, device = distributed.get_rank(), recorder.device.type
     at = coordinates(plan, rank)
@@ -101,8 +109,11 @@ def build_mesh(plan: ParallelPlan, edges: Sequence[tuple[int, int]], recorder: R
     dense = DeviceMesh(
         device, ranks.view(plan.pp, plan.dp, plan.cp, plan.tp), mesh_dim_names=("pp", "dp", "cp", "tp")
     )
-    ep = plan.ep * plan.etp
-    expert = DeviceMesh(device, ranks.view(plan.pp, -1, ep), mesh_dim_names=("pp", "expert_dp", "ep"))
+    expert = DeviceMesh(
+        device,
+        ranks.view(plan.pp, -1, plan.ep, plan.etp),
+        mesh_dim_names=("pp", "expert_dp", "ep", "etp"),
+    )
     shards = (plan.sharding_group or plan.dp) * plan.cp
     sync = DeviceMesh(
         device, ranks.view(plan.pp, -1, shards, plan.tp), mesh_dim_names=("pp", "replica", "shard", "tp")
@@ -158,6 +169,8 @@ def build_mesh(plan: ParallelPlan, edges: Sequence[tuple[int, int]], recorder: R
         tp=group("tp", dense.get_group("tp")),
         cp=group("cp", dense.get_group("cp")),
         ep=group("ep", expert.get_group("ep")),
+        etp=group("etp", expert.get_group("etp")),
+        kv=of_lists("kv", _runs(plan.num_gpus, num_copies)),
         dp=of_lists("dp", replicas),
         expert_dp=group("expert_dp", expert.get_group("expert_dp")),
         embedding=of_lists("embedding", [[line[0], line[-1]] for line in pipelines] if plan.pp > 1 else []),
@@ -172,6 +185,11 @@ def build_mesh(plan: ParallelPlan, edges: Sequence[tuple[int, int]], recorder: R
         channels=channels,
         handles=tuple(handles),
     )
+
+
+def _runs(num_ranks: int, length: int) -> list[list[int]]:
+    """Return runs of neighbouring ranks."""
+    return [list(range(first, first + length)) for first in range(0, num_ranks, length)]
 
 
 def _greet(

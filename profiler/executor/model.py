@@ -16,6 +16,7 @@ from meshwright.profiler.executor.linear import cut, linear
 from meshwright.profiler.executor.local_tensors import has_experts
 from meshwright.profiler.executor.mlp import Mlp
 from meshwright.profiler.executor.norms import Norm
+from meshwright.profiler.executor.offload import offloads_input
 from meshwright.profiler.executor.tensor_parallel import (
     enter_split,
     leave_split,
@@ -75,9 +76,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotary: Any) -> Tensor:
         """Return the layer's output."""
-        if self._is_recomputed:
+        if not self._is_recomputed:
+            return self._run(x, rotary)
+        if not self._context.plan.activation_offload:
             return recomputed(self._run, x, rotary)
-        return self._run(x, rotary)
+        with offloads_input(x, self._context.mesh.tp.recorder):
+            return recomputed(self._run, x, rotary)
 
     def _run(self, x: Tensor, rotary: Any) -> Tensor:
         context = self._context
@@ -202,21 +206,24 @@ class Chunk(nn.Module):
             x = self.final_norm(x)
         return self._loss(x, targets)
 
-    def next_logits(self, tokens: Tensor, first: int) -> Tensor:
-        """Return this rank's logits of the token after the last, ``(batch, vocabulary / tp)``; of a whole model.
+    def served(self, x: Tensor, first: int) -> Tensor:
+        """Return what the next stage needs, or this rank's logits of the next token, ``(batch, vocabulary / tp)``.
 
         Parameters
         ----------
-        tokens : Tensor
-            Token numbers ``(sequence, batch)``, the same on all tensor parallel ranks.
+        x : Tensor
+            Token numbers ``(sequence, batch)``, the same on all tensor parallel ranks, or what the stage before returned.
         first : int
             Position of the first of them; those before are in the layers' caches.
         """
-        here = slice(first, first + tokens.shape[0])
+        here = slice(first, first + x.shape[0])
         rotary = None if self._rotary is None else tuple(each[here] for each in self._rotary)
-        x = self._embedded(tokens, self._positions[here])
+        if self.has_embedding:
+            x = self._embedded(x, self._positions[here])
         for layer in self.layers:
             x = layer(x, rotary)
+        if not self.has_head:
+            return x
         last = x[-1]
         if self.final_norm is not None:
             last = self.final_norm(last)

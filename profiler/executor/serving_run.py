@@ -22,6 +22,7 @@ __all__ = [
     "pool_execution",
     "run_pool",
     "serving_commands",
+    "stage_layers",
     "step_times",
     "unsupported_pool",
 ]
@@ -39,6 +40,17 @@ class StepTimes:
 
     prefill: float
     decode: float
+
+
+def stage_layers(num_layers: int, pp: int) -> tuple[int, ...]:
+    """Return the layers of each stage, as equal as can be; the last ones hold fewer.
+
+    Examples
+    --------
+    >>> stage_layers(10, 4)
+    (3, 3, 2, 2)
+    """
+    return tuple(num_layers // pp + (stage < num_layers % pp) for stage in range(pp))
 
 
 def pool_execution(
@@ -60,7 +72,7 @@ def pool_execution(
     model, plan, pool : ModelSpec, ServingPlan, ServingPool
         What is served.
     batch, prompt : int
-        Sequences of a step, and tokens of each prompt.
+        Sequences of a step of one attention data parallel rank, and tokens of each prompt.
     device, num_steps, num_warmup_steps, seed : ExecutionDevice, int, int, int
         As of an :class:`Execution`; each step is a prefill and :data:`NUM_DECODES` decodes.
     """
@@ -68,12 +80,17 @@ def pool_execution(
         model=model,
         plan=ParallelPlan(
             tp=pool.tp,
-            dp=1,
+            pp=pool.pp,
+            dp=pool.attention_dp,
+            ep=pool.ep,
+            etp=pool.moe_tp,
             micro_batch_size=batch,
-            schedule="none",
-            layers_per_stage=(model.num_layers,),
+            schedule="none" if pool.pp == 1 else "1f1b",
+            layers_per_stage=stage_layers(model.num_layers, pool.pp),
         ),
-        workload=TrainingWorkload(global_batch_size=batch, sequence_length=prompt, precision=plan.precision),
+        workload=TrainingWorkload(
+            global_batch_size=batch * pool.attention_dp, sequence_length=prompt, precision=plan.precision
+        ),
         device=device,
         num_steps=num_steps,
         num_warmup_steps=num_warmup_steps,
@@ -83,18 +100,22 @@ def pool_execution(
 
 def unsupported_pool(plan: ServingPlan, pool: ServingPool, execution: Execution) -> tuple[str, ...]:
     """Return every reason why a replica of a pool cannot be run; none if it can."""
-    model, found = execution.model, list(unsupported(execution))
-    if model.moe is not None:
-        found.append("models with experts are not served here; dense ones are")
+    model, found = execution.model, list(unsupported(execution, is_served=True))
+    if model.num_layers < pool.pp:
+        found.append(f"{model.num_layers} layers cannot fill {pool.pp} stages")
+    if model.moe is None and pool.attention_dp > 1:
+        found.append(
+            f"attention_dp {pool.attention_dp} shares out experts, and {model.name} has none; use more replicas"
+        )
+    ranks = pool.tp * pool.attention_dp
+    if model.moe is not None and pool.ep * pool.moe_tp != ranks:
+        found.append(
+            f"experts are shared out over all {ranks} ranks; ep {pool.ep} x moe_tp {pool.moe_tp} is not"
+        )
     if model.mla is not None:
         found.append("latent attention has no cache here")
     if model.position_embedding == "alibi" or model.has_attention_sinks or model.sliding_window is not None:
         found.append("attention with ALiBi, sinks or a window has no cache here")
-    found += [
-        f"{name} {getattr(pool, name)} is not run; a replica is its tp ranks"
-        for name in ("pp", "attention_dp")
-        if getattr(pool, name) > 1
-    ]
     if pool.num_speculative_tokens:
         found.append("speculative decoding is not run")
     if plan.precision in _PRECISIONS and plan.kv_precision != plan.precision:

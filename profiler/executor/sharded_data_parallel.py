@@ -11,14 +11,16 @@ gathered at its first forward and its gradients reduced after its last, as torch
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from meshwright.profiler.executor.adamw import Adamw, FlatTensor
 from meshwright.profiler.executor.communication import Group, gather_single, scatter_single
-from meshwright.profiler.executor.data_parallel import Optimizer, adamw
+from meshwright.profiler.executor.data_parallel import Optimizer, num_holders, sum_of_squares
 from meshwright.profiler.executor.mesh import RankMesh
 from meshwright.profiler.executor.recording import Recorder
 from meshwright.profiler.executor.weights import Role, roles_of
@@ -75,6 +77,8 @@ class ShardedParameters(Optimizer):
         Whether a tied table counts for the norm in each chunk.
     num_micro_batches : int
         Of a step.
+    host_share : float
+        Share of the optimizer states that rests in host memory.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class ShardedParameters(Optimizer):
         param_dtype: torch.dtype,
         counts_tied: list[bool],
         num_micro_batches: int,
+        host_share: float,
     ) -> None:
         self._mesh, self._chunks = mesh, chunks
         self._per_micro_batch = plan.pp == 1
@@ -107,11 +112,19 @@ class ShardedParameters(Optimizer):
             for name, parameter in chunk.named_parameters():
                 self._parameters.append(parameter)
                 self._roles[id(parameter)] = roles[name], counts_tied[index]
-        self._optimizer = adamw(self._parameters)
+        self._optimizer = Adamw(
+            [
+                FlatTensor(each.detach().to_local().view(-1), partial(_local_gradient, each))
+                for each in self._parameters
+            ],
+            host_share,
+            mesh.dp.recorder,
+        )
 
     def begin_step(self) -> None:
         """Clear the gradients."""
-        self._optimizer.zero_grad()
+        for parameter in self._parameters:
+            parameter.grad = None
         for chunk in self._chunks:
             if not self._per_micro_batch:
                 chunk.set_requires_gradient_sync(False)
@@ -146,8 +159,9 @@ class ShardedParameters(Optimizer):
 
     def finish_gradients(self) -> None:
         """Sum what tensor parallel ranks and the first and last stage share."""
-        partial = [each for each in self._parameters if self._roles[id(each)][0].is_partial]
-        _sum_joined(partial, self._mesh.tp)
+        for group in (self._mesh.tp, self._mesh.kv):
+            joined = [each for each in self._parameters if self._roles[id(each)][0].summed_over == group.axis]
+            _sum_joined(joined, group)
         _sum_joined(self._parameters, self._mesh.replica)
         tied = [each for each in self._parameters if self._roles[id(each)][0].is_tied]
         if len(tied) > 1:
@@ -164,11 +178,8 @@ class ShardedParameters(Optimizer):
             role, counts = self._roles[id(parameter)]
             if role.is_tied and not counts:
                 continue
-            replicas = self._mesh.replica.size
-            if not (role.is_split or role.is_expert):
-                replicas *= self._mesh.tp.size
-            local = parameter.grad.to_local().double().flatten()
-            total += local.dot(local) / replicas
+            replicas = self._mesh.replica.size * num_holders(role, self._mesh)
+            total += sum_of_squares(parameter.grad.to_local().flatten()) / replicas
         return total
 
     def step(self) -> None:
@@ -185,6 +196,11 @@ class ShardedParameters(Optimizer):
         module.set_custom_reduce_scatter(_Scatter(axis, recorder))  # type: ignore[arg-type]
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _local_gradient(parameter: Any) -> Tensor:
+    gradient: Tensor = parameter.grad.to_local().flatten()
+    return gradient
 
 
 def _sum_joined(parameters: list[Any], group: Group) -> None:

@@ -4,6 +4,11 @@ Without sequence parallelism what enters a pair of split products is whole on ev
 what leaves is summed (Shoeybi et al. 2019, arXiv 1909.08053, section 3). With it tokens are split outside the products:
 gathered before, summed and scattered after (Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2). The collectives
 are explicit, on plain tensors, so that their bytes can be told beforehand and weight gradients can be put off.
+
+Not by DTensor: of a layer in torch 2.13 its ``ColwiseParallel`` sums the input gradients of every product by itself, five
+all-reduces in a backward that needs two (with ``SequenceParallel`` the collectives are the same as here), and leaves the
+gradients of norms to be summed one by one. Its dispatch takes the host 20 ms more per layer and micro-batch, forward and
+backward of 2 x 32 tokens on one core at 2.5 GHz (28 ms for 9 ms here at width 64), which would be measured as compute.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ class Role:
         Each tensor parallel rank holds a part.
     is_partial : bool
         Whole on every tensor parallel rank, which sees a part of the tokens or heads: gradients are summed over them.
+    is_copied : bool
+        A key/value head on all tensor parallel ranks that share it: gradients are summed over those.
     is_expert : bool
         Of a routed expert: synchronised over the ranks that hold the same experts.
     is_tied : bool
@@ -33,8 +35,14 @@ class Role:
 
     is_split: bool = False
     is_partial: bool = False
+    is_copied: bool = False
     is_expert: bool = False
     is_tied: bool = False
+
+    @property
+    def summed_over(self) -> str:
+        """Axis of the ranks that sum its gradients beside its replicas; empty where none do."""
+        return "tp" if self.is_partial else "kv" if self.is_copied else ""
 
 
 def set_role(parameter: nn.Parameter, role: Role) -> nn.Parameter:

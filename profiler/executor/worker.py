@@ -25,6 +25,7 @@ from meshwright.profiler.executor.data_parallel import FlatGradients, Optimizer
 from meshwright.profiler.executor.execution_file import read_execution
 from meshwright.profiler.executor.limits import unsupported
 from meshwright.profiler.executor.linear import WeightGradients
+from meshwright.profiler.executor.local_tensors import num_copies
 from meshwright.profiler.executor.mesh import RankMesh, build_mesh
 from meshwright.profiler.executor.model import Chunk
 from meshwright.profiler.executor.pipeline import PipelineRank
@@ -72,7 +73,7 @@ def execute(execution: Execution, recorder: Recorder) -> RankMesh:
     order = PipelineOrder(plan, num_micro_batches)
     recorder.place = "setup"
     recorder.say("forming the groups")
-    mesh = build_mesh(plan, order.edges(), recorder)
+    mesh = build_mesh(plan, order.edges(), recorder, num_copies(execution.model, plan))
     recorder.say("building the model")
     rank, batches, optimizer = _build(execution, order, mesh, recorder)
     for step in range(execution.num_warmup_steps + execution.num_steps):
@@ -143,7 +144,8 @@ def _require_supported(execution: Execution) -> None:
 
 
 def _run(execution: Execution, directory: Path, run: Callable[[Execution, Recorder], RankMesh]) -> None:
-    _require_supported(execution)
+    if run is execute:
+        _require_supported(execution)
     is_gpu = execution.device == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_gpu else torch.device("cpu")
     if is_gpu:
@@ -197,12 +199,14 @@ def _build(
         for virtual in virtual_stages
     ]
     counts_tied = [virtual == 0 for virtual in virtual_stages]
+    host_share = plan.optimizer_offload_fraction if plan.optimizer_offload == "cpu" else 0.0
     optimizer: Optimizer
     if plan.sharding in ("none", "zero1"):
         optimizer = FlatGradients(
             chunks,
             mesh,
             is_sharded=plan.sharding == "zero1",
+            host_share=host_share,
             copies=[virtual // order.num_virtual for virtual in virtual_stages],
             counts_tied=counts_tied,
         )
@@ -214,6 +218,7 @@ def _build(
             param_dtype=dtype,
             counts_tied=counts_tied,
             num_micro_batches=order.num_micro_batches,
+            host_share=host_share,
         )
     length = workload.sequence_length // plan.cp // (plan.tp if plan.sequence_parallel else 1)
     shape = (length, plan.micro_batch_size, model.hidden_size)

@@ -82,6 +82,8 @@ def stand_in(folder, monkeypatch):
         "_worker_arguments",
         lambda directory: (sys.executable, "-S", str(script), *real(directory)[-2:]),
     )
+    # They hold no weights.
+    monkeypatch.setattr(launch, "check_host_memory", lambda execution, num_ranks: None)
 
 
 def test_two_processes_really_train(meshwright, plan, folder):

@@ -87,7 +87,6 @@ def test_a_dry_run_prints_each_pools_commands(meshwright, write_plan, folder):
 @pytest.mark.parametrize(
     ("pool", "flags", "code", "message"),
     [
-        ({"tp": 2, "pp": 2}, ("--device", "cpu"), 2, "pp 2 is not run"),
         ({"num_speculative_tokens": 2}, ("--device", "cpu"), 2, "speculative decoding is not run"),
         ({}, ("--append", "runs.csv"), 2, "--append: tables of measured runs hold training runs"),
     ],

@@ -28,7 +28,11 @@ import torch.utils.checkpoint
 from torch import distributed
 
 from meshwright.profiler.executor.execution_file import read_execution
+from meshwright.profiler.executor.local_tensors import num_copies
+from meshwright.profiler.executor.mesh import build_mesh
 from meshwright.profiler.executor.recording import Recorder
+from meshwright.profiler.executor.serving_run import NUM_DECODES
+from meshwright.profiler.executor.serving_worker import ServedShard
 from meshwright.profiler.executor.worker import execute
 
 NUM_PROCESSES = 8
@@ -46,6 +50,7 @@ def run_layout(name: str, text: str, rank: int, folder: Path) -> None:
         "tp": mesh.tp.ranks,
         "cp": mesh.cp.ranks,
         "ep": mesh.ep.ranks,
+        "etp": mesh.etp.ranks,
         "dp_cp": mesh.dp.ranks,
         "edp": mesh.expert_dp.ranks,
         "pp": mesh.stages,
@@ -69,6 +74,32 @@ def run_layout(name: str, text: str, rank: int, folder: Path) -> None:
     (folder / f"{name}.{rank}").write_text(json.dumps(result), encoding="utf-8")
 
 
+def serve_layout(name: str, text: str, rank: int, folder: Path) -> None:
+    """Serve prompts as one rank of a replica and write the tokens it learnt of and what it sent."""
+    file = folder / f"{name}.{rank}.json"
+    file.write_text(text, encoding="utf-8")
+    execution, recorder = read_execution(file), Recorder(rank, folder, torch.device("cpu"))
+    plan = execution.plan
+    mesh = build_mesh(plan, (), recorder, num_copies(execution.model, plan))
+    shard = ServedShard(execution, mesh, recorder)
+    shape = (execution.workload.sequence_length, execution.workload.global_batch_size)
+    prompts = torch.randint(execution.model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+    # A replica of one rank serves all the sequences, its ranks their own.
+    own = slice(mesh.at.dp * plan.micro_batch_size, (mesh.at.dp + 1) * plan.micro_batch_size)
+    tokens, learnt = prompts[:, own].contiguous(), []
+    for _ in range(1 + NUM_DECODES):
+        tokens = shard.step(tokens)
+        learnt.append(tokens[0].tolist())
+    traffic = {
+        f"{key[0]} {key[1]}": [each.messages, each.num_bytes] for key, each in recorder.step.traffic.items()
+    }
+    mesh.destroy()
+    recorder.close()
+    (folder / f"{name}.{rank}").write_text(
+        json.dumps({"tokens": learnt, "traffic": traffic}), encoding="utf-8"
+    )
+
+
 def run_process(process: int, layouts: list[Any], folder: Path) -> None:
     """Be one process in worlds of every size."""
     torch.set_num_threads(1)
@@ -82,7 +113,7 @@ def run_process(process: int, layouts: list[Any], folder: Path) -> None:
             )
             for name, _, text in mine:
                 (folder / f"process{process}.now").write_text(name, encoding="utf-8")
-                run_layout(name, text, rank, folder)
+                (serve_layout if name.startswith("served") else run_layout)(name, text, rank, folder)
             distributed.destroy_process_group()
 
 

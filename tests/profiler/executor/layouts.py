@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from meshwright.profiler.executor.serving_run import pool_execution
 from meshwright.simcore.domain.execution import Execution, execution_text
 from meshwright.simcore.domain.model import MlaSpec, ModelSpec, MoeSpec
 from meshwright.simcore.domain.plan import ParallelPlan
+from meshwright.simcore.domain.serving import ServingPlan, ServingPool
 from meshwright.simcore.domain.workload import TrainingWorkload
 
 STEPS = 2
@@ -47,6 +49,8 @@ ODD = dataclasses.replace(
     has_head_bias=True,
     has_qk_norm=True,
 )
+TWO_HEADS = dataclasses.replace(ODD, num_query_groups=2)
+ONE_HEAD = dataclasses.replace(DENSE, num_query_groups=1)
 MIXTURE = dataclasses.replace(
     DENSE,
     moe=MoeSpec(
@@ -151,7 +155,9 @@ def layouts() -> dict[str, Execution]:
         "dualpipe": execution(DENSE, schedule="dualpipe", **pp4),
         "dualpipe_v": execution(DEEP, vpp=2, schedule="dualpipe_v", **pp4),
         # Uneven stages, tied tables on one rank, on two, and on both ends twice.
-        "uneven": execution(DENSE, pp=2, schedule="zb_h1", layers_per_stage=(0, 4)),
+        "uneven": execution(
+            DENSE, pp=2, schedule="zb_h1", layers_per_stage=(0, 4), vocab_parallel="redistributed"
+        ),
         "odd_1f1b_zero1": execution(ODD, pp=2, dp=2, schedule="1f1b", sharding="zero1"),
         "odd_zb_v_zero3": execution(
             ODD, pp=2, vpp=2, dp=2, schedule="zb_v", sharding="zero3", layers_per_stage=(2, 1, 1, 0)
@@ -202,6 +208,13 @@ def layouts() -> dict[str, Execution]:
         "ep4_pp2_tp2": execution(
             MIXTURE, pp=2, tp=2, dp=2, ep=4, schedule="1f1b", sequence_parallel=True, sharding="zero1"
         ),
+        # Experts split over ranks, and key/value heads that several ranks share.
+        "etp2_ep2_tp2_sp": execution(MIXTURE, dp=2, tp=2, ep=2, etp=2, sequence_parallel=True),
+        "etp2_zero3_moe": execution(
+            MIXTURE, dp=4, etp=2, sharding="zero3", recompute="selective", recompute_modules=("moe",)
+        ),
+        "copied_kv_tp4_sp_zero1": execution(TWO_HEADS, tp=4, dp=2, sequence_parallel=True, sharding="zero1"),
+        "copied_kv_tp2_zero3": execution(ONE_HEAD, tp=2, dp=2, sharding="zero3"),
         "sinks_ep2_tp2_sp": execution(SINKS, tp=2, ep=2, sequence_parallel=True),
         "alibi_tp2": execution(ALIBI, tp=2),
         # Latent attention.
@@ -210,9 +223,52 @@ def layouts() -> dict[str, Execution]:
         "latent_lite_tp2": execution(
             LATENT_LITE, tp=2, recompute="selective", recompute_modules=("mla_up_proj", "core_attn")
         ),
+        # Optimizer states and layers' inputs in host memory.
+        "host_zero1_ep2": execution(
+            MIXTURE,
+            dp=2,
+            ep=2,
+            sharding="zero1",
+            optimizer_offload="cpu",
+            optimizer_offload_fraction=0.3,
+            recompute="full",
+            activation_offload=True,
+        ),
+        "host_ep2_zero3": execution(
+            MIXTURE, dp=4, ep=2, sharding="zero3", optimizer_offload="cpu", optimizer_offload_fraction=0.7
+        ),
+        "host_zb_h1": execution(
+            DENSE,
+            pp=2,
+            tp=2,
+            schedule="zb_h1",
+            sequence_parallel=True,
+            recompute="full",
+            activation_offload=True,
+            optimizer_offload="cpu",
+        ),
         # 16 bits: messages are half as long, sums of gradients are not.
         "bf16_zero1": in_bf16(execution(DENSE, dp=2, sharding="zero1")),
+        "bf16_host": in_bf16(execution(DENSE, dp=2, optimizer_offload="cpu")),
         "bf16_zb_h1_zero3": in_bf16(execution(DENSE, pp=2, dp=2, schedule="zb_h1", sharding="zero3")),
+    }
+
+
+def served_layouts() -> dict[str, Execution]:
+    """Replicas that are served, by name."""
+
+    def served(model: ModelSpec, **pool: int) -> Execution:
+        each = ServingPool(**pool)  # type: ignore[arg-type]
+        plan = ServingPlan(engine="vllm", pools=(each,), precision="fp32", kv_precision="fp32")
+        steps: dict[str, Any] = {"device": "cpu", "num_steps": STEPS, "num_warmup_steps": 0, "seed": 7}
+        return pool_execution(model, plan, each, batch=2, prompt=6, **steps)
+
+    return {
+        "served_pp2": served(dataclasses.replace(DENSE, num_layers=3), pp=2),
+        "served_ep2_tp2": served(MIXTURE, tp=2, ep=2),
+        "served_attention_dp2_moe_tp2": served(MIXTURE, attention_dp=2, moe_tp=2),
+        "served_all": served(MIXTURE, tp=2, pp=2, attention_dp=2, ep=2, moe_tp=2),
+        "served_copied_kv": served(ONE_HEAD, tp=2),
     }
 
 

@@ -14,6 +14,7 @@ from meshwright.profiler.executor.comparison import (
     compare,
     compare_traffic,
     comparison_mapping,
+    shared_cores,
 )
 from meshwright.profiler.executor.report import GroupTraffic, merge_reports
 from meshwright.simcore.domain.plan import ParallelPlan
@@ -56,8 +57,12 @@ def test_on_a_processor_compute_is_compared_in_cpu_time_too(job, make_report, pl
     term = comparison.term("compute in CPU time")
     assert term.measured == pytest.approx(0.07)
     assert term.predicted == comparison.term("compute").predicted
+    # 0.15 s of wall time.
+    assert "2.1 times its CPU time" in (shared_cores(comparison, 2, 2) or "")
+    assert "2 ranks shared 1 cores" in (shared_cores(comparison, 2, 1) or "")
     *_, on_gpus = compared(job, plan, report, device="cuda")
     assert "compute in CPU time" not in [term.name for term in on_gpus.terms]
+    assert shared_cores(on_gpus, 2, 1) is None
 
 
 def test_collectives_called_inside_forward_and_backward_are_not_compute(job, make_report):

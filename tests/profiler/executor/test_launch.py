@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -165,6 +166,24 @@ def test_more_processes_than_a_machine_takes_are_refused():
     launch.check_devices("cpu", 8)
     with pytest.raises(CalibrationError, match="needs 65 processes, and one machine runs 64 at most"):
         launch.check_devices("cpu", 65)
+
+
+def test_a_model_that_this_machine_cannot_hold_is_refused(execution):
+    launch.check_host_memory(execution, 2)
+    plan = dataclasses.replace(execution.plan, layers_per_stage=(80,))
+    huge = dataclasses.replace(
+        execution,
+        plan=plan,
+        model=dataclasses.replace(
+            execution.model, num_layers=80, hidden_size=2**17, ffn_hidden_size=2**20, head_dim=2**15
+        ),
+    )
+    with pytest.raises(CalibrationError, match=r"GiB of weights, gradients and optimizer states, and this"):
+        launch.check_host_memory(huge, 2)
+    with pytest.raises(CalibrationError, match=r"GiB of weights, and this machine has"):
+        launch.check_host_memory(huge, 2, is_served=True)
+    # Its GPUs tell for themselves.
+    launch.check_host_memory(dataclasses.replace(huge, device="cuda"), 2)
 
 
 def test_missing_gpus_are_said_before_anything_starts(monkeypatch):

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.profiler.executor.layouts import STEPS, layouts, reference, run_layouts
+from tests.profiler.executor.layouts import STEPS, layouts, reference, run_layouts, served_layouts
 
 from meshwright.profiler.executor.expected import expected_operations, expected_traffic
+from meshwright.profiler.executor.local_tensors import has_experts
 from meshwright.profiler.executor.rank_order import coordinates
+from meshwright.profiler.executor.serving_run import NUM_DECODES
 from meshwright.simcore.domain.execution import Execution
 from meshwright.simcore.domain.rank_groups import RankGroup, rank_groups
 
 LAYOUTS = layouts()
+SERVED = served_layouts()
 Results = dict[str, list[dict[str, Any]]]
 # Back from the experts travels what the routing says: told for the group, not for each rank.
-ROUTED = "ep all_to_all"
+ROUTED = ("ep all_to_all", "etp all_to_all")
 
 
 def reference_name(execution: Execution) -> str:
@@ -28,7 +31,8 @@ def reference_name(execution: Execution) -> str:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     references = {reference_name(each): reference(each) for each in LAYOUTS.values()}
     folder: Path = tmp_path_factory.mktemp("layouts")
-    return run_layouts({**LAYOUTS, **references}, folder)
+    alone = {f"served_alone_{name}": reference(each) for name, each in SERVED.items()}
+    return run_layouts({**LAYOUTS, **references, **SERVED, **alone}, folder)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -68,12 +72,54 @@ def test_operations_run_in_the_order_of_the_schedule(results: Results, name: str
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_groups_are_those_of_the_simulator(results: Results, name: str) -> None:
     plan = LAYOUTS[name].plan
-    groups: tuple[RankGroup, ...] = ("tp", "cp", "ep", "dp_cp", "edp", "pp")
+    groups: tuple[RankGroup, ...] = ("tp", "cp", "ep", "etp", "dp_cp", "edp", "pp")
     for group in groups:
         foreseen = rank_groups(plan, group).tolist()
         for number, rank in enumerate(results[name]):
             assert rank["groups"][group] in foreseen
             assert number in rank["groups"][group]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_replica_says_what_one_rank_says(results: Results, name: str) -> None:
+    plan = SERVED[name].plan
+    (alone,) = results[f"served_alone_{name}"]
+    for number, rank in enumerate(results[name]):
+        at = coordinates(plan, number)
+        if at.pp in (0, plan.pp - 1):
+            first = at.dp * plan.micro_batch_size
+            own = [row[first : first + plan.micro_batch_size] for row in alone["tokens"]]
+            assert rank["tokens"] == own
+    # Not the same token over and over.
+    assert len({token for row in alone["tokens"] for token in row}) > 2
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_replica_sends_what_its_layers_call_for(results: Results, name: str) -> None:
+    execution = SERVED[name]
+    model, plan = execution.model, execution.plan
+    steps, batch = 1 + NUM_DECODES, plan.micro_batch_size
+    rows = batch * (execution.workload.sequence_length + NUM_DECODES)
+    wide = rows * model.hidden_size * 4
+    for number, rank in enumerate(results[name]):
+        stage = coordinates(plan, number).pp
+        first = sum(plan.layers_per_stage[:stage])
+        layers = range(first, first + plan.layers_per_stage[stage])
+        told: dict[str, list[int]] = {}
+        is_last = stage == plan.pp - 1
+        if plan.tp > 1:
+            # Two sums a layer, one of the embedding, and the logits of the last tokens.
+            sums = 2 * len(layers) + (stage == 0)
+            told["tp all_reduce"] = [steps * sums, sums * wide]
+            if is_last:
+                told["tp all_gather"] = [steps, steps * batch * model.vocab_size // plan.tp * 4]
+        if plan.dp > 1:
+            num_mixtures = sum(has_experts(model, layer) for layer in layers)
+            told["dp all_gather"] = [steps * num_mixtures, num_mixtures * wide]
+            told["dp reduce_scatter"] = [steps * num_mixtures, num_mixtures * plan.dp * wide]
+        if plan.pp > 1:
+            told["pp send"] = [steps, steps * batch * 8 if is_last else wide]
+        assert rank["traffic"] == told
 
 
 def test_the_second_step_sees_the_update_of_the_first(results: Results) -> None:
@@ -83,8 +129,8 @@ def test_the_second_step_sees_the_update_of_the_first(results: Results) -> None:
 
 
 def _without_routed(traffic: dict[str, list[int]]) -> dict[str, list[int]]:
-    return {key: each for key, each in traffic.items() if key != ROUTED}
+    return {key: each for key, each in traffic.items() if key not in ROUTED}
 
 
 def _routed_sum(ranks: list[dict[str, list[int]]]) -> list[int]:
-    return [sum(rank.get(ROUTED, [0, 0])[part] for rank in ranks) for part in (0, 1)]
+    return [sum(rank.get(key, [0, 0])[part] for rank in ranks) for key in ROUTED for part in (0, 1)]

@@ -57,27 +57,27 @@ def world() -> Iterator[None]:
 
 def shard_of(execution: Execution) -> ServedShard:
     mesh = build_mesh(execution.plan, (), Recorder(0, None, CPU))
-    return ServedShard(execution, mesh, CPU)
+    return ServedShard(execution, mesh, Recorder(0, None, CPU))
 
 
-@pytest.mark.parametrize("model", [DENSE, ODD], ids=["llama", "odd"])
+@pytest.mark.parametrize("model", [DENSE, ODD, MIXTURE], ids=["llama", "odd", "experts"])
 def test_a_decode_step_says_what_a_whole_prompt_would(world: None, model: ModelSpec) -> None:
     shard = shard_of(served(model)[1])
     tokens = torch.randint(
         model.vocab_size, (PROMPT + NUM_DECODES, BATCH), generator=torch.Generator().manual_seed(1)
     )
-    stepwise = [shard.step(tokens[:PROMPT])]
-    stepwise += [shard.step(tokens[end : end + 1]) for end in range(PROMPT, PROMPT + NUM_DECODES)]
+    stepwise = [shard.logits(tokens[:PROMPT])]
+    stepwise += [shard.logits(tokens[end : end + 1]) for end in range(PROMPT, PROMPT + NUM_DECODES)]
     for index, logits in enumerate(stepwise):
         shard.clear()
-        torch.testing.assert_close(logits, shard.step(tokens[: PROMPT + index]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, shard.logits(tokens[: PROMPT + index]), rtol=1e-4, atol=1e-5)
         assert logits.shape == (BATCH, model.vocab_size)
     # Other tokens before it, other logits: the cache is read.
     shard.clear()
     other = tokens.clone()
     other[0] = (other[0] + 1) % model.vocab_size
-    shard.step(other[:PROMPT])
-    assert not torch.allclose(shard.step(tokens[PROMPT : PROMPT + 1]), stepwise[1], rtol=1e-3, atol=1e-4)
+    shard.logits(other[:PROMPT])
+    assert not torch.allclose(shard.logits(tokens[PROMPT : PROMPT + 1]), stepwise[1], rtol=1e-3, atol=1e-4)
 
 
 class _Parts:
@@ -111,15 +111,15 @@ def test_two_shards_together_say_what_one_says(world: None, model: ModelSpec) ->
 
     def be(index: int) -> None:
         part: Any = _Parts(index, 2, slots, barrier)
-        shard = ServedShard(execution, dataclasses.replace(mesh, tp=part), CPU)
-        said[index] = [shard.step(tokens), shard.step(tokens[:1])]
+        shard = ServedShard(execution, dataclasses.replace(mesh, tp=part), Recorder(0, None, CPU))
+        said[index] = [shard.logits(tokens), shard.logits(tokens[:1])]
 
     threads = [threading.Thread(target=be, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=30.0)
-    alone = [whole.step(tokens), whole.step(tokens[:1])]
+    alone = [whole.logits(tokens), whole.logits(tokens[:1])]
     for index in range(2):
         for found, expected in zip(said[index], alone, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -149,12 +149,12 @@ def test_two_processes_serve_and_are_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "prompt", "pool", "reason"),
     [
-        (MIXTURE, PROMPT, {}, "experts"),
+        (MIXTURE, PROMPT, {"tp": 2}, "ep 1 x moe_tp 1 is not"),
         (dataclasses.replace(DENSE, sliding_window=4), PROMPT, {}, "window"),
         (dataclasses.replace(DENSE, position_embedding="alibi"), PROMPT, {}, "ALiBi"),
         (ODD, 62, {}, "66 tokens exceed the 64 learned positions"),
-        (DENSE, PROMPT, {"pp": 2}, "pp 2 is not run"),
-        (DENSE, PROMPT, {"attention_dp": 2}, "attention_dp 2 is not run"),
+        (DENSE, PROMPT, {"pp": 8}, "4 layers cannot fill 8 stages"),
+        (DENSE, PROMPT, {"attention_dp": 2}, "dense has none"),
         (DENSE, PROMPT, {"num_speculative_tokens": 2}, "speculative"),
         (DENSE, PROMPT, {"tp": 3}, "tp 3 does not divide"),
     ],
