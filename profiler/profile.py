@@ -82,6 +82,8 @@ def _collectives(device: Device, settings: ProfileSettings) -> CollectiveResults
 
     if COLLECTIVES not in _suite_names(device, settings):
         return None
-    start: Callable[[Device, ProfileSettings], Iterator[tuple[Case, Timing | Failure]]]
+    start: Callable[
+        [Device, ProfileSettings, Callable[[Case], bool]], Iterator[tuple[Case, Timing | Failure]]
+    ]
     start = importlib.import_module(SUITES[COLLECTIVES]).run_collectives
-    return lambda: start(device, settings)
+    return lambda is_measured: start(device, settings, is_measured)

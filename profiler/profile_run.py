@@ -32,7 +32,7 @@ from meshwright.profiler.suites.base import Case
 __all__ = ["COLLECTIVES", "CollectiveResults", "ProfileRun", "case_identity"]
 
 COLLECTIVES = "collectives"
-CollectiveResults: TypeAlias = Callable[[], Iterator[tuple[Case, Timing | Failure]]]
+CollectiveResults: TypeAlias = Callable[[Callable[[Case], bool]], Iterator[tuple[Case, Timing | Failure]]]
 
 # Share of the time that is kept for collectives, and the largest share that is kept for anything but shapes.
 _COLLECTIVES_SHARE = 0.15
@@ -99,7 +99,7 @@ class ProfileRun:
         Parameters
         ----------
         collectives : CollectiveResults | None
-            Starts the processes that measure collectives; None when they are not wanted.
+            Starts the processes that measure collectives, told which are there already; None when they are not wanted.
         """
         settings = self._settings
         num_passes = settings.num_passes or (1 if self._device.is_gpu else _CPU_PASSES)
@@ -204,14 +204,17 @@ class ProfileRun:
             return False
         release_memory(self._device)
         # Closing the generator ends its processes.
-        with contextlib.closing(_generator(collectives)) as results:
+        with contextlib.closing(_generator(collectives, self._is_measured)) as results:
             for case, result in results:
-                if case_identity(case) not in self._log.done:
+                if not self._is_measured(case):
                     self._note_sample(case, result)
                 if self._elapsed() >= deadline:
                     return False
         self._log.append(FinishedRecord(suite=COLLECTIVES))
         return True
+
+    def _is_measured(self, case: Case) -> bool:
+        return case_identity(case) in self._log.done
 
     def _watch(self) -> None:
         """Measure the sentinels."""
@@ -289,5 +292,7 @@ def _with_value(case: Case, blank: ConstantRecord) -> ConstantRecord:
     return dataclasses.replace(blank, value=value, status="ok")
 
 
-def _generator(collectives: CollectiveResults) -> Generator[tuple[Case, Timing | Failure]]:
-    yield from collectives()
+def _generator(
+    collectives: CollectiveResults, is_measured: Callable[[Case], bool]
+) -> Generator[tuple[Case, Timing | Failure]]:
+    yield from collectives(is_measured)

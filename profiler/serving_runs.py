@@ -31,6 +31,7 @@ __all__ = [
     "UnstatedLoadError",
     "decode_setup",
     "is_serving_table",
+    "prefill_setup",
     "read_serving_runs",
     "serving_setup",
 ]
@@ -92,6 +93,11 @@ _WITHOUT_LAST_SLOT = (("trtllm", "1.0.0rc3", "bf16"),)
 _VARIED_SHAPES = ((1024, 1024), (1024, 8192), (8192, 1024))
 _VARIED_RATIO = 0.8
 _FIXED_CAMPAIGNS = (("trtllm", "1.0.0rc3"), ("vllm", "0.12.0"), ("sglang", "0.5.1.post1"))
+# Launch flags of the InferenceX recipes that make prompts wait while others decode, in steps. TensorRT-LLM's attention
+# ranks begin prompts together or after so many steps (attention_dp_config: enable_balance, timeout_iters 60). SGLang on
+# Blackwell looks for requests every 10 steps, and every 30 from 16 clients on (--scheduler-recv-interval).
+_BALANCED_RANKS_WAIT = 60
+_POLLING_WAIT, _BUSY_POLLING_WAIT, _BUSY_CLIENTS = 10, 30, 16
 # The usual machine of a GPU.
 _NODES: Mapping[str, str] = {
     "a100-sxm-80": "dgx-a100",
@@ -151,6 +157,8 @@ class ServingSetup:
         Nominal lengths [tokens].
     length_ratio : float
         Lowest length over the nominal one.
+    prompt_wait_steps : int
+        Steps that the run's launch flags let prompts wait while others decode.
     """
 
     model: ModelSpec
@@ -163,6 +171,7 @@ class ServingSetup:
     input_length: int
     output_length: int
     length_ratio: float
+    prompt_wait_steps: int = 0
 
 
 def is_serving_table(path: Path) -> bool:
@@ -268,6 +277,21 @@ def decode_setup(run: ServingRun) -> tuple[ServingSetup, float]:
     return _setup(run, model, pool, batch), float(batch)
 
 
+def prefill_setup(run: ServingRun) -> tuple[ServingSetup, float]:
+    """Return the prefill pool of a row of separate pools, and its ranks per rank of the decode pool.
+
+    Raises
+    ------
+    SpecError
+        If a cell is no number or names what is not known.
+    """
+    model = load_model(run.cell("model"))
+    pool, _ = _pool(run, model, "prefill_")
+    decode, _ = _pool(run, model, "decode_")
+    ranks = _count(run, "prefill_workers") * pool.attention_dp
+    return _setup(run, model, pool, 1), ranks / (_count(run, "decode_workers") * decode.attention_dp)
+
+
 def _setup(run: ServingRun, model: ModelSpec, pool: ServingPool, clients: int) -> ServingSetup:
     engine = run.cell("engine")
     if engine not in ENGINES:
@@ -303,7 +327,16 @@ def _setup(run: ServingRun, model: ModelSpec, pool: ServingPool, clients: int) -
         input_length=lengths[0],
         output_length=lengths[1],
         length_ratio=ratio,
+        prompt_wait_steps=_prompt_wait(engine, model, pool, cluster, clients),
     )
+
+
+def _prompt_wait(engine: str, model: ModelSpec, pool: ServingPool, cluster: ClusterSpec, clients: int) -> int:
+    if engine == "trtllm":
+        return _BALANCED_RANKS_WAIT if pool.attention_dp > 1 else 0
+    if engine == "sglang" and model.moe is not None and cluster.gpu.architecture == "blackwell":
+        return _BUSY_POLLING_WAIT if clients >= _BUSY_CLIENTS else _POLLING_WAIT
+    return 0
 
 
 def _count(run: ServingRun, column: str) -> int:

@@ -28,6 +28,7 @@ from meshwright.profiler.serving_runs import (
     ServingSetup,
     UnstatedLoadError,
     decode_setup,
+    prefill_setup,
     serving_setup,
 )
 from meshwright.simcore.domain.serving import ServingPool
@@ -44,6 +45,7 @@ __all__ = [
     "ServingValidator",
     "decode_step_time",
     "grouped",
+    "prompt_step_time",
     "rank_correlations",
     "simulated_means",
     "summarise_serving",
@@ -59,6 +61,8 @@ SERVING_RESULT_COLUMNS = (
     "measured_tpot_s",
     "predicted_tpot_s",
 )
+# A batch and the time of its steps settle on each other from above in a few rounds.
+_LITTLE_ROUNDS = 30
 # Fewer rows of a model on a system order nothing.
 _LEAST_ROWS = 5
 
@@ -206,6 +210,7 @@ class ServingValidator:
         behaviour = engine_behaviour(
             served.constants, pool, one.memory.kv_cache_tokens, prompt_length=setup.input_length
         )
+        behaviour = replace(behaviour, prompt_wait_steps=setup.prompt_wait_steps)
         return served, replace(one, behaviour=behaviour)
 
     def _setup(self, run: ServingRun) -> ServingSetup:
@@ -235,11 +240,22 @@ class ServingValidator:
         return self._kernels[key]
 
     def _score_decode(self, run: ServingRun) -> ScoredServingRun:
-        """Return a row of separate pools: a decode step at the batch it states; its queues are not stated."""
-        setup, batch = decode_setup(run)
+        """Return a row of separate pools: a decode step at the batch that prefill can keep filled.
+
+        The batch a row states is the most its decode ranks take. By Little's law prompts that come at a rate ``x`` per
+        rank keep ``x`` times the time of an answer running; the lesser of both counts. Queues are not stated.
+        """
+        setup, most = decode_setup(run)
         served = self.served(setup)
         table = step_table(served, setup.plan.pools[0])
+        prefill, ranks = prefill_setup(run)
+        prompts = step_table(self.served(prefill), prefill.plan.pools[0])
+        rate = ranks / prompt_step_time(prompts, setup.input_length)
         context = setup.input_length + 0.5 * setup.output_length
+        batch = most
+        for _ in range(_LITTLE_ROUNDS):
+            answer = (setup.output_length - 1) * decode_step_time(table, batch, context)
+            batch = max(1.0, min(most, rate * answer))
         return ScoredServingRun(
             run=run,
             status="scored",
@@ -272,6 +288,15 @@ def decode_step_time(table: StepTable, batch: float, context: float) -> float:
     )
     device = float(tokens + np.interp(batch, table.decode_batch_sizes, by_batch)) + table.step_latency
     host = table.host_time + table.host_time_per_sequence * batch
+    return max(device, host) if table.is_host_hidden else device + host
+
+
+def prompt_step_time(table: StepTable, length: float) -> float:
+    """Return the time of a step that computes one whole prompt, by the formula of StepTable [s]."""
+    tokens = np.interp(length, table.token_counts, table.eager_token_time)
+    attention = np.interp(length, table.prompt_lengths, table.prefill_attention_time)
+    device = float(tokens + attention) + table.step_latency
+    host = max(table.host_time + table.host_time_per_sequence, table.eager_host_time)
     return max(device, host) if table.is_host_hidden else device + host
 
 

@@ -13,8 +13,9 @@ from meshwright.costmodels.operators.base import DeviceRates, Operator, Paramete
 from meshwright.costmodels.operators.gemm import GEMM, GEMM_DGRAD, GEMM_WGRAD
 from meshwright.costmodels.operators.model import OperatorError, OperatorModel, RooflineCurve, roofline_time
 from meshwright.costmodels.operators.moe import MOE
-from meshwright.costmodels.operators.residual import RbfResidual, Residual, StackedResidual, TreeResidual
+from meshwright.costmodels.operators.residual import RbfResidual, Residual, StackedResidual
 from meshwright.costmodels.operators.streaming import STREAMING
+from meshwright.costmodels.operators.trees import TreeResidual
 
 __all__ = [
     "OPERATORS",

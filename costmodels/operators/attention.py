@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.costmodels.operators.base import DeviceRates, Operator, Parameter, Shape, Work
+from meshwright.costmodels.operators.base import (
+    DeviceRates,
+    Operator,
+    Parameter,
+    Shape,
+    Work,
+    in_columns,
+    rows,
+)
 
 __all__ = [
     "ATTENTION_BACKWARD",
@@ -151,7 +159,7 @@ def _coordinates(length_name: str) -> Callable[[Shape, DeviceRates], NDArray[np.
         )
         # Kernels tile over batch x KV heads, treat multi-head attention apart and change with the head's width.
         smooth = [batch + kv_heads, length, 0.5 * batch, 0.5 * (heads - kv_heads), 4.0 * width]
-        return np.column_stack([*smooth, 2.0 * (heads == kv_heads)])
+        return in_columns([*smooth, 2.0 * (heads == kv_heads)])
 
     return coordinates
 
@@ -163,9 +171,7 @@ def _steps(length_name: str) -> Callable[[Shape, DeviceRates], NDArray[np.float6
             np.log2(np.maximum(shape[name], 1.0))
             for name in ("batch_size", length_name, "num_heads", "num_kv_heads")
         )
-        return np.column_stack(
-            [heads, kv_heads, batch + heads, batch + kv_heads + length, batch + heads + length]
-        )
+        return in_columns([heads, kv_heads, batch + heads, batch + kv_heads + length, batch + heads + length])
 
     return steps
 
@@ -173,8 +179,7 @@ def _steps(length_name: str) -> Callable[[Shape, DeviceRates], NDArray[np.float6
 def _mla_coordinates(length_name: str) -> Callable[[Shape, DeviceRates], NDArray[np.float64]]:
     def coordinates(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
         del rates
-        fields = ("batch_size", length_name, "num_heads")
-        return np.column_stack([np.log2(np.maximum(shape[name], 1.0)) for name in fields])
+        return rows(shape, ("batch_size", length_name, "num_heads"))
 
     return coordinates
 

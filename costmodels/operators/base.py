@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from meshwright.costmodels.plan_columns import FloatColumn
 
-__all__ = ["ELEMENT_BYTES", "DeviceRates", "Operator", "Parameter", "Shape", "Work", "element_bytes", "rows"]
+__all__ = [
+    "ELEMENT_BYTES",
+    "DeviceRates",
+    "Operator",
+    "Parameter",
+    "Shape",
+    "Work",
+    "element_bytes",
+    "in_columns",
+    "rows",
+]
 
 Shape = Mapping[str, FloatColumn]
 """Arrays by the names of :attr:`Operator.fields`, each of shape ``(num_cases,)``."""
@@ -133,4 +143,9 @@ def element_bytes(precision: str) -> float:
 
 def rows(shape: Shape, fields: tuple[str, ...]) -> NDArray[np.float64]:
     """Return ``log2`` of the named columns as ``(num_cases, num_fields)``; zeros count as one."""
-    return np.column_stack([np.log2(np.maximum(shape[name], 1.0)) for name in fields])
+    return in_columns([np.log2(np.maximum(shape[name], 1.0)) for name in fields])
+
+
+def in_columns(columns: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return columns side by side, ``(num_cases, num_columns)``, each contiguous in memory."""
+    return np.stack(columns).T

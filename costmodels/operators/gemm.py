@@ -7,7 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.costmodels.operators.base import DeviceRates, Operator, Shape, Work, element_bytes, rows
+from meshwright.costmodels.operators.base import (
+    DeviceRates,
+    Operator,
+    Shape,
+    Work,
+    element_bytes,
+    in_columns,
+    rows,
+)
 
 __all__ = ["GEMM", "GEMM_DGRAD", "GEMM_WGRAD"]
 
@@ -41,8 +49,8 @@ def _steps(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
     columns = []
     for tile_m, tile_n in _TILES:
         waves = np.ceil(shape["m"] / tile_m) * np.ceil(shape["n"] / tile_n) / rates.num_sms
-        columns += [np.log2(np.column_stack([np.ceil(waves) / waves, waves]))]
-    return np.concatenate(columns, axis=1)
+        columns += [np.log2(np.ceil(waves) / waves), np.log2(waves)]
+    return in_columns(columns)
 
 
 def _gemm(name: str) -> Operator:

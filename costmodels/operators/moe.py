@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.costmodels.operators.base import DeviceRates, Operator, Parameter, Shape, Work, element_bytes
+from meshwright.costmodels.operators.base import (
+    DeviceRates,
+    Operator,
+    Parameter,
+    Shape,
+    Work,
+    element_bytes,
+    in_columns,
+)
 
 __all__ = ["MOE"]
 
@@ -42,16 +50,21 @@ class _Routed:
 
 def _routed(shape: Shape, rank_heat: float, skewed_spread: float) -> _Routed:
     """Return what reaches the most loaded rank: under skew more rows on fewer experts than on the mean rank."""
-    is_skewed = shape["skew"] > 0.0
-    local = shape["num_experts"] / shape["ep"]
-    heat = np.where(is_skewed, shape["ep"] ** rank_heat, 1.0)
-    rows = np.minimum(
-        shape["num_tokens"] * shape["top_k"] / shape["ep"] * heat, shape["num_tokens"] * shape["top_k"]
-    )
-    busy = local * np.where(is_skewed, skewed_spread, 1.0)
+    rows = _rows(shape, rank_heat)
+    busy = shape["num_experts"] / shape["ep"] * np.where(shape["skew"] > 0.0, skewed_spread, 1.0)
     # Experts that draw at least one of the rows, were the rows independent.
     active = np.maximum(1.0, busy * (1.0 - np.exp(-rows / busy)))
     return _Routed(rows=rows, active=active, width=shape["moe_ffn_hidden_size"] / shape["tp"])
+
+
+def _rows(shape: Shape, rank_heat: float) -> NDArray[np.float64]:
+    """Return the routed rows of the most loaded rank: under skew its share of them, times ``ep ** rank_heat``."""
+    every = shape["num_tokens"] * shape["top_k"]
+    rows: NDArray[np.float64] = every / shape["ep"]
+    if rank_heat > 0.0:
+        heat = np.where(shape["skew"] > 0.0, shape["ep"] ** rank_heat, 1.0)
+        rows = np.minimum(rows * heat, every)
+    return rows
 
 
 def _work(shape: Shape, precision: str, rates: DeviceRates, parameters: Mapping[str, float]) -> Work:
@@ -86,15 +99,13 @@ def _coordinates(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
     is_unaligned = (routed.width % _ALIGNMENT > 0.0).astype(np.float64)
     smooth = [tokens, 0.5 * per_expert, 0.5 * active, hidden, width, experts, top_k, 0.5 * ep]
     smooth += [is_skewed, 2.0 * is_unaligned, (ep > 0.0).astype(np.float64), is_skewed * ep * 0.5]
-    return np.column_stack(smooth)
+    return in_columns(smooth)
 
 
 def _steps(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
     del rates
-    routed = _routed(shape, 0.0, 1.0)
-    return np.column_stack(
-        [np.log2(np.maximum(routed.rows, 0.25)), np.log2(shape["tp"]), np.log2(shape["ep"]), shape["skew"]]
-    )
+    rows = np.log2(np.maximum(_rows(shape, 0.0), 0.25))
+    return in_columns([rows, np.log2(shape["tp"]), np.log2(shape["ep"]), shape["skew"]])
 
 
 MOE = Operator(

@@ -1,4 +1,4 @@
-"""What a roofline leaves: smooth or stepwise corrections over log2 coordinates, fitted elsewhere, evaluated here.
+"""What a roofline leaves: corrections over log2 coordinates, fitted elsewhere; here those that are smooth.
 
 A residual is ``log(measured / roofline)``. Outside the sampled box it fades, because a roofline extrapolates
 (5.9 % at ten times the sampled FLOPs) and a residual does not (13 % untapered, 82 % without the roofline).
@@ -6,6 +6,8 @@ A residual is ``log(measured / roofline)``. Outside the sampled box it fades, be
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from meshwright.costmodels.plan_columns import FloatColumn
 from meshwright.simcore.compiled import compiled
 
-__all__ = ["GRID_STEP", "RbfResidual", "Residual", "StackedResidual", "TreeResidual"]
+__all__ = ["GRID_STEP", "RbfResidual", "Residual", "StackedResidual"]
 
 Matrix = NDArray[np.float64]
 
@@ -25,7 +27,6 @@ GRID_STEP = 0.5
 _DISTANCES_AT_ONCE = 4_000_000
 # Up to this many rows NumPy is quicker than loading a compiled kernel would be.
 _FEW_ROWS = 2048
-_FEW_TREE_ROWS = 256
 
 
 class Residual(Protocol):
@@ -74,8 +75,8 @@ class RbfResidual:
         if not self.is_baked:
             return self.exact(coordinates)
         if not self._grid:
-            self._grid.append(_bake(self))
-        return self._grid[0].interpolate(coordinates)
+            self._grid.append(_empty_grid(self.centres))
+        return self._grid[0].interpolate(coordinates, self.exact)
 
     def exact(self, coordinates: Matrix) -> FloatColumn:
         """Return the interpolant itself, ``offset - sum_i weights_i |x - centres_i|``."""
@@ -86,69 +87,6 @@ class RbfResidual:
         ]
         total: FloatColumn = self.offset - (np.concatenate(parts) if parts else np.zeros(0))
         return total
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TreeResidual:
-    """A sum of regression trees as plain arrays: node ``i`` goes left where ``x[feature] <= threshold``.
-
-    Parameters
-    ----------
-    roots : NDArray[np.int64]
-        First node of each tree.
-    feature, left, right : NDArray[np.int64]
-        By node; ``left`` is -1 at a leaf.
-    threshold, value : NDArray[np.float64]
-        By node; ``value`` counts at leaves.
-    offset : float
-        Constant term.
-    """
-
-    roots: NDArray[np.int64]
-    feature: NDArray[np.int64]
-    threshold: FloatColumn
-    left: NDArray[np.int64]
-    right: NDArray[np.int64]
-    value: FloatColumn
-    offset: float
-
-    @property
-    def has_steps(self) -> bool:
-        """Trees see everything."""
-        return True
-
-    def log_correction(self, coordinates: Matrix) -> FloatColumn:
-        """Return the sum over the trees."""
-        total = np.full(len(coordinates), self.offset)
-        if len(coordinates) <= _FEW_TREE_ROWS:
-            leaves = self._leaves(coordinates)
-            # One tree after the other, as the kernel adds them: the same bits.
-            for tree in range(len(self.roots)):
-                total += self.value[leaves[:, tree]]
-            return total
-        _add_trees(
-            np.ascontiguousarray(coordinates, dtype=np.float64),
-            self.roots,
-            self.feature,
-            self.threshold,
-            self.left,
-            self.right,
-            self.value,
-            total,
-        )
-        return total
-
-    def _leaves(self, coordinates: Matrix) -> NDArray[np.int64]:
-        """Return the leaf of each row in each tree, ``(num_rows, num_trees)``."""
-        node = np.broadcast_to(self.roots, (len(coordinates), len(self.roots)))
-        rows = np.arange(len(coordinates))[:, None]
-        while True:
-            is_inner = self.left[node] >= 0
-            if not is_inner.any():
-                return node
-            goes_left = coordinates[rows, self.feature[node]] <= self.threshold[node]
-            below = np.where(goes_left, self.left[node], self.right[node])
-            node = np.where(is_inner, below, node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,32 +111,40 @@ class StackedResidual:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Grid:
+    """Nodes of an interpolant, evaluated as they are needed: a few queries touch a small part of the box."""
+
     low: FloatColumn
     counts: tuple[int, ...]
     values: FloatColumn
 
-    def interpolate(self, coordinates: Matrix) -> FloatColumn:
-        """Return the multilinear interpolant, clamped to the box."""
+    def interpolate(self, coordinates: Matrix, exact: Callable[[Matrix], FloatColumn]) -> FloatColumn:
+        """Return the multilinear interpolant, clamped to the box; ``exact`` gives the nodes nobody asked for yet."""
         padded = np.zeros((len(coordinates), 3))
         position = (coordinates - self.low) / GRID_STEP
         padded[:, 3 - position.shape[1] :] = np.clip(position, 0.0, np.array(self.counts) - 1.0)
         counts = np.array((1, 1, *self.counts)[-3:], dtype=np.int64)
         if len(coordinates) <= _FEW_ROWS:
+            self._evaluate(_corners(padded, counts)[-1].ravel(), exact)
             return _interpolate_columns(padded, counts, self.values)
+        self._evaluate(np.arange(len(self.values)), exact)
         total = np.empty(len(coordinates))
         _interpolate(padded, counts, self.values, total)
         return total
 
+    def _evaluate(self, nodes: NDArray[np.int64], exact: Callable[[Matrix], FloatColumn]) -> None:
+        missing = np.unique(nodes[np.isnan(self.values[nodes])])
+        if len(missing):
+            place = np.stack(np.unravel_index(missing, self.counts), axis=1)
+            self.values[missing] = exact(self.low + GRID_STEP * place)
 
-def _bake(residual: RbfResidual) -> _Grid:
-    """Evaluate the interpolant on a regular grid over the box of its centres."""
-    low, high = residual.centres.min(axis=0), residual.centres.max(axis=0)
+
+def _empty_grid(centres: Matrix) -> _Grid:
+    """Return a regular grid over the box of the centres, no node of it evaluated."""
+    low, high = centres.min(axis=0), centres.max(axis=0)
     counts = tuple(
         int(np.ceil((top - bottom) / GRID_STEP)) + 1 for bottom, top in zip(low, high, strict=True)
     )
-    axes = [bottom + GRID_STEP * np.arange(count) for bottom, count in zip(low, counts, strict=True)]
-    nodes = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
-    return _Grid(low=low, counts=counts, values=residual.exact(nodes))
+    return _Grid(low=low, counts=counts, values=np.full(math.prod(counts), np.nan))
 
 
 def _distances(points: Matrix, centres: Matrix) -> Matrix:
@@ -210,21 +156,23 @@ def _distances(points: Matrix, centres: Matrix) -> Matrix:
     return np.sqrt(table, out=table)
 
 
+def _corners(position: Matrix, counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the cell of each position, ``(num_rows, 3)``, and the nodes at its corners, ``(num_rows, 8)``."""
+    low = np.minimum(position.astype(np.int64), np.maximum(counts - 2, 0))
+    # A dimension of one node has no next one.
+    x, y, z = (np.array([0, 1 if count > 1 else 0]) for count in counts)
+    steps = (x[:, None, None] * counts[1] + y[:, None]) * counts[2] + z
+    base = (low[:, 0] * counts[1] + low[:, 1]) * counts[2] + low[:, 2]
+    return low, base[:, None] + steps.ravel()
+
+
 def _interpolate_columns(position: Matrix, counts: NDArray[np.int64], values: FloatColumn) -> FloatColumn:
     """Return what :func:`_interpolate` writes, bit for bit, without a compiler to load."""
-    low = np.minimum(position.astype(np.int64), np.maximum(counts - 2, 0))
+    low, nodes = _corners(position, counts)
     u, v, w = (position - low).T
-    step_x, step_y = counts[1] * counts[2], counts[2]
-    base = low[:, 0] * step_x + low[:, 1] * step_y + low[:, 2]
-    to_x, to_y, to_z = (
-        step if count > 1 else 0 for step, count in zip((step_x, step_y, 1), counts, strict=True)
-    )
-    near = (1.0 - v) * ((1.0 - w) * values[base] + w * values[base + to_z]) + v * (
-        (1.0 - w) * values[base + to_y] + w * values[base + to_y + to_z]
-    )
-    far = (1.0 - v) * ((1.0 - w) * values[base + to_x] + w * values[base + to_x + to_z]) + v * (
-        (1.0 - w) * values[base + to_x + to_y] + w * values[base + to_x + to_y + to_z]
-    )
+    corner = values[nodes].T
+    near = (1.0 - v) * ((1.0 - w) * corner[0] + w * corner[1]) + v * ((1.0 - w) * corner[2] + w * corner[3])
+    far = (1.0 - v) * ((1.0 - w) * corner[4] + w * corner[5]) + v * ((1.0 - w) * corner[6] + w * corner[7])
     total: FloatColumn = (1.0 - u) * near + u * far
     return total
 
@@ -252,25 +200,3 @@ def _interpolate(
             (1.0 - w) * values[base + to_x + to_y] + w * values[base + to_x + to_y + to_z]
         )
         total[case] = (1.0 - u) * near + u * far
-
-
-@compiled
-def _add_trees(
-    coordinates: Matrix,
-    roots: NDArray[np.int64],
-    feature: NDArray[np.int64],
-    threshold: FloatColumn,
-    left: NDArray[np.int64],
-    right: NDArray[np.int64],
-    value: FloatColumn,
-    total: FloatColumn,
-) -> None:
-    """Add each tree's leaf value to ``total``, in place; in blocks of cases, so that one tree at a time is in cache."""
-    for start in range(0, len(total), 256):
-        for tree in range(len(roots)):
-            for case in range(start, min(start + 256, len(total))):
-                node = roots[tree]
-                while left[node] >= 0:
-                    goes_left = coordinates[case, feature[node]] <= threshold[node]
-                    node = left[node] if goes_left else right[node]
-                total[case] += value[node]

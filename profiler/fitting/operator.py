@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from meshwright.costmodels.operators import (
 )
 from meshwright.costmodels.operators.model import REGIMES, roofline_time
 from meshwright.errors import CalibrationError
-from meshwright.profiler.fitting.residual import fit_rbf, fit_trees, has_trees, unbaked
+from meshwright.profiler.fitting.residual import fit_rbf, fit_trees, has_trees, left_out_by_rbf, unbaked
 from meshwright.profiler.fitting.roofline import fit_roofline
 from meshwright.profiler.fitting.subset import spread_rows
 from meshwright.profiler.measurements import OperatorSamples
@@ -36,14 +36,12 @@ _RESIDUAL_SAMPLES = 30
 _RESIDUAL_SAMPLES_1D = 8
 # With fewer, trees do not lower the error of shapes never seen (attention, experts and products at 50 and 100 points).
 _TREE_SAMPLES = 150
-# Shapes a regime needs for quantiles of its own.
-_REGIME_SAMPLES = 20
+# Shapes of a regime that count as much for the spread of its errors as those of all regimes together.
+_SHARED_SAMPLES = 20
 # Most shapes that judge a fit, and that sharpen a roofline.
 _MAX_HOLD_OUT, _MAX_ROOFLINE = 4000, 2500
-# Shares of trees in the mean with a smooth residual. Folds tell them apart poorly, so that equal shares have 5 % less to
-# show than either alone; a smooth residual that bakes to a grid is ten times as fast, and gives way for 6 %.
-_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_EQUAL_SHARES_GAIN, _GRID_GAIN = 0.05, 0.06
+# The quicker residual stays unless another errs this share less.
+_WORTH_THE_TIME = 0.06
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,20 +123,22 @@ def fit_operator(
     for_roofline = np.concatenate([picked, others[:_MAX_ROOFLINE]]) if spare else picked
     plain = _fit_plain(samples.take(np.sort(for_roofline)), operator, rates)
 
-    def fit(part: OperatorSamples) -> tuple[OperatorModel, ...]:
-        # A handful of constants on thirty shapes or more: folds keep the roofline and refit what bends to samples.
-        if with_residual:
-            return _with_residuals(plain, part, with_trees=with_trees)
-        return (_fit_plain(part, operator, rates),)
-
-    models = fit(training)
+    if not with_residual:
+        left_out = _left_out_by_roofline(training, operator, rates, settings.seed)
+        return _with_error(plain, training, left_out, len(picked))
+    models = _with_residuals(plain, training, with_trees=with_trees)
     if not spare:
-        folded = _cross_validated(training, fit, settings.seed)
-        share = _share_of_trees(folded, operator)
-        return _with_error(_mixed(models, share), training, _mixed_errors(folded, share), len(picked))
+        folded = _left_out_by_residuals(plain, training, settings.seed, with_trees=with_trees)
+        worth = _WORTH_THE_TIME
+        if with_trees and operator.is_bakeable:
+            # From a few hundred shapes the mean of both errs less than either, from a thousand trees do; folds, which
+            # lack a fifth of the shapes, show less of it than there is.
+            models, folded, worth = (*models, _mean_of(models)), [*folded, 0.5 * (folded[0] + folded[1])], 0.0
+        best = _best(folded, operator, worth)
+        return _with_error(models[best], training, folded[best], len(picked))
     choosing, judging_samples = samples.take(judging[::2]), samples.take(judging[1::2])
-    best = _mixed(models, _share_of_trees([_log_errors(model, choosing) for model in models], operator))
-    return _with_error(best, judging_samples, _log_errors(best, judging_samples), len(picked))
+    model = models[_best([_log_errors(each, choosing) for each in models], operator, _WORTH_THE_TIME)]
+    return _with_error(model, judging_samples, _log_errors(model, judging_samples), len(picked))
 
 
 def _samples_for_residual(operator: Operator) -> int:
@@ -167,62 +167,74 @@ def _with_residuals(
     plain: OperatorModel, samples: OperatorSamples, *, with_trees: bool
 ) -> tuple[OperatorModel, ...]:
     """Return the roofline under a smooth residual, and under trees."""
-    operator, work = plain.operator, plain.work(samples.shape)
-    coordinates = operator.coordinates(samples.shape, plain.rates)
-    log_errors = np.log(samples.seconds / roofline_time(work, plain.curve, plain.rates))
-    sampled = np.column_stack([coordinates, np.log2(np.maximum(work.flops, 1.0))])
-    residuals: list[Residual] = [fit_rbf(operator, coordinates, log_errors)]
+    coordinates, log_errors = _left_by(plain, samples)
+    residuals: list[Residual] = [fit_rbf(plain.operator, coordinates, log_errors)]
     if with_trees:
-        if operator.steps is not None:
-            coordinates = np.column_stack([coordinates, operator.steps(samples.shape, plain.rates)])
         residuals.append(fit_trees(coordinates, log_errors))
+    log_flops = np.log2(np.maximum(plain.work(samples.shape).flops, 1.0))
+    sampled = np.column_stack([coordinates[:, : plain.operator.num_dims], log_flops])
     box = np.stack([sampled.min(axis=0), sampled.max(axis=0)])
     return tuple(replace(plain, residual=residual, box=box) for residual in residuals)
 
 
-def _mixed(models: Sequence[OperatorModel], share: float) -> OperatorModel:
-    """Return the model whose residual is a share of trees and the rest smooth.
+def _left_by(plain: OperatorModel, samples: OperatorSamples) -> tuple[Column, Column]:
+    """Return smooth and stepwise coordinates, and what the roofline leaves of each sample's log time."""
+    operator = plain.operator
+    parts = [each(samples.shape, plain.rates) for each in (operator.coordinates, operator.steps) if each]
+    return np.column_stack(parts), _log_errors(plain, samples)
 
-    The two err apart, trees between samples and the smooth one on steps, so that their mean is mostly better than either.
-    """
+
+def _mean_of(models: Sequence[OperatorModel]) -> OperatorModel:
+    """Return the model under the mean of the models' residuals, which are logarithms as their errors are."""
     parts = tuple(model.residual for model in models if model.residual is not None)
-    if share in (0.0, 1.0):
-        return models[int(share)]
-    return replace(models[0], residual=StackedResidual(parts=parts, weights=(1.0 - share, share)))
+    return replace(models[0], residual=StackedResidual(parts=parts, weights=(1.0 / len(parts),) * len(parts)))
 
 
-def _mixed_errors(log_errors: Sequence[Column], share: float) -> Column:
-    """Return the log errors of :func:`_mixed`: residuals are logarithms, so these mix as they do."""
-    smooth, *trees = log_errors
-    return (1.0 - share) * smooth + share * trees[0] if trees else smooth
+def _best(log_errors: Sequence[Column], operator: Operator, worth: float) -> int:
+    """Return which residual to take by errors on shapes not seen: the smooth one (0), trees (1) or their mean (2).
 
-
-def _share_of_trees(log_errors: Sequence[Column], operator: Operator) -> float:
-    """Return the share of trees with the least error on shapes not seen (Wolpert 1992), in doubt the simplest."""
+    A smooth residual on a grid is quicker than trees, and without one slower; the quicker one stays unless another errs
+    less by the share ``worth``.
+    """
     if len(log_errors) == 1:
-        return 0.0
-
-    def error(share: float) -> float:
-        return float(np.abs(np.exp(-_mixed_errors(log_errors, share)) - 1.0).mean())
-
-    best = min(_SHARES, key=lambda share: error(share) * (1.0 + _EQUAL_SHARES_GAIN * abs(2.0 * share - 1.0)))
-    is_worth = not operator.is_bakeable or error(best) < (1.0 - _GRID_GAIN) * error(0.0)
-    return best if is_worth else 0.0
+        return 0
+    errors = [float(np.abs(np.exp(-each) - 1.0).mean()) for each in log_errors]
+    quickest, least = 0 if operator.is_bakeable else 1, int(np.argmin(errors))
+    return least if errors[least] < (1.0 - worth) * errors[quickest] else quickest
 
 
-def _cross_validated(
-    samples: OperatorSamples, fit: Callable[[OperatorSamples], Sequence[OperatorModel]], seed: int
-) -> Sequence[Column]:
-    """Return, for each model, ``log(measured / predicted)`` of each sample by the fit that did not see it."""
-    count = len(samples.seconds)
+def _folds(count: int, seed: int) -> list[NDArray[np.int64]]:
     order = np.random.default_rng(seed).permutation(count)
-    folds = [np.sort(order[fold::_FOLDS]) for fold in range(min(_FOLDS, count))]
-    errors = [
-        [_log_errors(model, samples.take(held)) for model in fit(samples.take(np.setdiff1d(order, held)))]
-        for held in folds
-    ]
-    in_order = np.argsort(np.concatenate(folds))
-    return [np.concatenate(of_model)[in_order] for of_model in zip(*errors, strict=True)]
+    return [np.sort(order[fold::_FOLDS]) for fold in range(min(_FOLDS, count))]
+
+
+def _left_out_by_roofline(
+    samples: OperatorSamples, operator: Operator, rates: DeviceRates, seed: int
+) -> Column:
+    """Return ``log(measured / predicted)`` of each sample by the roofline of the folds that it is not in."""
+    every, left = np.arange(len(samples.seconds)), np.empty_like(samples.seconds)
+    for held in _folds(len(every), seed):
+        model = _fit_plain(samples.take(np.setdiff1d(every, held)), operator, rates)
+        left[held] = _log_errors(model, samples.take(held))
+    return left
+
+
+def _left_out_by_residuals(
+    plain: OperatorModel, samples: OperatorSamples, seed: int, *, with_trees: bool
+) -> list[Column]:
+    """Return ``log(measured / predicted)`` of each sample by the residuals of the folds that it is not in.
+
+    The roofline, a handful of constants on thirty shapes or more, is that of all samples.
+    """
+    coordinates, log_errors = _left_by(plain, samples)
+    folds = _folds(len(log_errors), seed)
+    left = [left_out_by_rbf(plain.operator, coordinates, log_errors, folds)]
+    if with_trees:
+        left.append(log_errors.copy())
+        for held in folds:
+            rest = np.setdiff1d(np.arange(len(log_errors)), held)
+            left[1][held] -= fit_trees(coordinates[rest], log_errors[rest]).log_correction(coordinates[held])
+    return left
 
 
 def _with_error(
@@ -232,15 +244,9 @@ def _with_error(
     signed = np.exp(-log_errors) - 1.0
     work = model.work(samples.shape)
     roofline = np.abs(roofline_time(work, model.curve, model.rates) / samples.seconds - 1.0)
-    regime = model.regime(work)
-    intervals = {}
-    for index, name in enumerate(REGIMES):
-        mine = log_errors[regime == index]
-        band = np.quantile(mine if len(mine) >= _REGIME_SAMPLES else log_errors, (0.1, 0.9))
-        intervals[name] = (float(min(band[0], 0.0)), float(max(band[1], 0.0)))
     return replace(
         model,
-        intervals=intervals,
+        intervals=_intervals(log_errors, model.regime(work)),
         error=OperatorError(
             mean=float(np.abs(signed).mean()),
             p95=float(np.quantile(np.abs(signed), 0.95)),
@@ -249,3 +255,31 @@ def _with_error(
             num_points=num_points,
         ),
     )
+
+
+def _intervals(log_errors: Column, regime: NDArray[np.int64]) -> dict[str, tuple[float, float]]:
+    """Return P10 and P90 of ``log(measured / predicted)`` by regime.
+
+    Notes
+    -----
+    Normalised conformal intervals (Lei et al. 2018, section 5.2): quantiles of all errors in units of their regime's
+    spread. Quantiles of a regime alone, from the thirty shapes or so it may have, miss by half of themselves.
+    """
+    spreads = [_spread(log_errors, log_errors[regime == index]) for index in range(len(REGIMES))]
+    low, high = np.quantile(log_errors / np.array(spreads)[regime], (0.1, 0.9))
+    return {
+        name: (float(min(low, 0.0)) * spread, float(max(high, 0.0)) * spread)
+        for name, spread in zip(REGIMES, spreads, strict=True)
+    }
+
+
+def _spread(every: Column, mine: Column) -> float:
+    """Return the median absolute error of a regime, drawn towards that of all where it has few shapes."""
+    if not len(mine):
+        return _median(every)
+    weight = len(mine) / (len(mine) + _SHARED_SAMPLES)
+    return float(_median(mine) ** weight * _median(every) ** (1.0 - weight))
+
+
+def _median(log_errors: Column) -> float:
+    return max(float(np.median(np.abs(log_errors))), 1e-9)

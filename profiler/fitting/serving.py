@@ -32,7 +32,7 @@ __all__ = [
 DEFAULT_CONSTANTS = (
     "step_latency",
     "host_time_per_sequence",
-    "eager_layer_time",
+    "eager_kernel_time",
     "max_num_batched_tokens",
     "response_latency",
     "kernel_time",
@@ -48,7 +48,7 @@ _STEPS: Mapping[str, float] = {
     "logit_bytes": 8.0,
     "host_time": 1e-3,
     "host_time_per_sequence": 2e-5,
-    "eager_layer_time": 1e-4,
+    "eager_kernel_time": 1e-5,
     "request_time": 1e-3,
     "token_time": 2e-5,
     "response_latency": 5e-3,

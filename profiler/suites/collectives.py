@@ -44,7 +44,9 @@ class _CollectivesSuite:
 SUITE: Suite = _CollectivesSuite()
 
 
-def run_collectives(device: Device, settings: ProfileSettings) -> Iterator[tuple[Case, Result]]:
+def run_collectives(
+    device: Device, settings: ProfileSettings, is_measured: Callable[[Case], bool] = lambda case: False
+) -> Iterator[tuple[Case, Result]]:
     """Start a process per device (two on a CPU) and yield each result as it comes; closing it ends them.
 
     Under ``torchrun`` this process is rank 0 of those that are already there.
@@ -55,6 +57,8 @@ def run_collectives(device: Device, settings: ProfileSettings) -> Iterator[tuple
         Of this node; all of its kind take part.
     settings : ProfileSettings
         Largest message.
+    is_measured : Callable[[Case], bool]
+        Whether an earlier run has measured a case; on one node it is left out.
 
     Raises
     ------
@@ -68,6 +72,9 @@ def run_collectives(device: Device, settings: ProfileSettings) -> Iterator[tuple
     jobs = _local_jobs(device, settings)
     if not jobs:
         raise CalibrationError("collectives need at least two GPUs; leave out --collectives")
+    jobs = tuple(job for job in jobs if not is_measured(_case(job)))
+    if not jobs:
+        return
     context = torch.multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from meshwright.profiler.device import Device
 from meshwright.profiler.settings import ProfileSettings
 from meshwright.profiler.suites.base import Case, Suite
-from meshwright.profiler.suites.operands import dtype_of, half_precision, normal
+from meshwright.profiler.suites.operands import dtype_of, main_precision, normal
 
 __all__ = ["SUITE", "Layer", "LayerShape"]
 
@@ -72,7 +72,8 @@ class _LayerSuite:
                 num_kv_heads=model.num_query_groups,
                 head_dim=model.head_dim,
             )
-        precision = half_precision(device) if device.is_gpu else "fp32"
+        # That of the other suites, so that their operators add up to it.
+        precision = main_precision(device, settings)
         training = {"batch_size": shape.batch_size, "sequence_length": shape.sequence_length}
         decoding = {"batch_size": shape.decode_batch_size, "context_length": shape.context_length}
         # For a CPU the compiler writes C++ and takes minutes.

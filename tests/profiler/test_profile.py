@@ -347,7 +347,7 @@ def install_collectives(
     monkeypatch: pytest.MonkeyPatch, results: Callable[[], Iterator[tuple[Case, Timing | Failure]]]
 ) -> None:
     install(monkeypatch, case(1))
-    fake = SimpleNamespace(run_collectives=lambda device, settings: results())
+    fake = SimpleNamespace(run_collectives=lambda device, settings, is_measured: results())
     monkeypatch.setitem(sys.modules, "made_up_collectives", fake)
     monkeypatch.setattr(suites, "SUITES", {"made_up": "nowhere", "collectives": "made_up_collectives"})
 
@@ -393,6 +393,26 @@ def test_collectives_end_with_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not summary.is_complete
     assert summary.seconds < 2.0
     assert summary.counts["ok"] > 2
+
+
+def test_collectives_go_on_where_they_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, measured = tmp_path / "a.jsonl", []
+
+    def results(
+        device: object, settings: object, is_measured: Callable[[Case], bool]
+    ) -> Iterator[tuple[Case, Timing | Failure]]:
+        for size in (1024, 2048):
+            if not is_measured(collective(size)):
+                measured.append(size)
+                time.sleep(0.6)
+                yield collective(size), timing_of([1e-4], "eager", 0.1)
+
+    install_collectives(monkeypatch, lambda: iter(()))
+    monkeypatch.setattr(sys.modules["made_up_collectives"], "run_collectives", results)
+    settings = dataclasses.replace(FAST, with_collectives=True, max_seconds=0.5)
+    assert not run_profile(path, CPU, settings).is_complete
+    assert run_profile(path, CPU, dataclasses.replace(settings, max_seconds=10.0)).is_complete
+    assert measured == [1024, 2048]
 
 
 CHILD = """

@@ -11,6 +11,7 @@ from meshwright.profiler.serving_runs import (
     UnstatedLoadError,
     decode_setup,
     is_serving_table,
+    prefill_setup,
     read_serving_runs,
     serving_setup,
 )
@@ -66,6 +67,27 @@ def test_every_aggregated_row_has_a_setup() -> None:
             setup = serving_setup(run)
             assert setup.num_requests >= 8 * setup.num_clients
             assert setup.max_num_sequences in (setup.num_clients, setup.num_clients - 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("run_id", "steps"),
+    [
+        ("serve-00702", 60),  # trtllm, four attention ranks
+        ("serve-00470", 0),  # trtllm, one
+        ("serve-00333", 30),  # sglang on B200, 32 clients
+        ("serve-02185", 10),  # sglang on B200, 4 clients
+        ("serve-05210", 0),  # sglang on H200
+        ("serve-04474", 0),  # vllm
+    ],
+)
+def test_prompts_wait_as_the_recipes_launch_flags_say(run_id: str, steps: int) -> None:
+    assert serving_setup(RUNS[run_id]).prompt_wait_steps == steps
+
+
+def test_prefill_ranks_are_shared_by_decode_ranks() -> None:
+    setup, ranks = prefill_setup(RUNS["serve-00270"])  # five workers of eight ranks for one of 32
+    assert setup.plan.pools[0].attention_dp == 8
+    assert ranks == 5 * 8 / 32
 
 
 def test_lengths_vary_where_the_recipe_varies_them() -> None:

@@ -13,6 +13,7 @@ from meshwright.profiler.serving_validation import (
     ScoredServingRun,
     ServingValidator,
     decode_step_time,
+    prompt_step_time,
     rank_correlations,
     summarise_serving,
 )
@@ -42,10 +43,11 @@ def validator() -> ServingValidator:
 @pytest.mark.parametrize(
     ("engine", "model", "gpu", "step", "tpot", "ttft"),
     [
-        ("vllm", "Qwen3-32B", "H100", 6, 0.035, 0.25),
+        ("vllm", "Qwen3-32B", "H100", 6, 0.03, 0.15),
+        ("trtllm", "DeepSeek-R1", "B200", 3, 0.1, 0.35),
         ("vllm", "gpt-oss", "H100", 6, 0.07, 0.12),
-        ("trtllm", "Qwen3-32B", "H100", 16, 0.08, 0.25),
-        ("sglang", "Qwen3-32B", "H100", 12, 0.07, 0.2),
+        ("trtllm", "Qwen3-32B", "H100", 16, 0.06, 0.25),
+        ("sglang", "Qwen3-32B", "H100", 12, 0.04, 0.2),
         ("vllm", "MiniMax", "B200", 6, 0.14, 0.4),
     ],
 )
@@ -92,6 +94,18 @@ def test_every_prediction_says_where_its_constants_come_from(validator: ServingV
     assert "fitted" in row.reason
 
 
+def test_a_decode_batch_is_what_prefill_can_fill(validator: ServingValidator) -> None:
+    run = next(run for run in read_serving_runs(TABLE) if run.id == "serve-00662")
+    many = replace(run, cells={**run.cells, "prefill_workers": "50"})
+    few, full = validator.score(run).tpot, validator.score(many).tpot
+    assert few is not None
+    assert full is not None
+    assert few < full
+    fewer_asked = validator.score(replace(many, cells={**many.cells, "decode_batch": "96"})).tpot
+    assert fewer_asked is not None
+    assert fewer_asked < full
+
+
 def test_decode_step_time_follows_the_tables_formula() -> None:
     axis = np.array([1.0, 3.0])
     table = StepTable(
@@ -110,6 +124,8 @@ def test_decode_step_time_follows_the_tables_formula() -> None:
     assert decode_step_time(table, 2.0, 5.0) == 4.0
     assert decode_step_time(table, 3.0, 10.0) == 3.0 + 3.0 + 0.5
     assert decode_step_time(replace(table, is_host_hidden=False), 2.0, 5.0) == 2.0 + 1.0 + 0.5 + 4.0
+    assert prompt_step_time(table, 1.0) == 9.0 + 1.0 + 0.5
+    assert prompt_step_time(replace(table, eager_host_time=20.0), 1.0) == 20.0
 
 
 def test_a_fit_finds_the_constant_that_made_the_runs() -> None:

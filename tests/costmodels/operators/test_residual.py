@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import meshwright
 from meshwright.costmodels.operators import OPERATORS, RbfResidual, StackedResidual, TreeResidual
 from meshwright.costmodels.operators.residual import GRID_STEP
+from meshwright.costmodels.operators.trees import MAX_LEAVES
 from meshwright.profiler.fitting.residual import (
     LEARNING_RATE,
-    NUM_LEAVES,
     NUM_TREES,
     fit_rbf,
     fit_trees,
@@ -114,6 +114,56 @@ def test_a_stack_weighs_its_parts() -> None:
     assert not smooth(2, is_baked=False).has_steps
 
 
+def walked(trees: TreeResidual, case: np.ndarray) -> float:
+    """The definition: from each root down to a leaf, tree by tree."""
+    total = trees.offset
+    for root in trees.roots:
+        node = root
+        while trees.left[node] >= 0:
+            is_left = case[trees.feature[node]] <= trees.threshold[node]
+            node = trees.left[node] if is_left else trees.right[node]
+        total += trees.value[node]
+    return total
+
+
+@pytest.mark.parametrize("count", [1, 5, 256, 257, 600])
+def test_trees_end_where_a_walk_ends(count: int) -> None:
+    rng = np.random.default_rng(count)
+    parts = [grown(rng, num_leaves) for num_leaves in (1, 2, 7, MAX_LEAVES, MAX_LEAVES)]
+    starts = np.cumsum([0, *(len(part[0]) for part in parts[:-1])])
+    feature, threshold, left, right = (np.concatenate([part[index] for part in parts]) for index in range(4))
+    shift = np.repeat(starts, [len(part[0]) for part in parts])
+    trees = TreeResidual(
+        roots=starts,
+        feature=feature,
+        threshold=threshold,
+        left=np.where(left < 0, -1, left + shift),
+        right=np.where(right < 0, -1, right + shift),
+        value=rng.normal(size=len(feature)),
+        offset=0.5,
+    )
+    cases = rng.uniform(-1.0, 11.0, (count, 5))
+    # On a threshold, far beyond all of them, and beyond all numbers.
+    cases[0, :3] = (threshold[feature == 0][:1].sum(), -1e300, np.inf)
+    expected = [walked(trees, case) for case in cases]
+    np.testing.assert_array_equal(trees.log_correction(cases), expected)
+    np.testing.assert_array_equal(trees.log_correction(np.asfortranarray(cases)), expected)
+
+
+def grown(rng: np.random.Generator, num_leaves: int) -> tuple[np.ndarray, ...]:
+    """A random tree: feature, threshold, left and right child of each node."""
+    feature, threshold, left, right, leaves = [0], [0.0], [-1], [-1], [0]
+    while len(leaves) < num_leaves:
+        node = leaves.pop(int(rng.integers(len(leaves))))
+        # Coarse thresholds, so that some are equal.
+        feature[node], threshold[node] = int(rng.integers(5)), float(rng.integers(40)) / 4.0
+        left[node], right[node] = len(left), len(left) + 1
+        leaves += [left[node], right[node]]
+        feature, threshold = [*feature, 0, 0], [*threshold, 0.0, 0.0]
+        left, right = [*left, -1, -1], [*right, -1, -1]
+    return np.array(feature), np.array(threshold), np.array(left), np.array(right)
+
+
 @given(shift=st.floats(-50.0, 50.0), num_dims=st.integers(1, 3))
 def test_a_residual_of_zero_weight_sum_stays_bounded_far_away(shift: float, num_dims: int) -> None:
     residual = smooth(num_dims, is_baked=False, count=20)
@@ -135,7 +185,7 @@ def test_fitted_trees_are_the_sum_of_scikit_learns_own() -> None:
     generator = np.random.RandomState(0)
     for _ in range(NUM_TREES):
         grown = tree_module.ExtraTreeRegressor(
-            max_leaf_nodes=NUM_LEAVES, max_features=None, min_samples_leaf=2, random_state=generator
+            max_leaf_nodes=MAX_LEAVES, max_features=None, min_samples_leaf=2, random_state=generator
         ).fit(points, left_over)
         left_over = left_over - LEARNING_RATE * grown.predict(points)
         expected = expected + LEARNING_RATE * grown.predict(unseen)

@@ -10,6 +10,7 @@ import pytest
 from meshwright.costmodels.operators import (
     OPERATORS,
     DeviceRates,
+    Operator,
     OperatorModel,
     RbfResidual,
     RooflineCurve,
@@ -19,6 +20,7 @@ from meshwright.errors import CalibrationError
 from meshwright.profiler.fitting import operator as fitting
 from meshwright.profiler.fitting import residual as residuals
 from meshwright.profiler.fitting.operator import FitSettings, fit_operator, num_samples_needed
+from meshwright.profiler.fitting.residual import fit_rbf
 from meshwright.profiler.measurements import OperatorSamples
 
 RATES = DeviceRates(peak_flops_per_second=1e15, bandwidth_bytes_per_second=4e12, num_sms=132)
@@ -102,21 +104,18 @@ def test_few_samples_grow_no_trees() -> None:
     assert isinstance(model.residual, RbfResidual)
 
 
-def test_the_share_of_trees_is_the_one_that_errs_least_on_shapes_not_seen() -> None:
-    rng = np.random.default_rng(5)
-    true, wide = 0.02 * rng.normal(size=500), 0.2 * rng.normal(size=500)
-    share = fitting._share_of_trees
+def test_the_quicker_residual_stays_unless_the_other_errs_clearly_less() -> None:
+    wide = 0.2 * np.random.default_rng(5).normal(size=500)
     attention = OPERATORS["attention_prefill"]
-    assert share([wide], attention) == 0.0
-    assert share([true, wide], attention) == 0.0
-    assert share([wide, true], attention) == 1.0
-    assert share([wide, -wide], attention) == 0.5
-    # Three parts of one error in four cancel one part of three times as much.
-    assert share([true - wide / 3.0, wide], attention) == 0.25
-    # Two independent errors of one size are less in the mean; alike ones are not, and a grid is faster.
-    assert share([wide, 0.2 * rng.normal(size=500)], attention) == 0.5
-    assert share([wide, 0.97 * wide], attention) == 0.5
-    assert share([wide, 0.97 * wide], GEMM) == 0.0
+
+    def best(log_errors: list[np.ndarray], operator: Operator) -> int:
+        return fitting._best(log_errors, operator, 0.06)
+
+    assert best([wide], GEMM) == best([wide], attention) == 0
+    # On a grid the smooth one is quicker, elsewhere trees are.
+    assert [best([wide, share * wide], GEMM) for share in (1.1, 0.97, 0.8)] == [0, 0, 1]
+    assert [best([wide, share * wide], attention) for share in (1.3, 1.03, 0.9)] == [0, 1, 1]
+    assert best([wide, 0.9 * wide, 0.8 * wide], GEMM) == 2
 
 
 def test_a_mean_of_residuals_errs_as_the_mean_of_their_errors() -> None:
@@ -124,9 +123,35 @@ def test_a_mean_of_residuals_errs_as_the_mean_of_their_errors() -> None:
     samples, unseen = made(200, step=0.4), made(300, seed=1, step=0.4)
     models = fitting._with_residuals(fit_operator(samples, RATES, SMOOTH_ONLY), samples, with_trees=True)
     errors = [fitting._log_errors(model, unseen) for model in models]
-    mixed = fitting._log_errors(fitting._mixed(models, 0.25), unseen)
-    np.testing.assert_allclose(mixed, fitting._mixed_errors(errors, 0.25), atol=1e-12)
-    np.testing.assert_allclose(mixed, 0.75 * errors[0] + 0.25 * errors[1], atol=1e-12)
+    mixed = fitting._log_errors(fitting._mean_of(models), unseen)
+    np.testing.assert_allclose(mixed, 0.5 * (errors[0] + errors[1]), atol=1e-12)
+
+
+def test_errors_of_left_out_folds_are_those_of_fits_without_them() -> None:
+    samples = made(60, wave=0.15)
+    coordinates, log_errors = GEMM.coordinates(samples.shape, RATES), np.log(samples.seconds)
+    folds = [np.arange(start, 60, 5) for start in range(5)]
+    left_out = residuals.left_out_by_rbf(GEMM, coordinates, log_errors, folds)
+    for held in folds:
+        rest = np.setdiff1d(np.arange(60), held)
+        residual = fit_rbf(GEMM, coordinates[rest], log_errors[rest])
+        np.testing.assert_allclose(left_out[held], log_errors[held] - residual.exact(coordinates[held]))
+
+
+def test_intervals_of_a_regime_with_few_shapes_lean_on_all() -> None:
+    rng = np.random.default_rng(6)
+    errors = np.concatenate(
+        [0.05 * rng.normal(size=400), 0.2 * rng.normal(size=400), 0.05 * rng.normal(size=8)]
+    )
+    regime = np.repeat([0, 1, 2], [400, 400, 8])
+    bands = fitting._intervals(errors, regime)
+    for name, spread in (("launch", 0.05), ("memory", 0.2)):
+        np.testing.assert_allclose(bands[name], (-1.28 * spread, 1.28 * spread), rtol=0.15)
+    # Eight shapes say little of their tails: between their own spread and that of all.
+    assert 0.05 * 1.28 < bands["compute"][1] < 0.2 * 1.28
+    np.testing.assert_allclose(
+        fitting._intervals(errors[:400], regime[:400])["compute"], bands["launch"], rtol=0.2
+    )
 
 
 def test_without_scikit_learn_residuals_are_smooth(monkeypatch: pytest.MonkeyPatch) -> None:
