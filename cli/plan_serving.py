@@ -17,6 +17,7 @@ __all__ = ["ServingOptions", "plan_serving", "refuse_serving_options", "serving_
 ServingOptions = dict[str, Any]
 _SLO_FLAGS = ("ttft_p99", "tpot_p99", "ttft_mean", "tpot_mean", "itl_p99", "e2e_p99")
 _FLAGS = (
+    "prefill_cluster",
     "requests",
     "rate",
     "concurrency",
@@ -32,6 +33,11 @@ def serving_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of serving jobs and pass them on as one ``serving`` mapping."""
 
     @click.option("--serve", is_flag=True, help="Plan serving; job files of kind 'serving' need no flag.")
+    @click.option(
+        "--prefill-cluster",
+        metavar="NODE:COUNT",
+        help="Serving: other GPUs for the prefill pools of disaggregated plans, in nodes.",
+    )
     @click.option(
         "--requests", metavar="FILE", help="Serving: requests to serve (trace of times and lengths)."
     )
@@ -92,6 +98,7 @@ def plan_serving(
     cluster: str | None,
     precision: str | None,
     objective: str | None,
+    target: str | None,
     top: int,
     out: Path,
     common: CommonOptions,
@@ -106,7 +113,7 @@ def plan_serving(
         Options of :func:`serving_options`.
     training : dict[str, object]
         Options that mean nothing for serving, by flag; None or False where not given.
-    model, cluster, precision, objective, top, out, common :
+    model, cluster, precision, objective, target, top, out, common :
         Options of ``plan``.
     """
     from meshwright.errors import SpecError
@@ -124,6 +131,8 @@ def plan_serving(
             cluster=cluster,
             precision=precision,
             objective=objective,
+            target=target,
+            routing=serving["routing"],
             slo=_slo_texts(serving),
             **{name: serving[name] for name in _FLAGS if name not in ("verify", "long_context")},
         ),

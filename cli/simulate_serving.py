@@ -44,7 +44,7 @@ def explain_serving(
     document = read_serving_plan(plan)
     check_engine_runs(document.job, document.plan)
     costs = JobCosts(document.job, common.calibrations)
-    print_long_context(document.job, document.plan, document.plan.pools[-1], costs, as_json=common.as_json)
+    print_long_context(document.job, document.plan, costs, as_json=common.as_json)
 
 
 def simulate_serving(

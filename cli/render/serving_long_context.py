@@ -7,14 +7,14 @@ from dataclasses import asdict, replace
 from meshwright.cli.options import CommonOptions
 from meshwright.cli.render.console import make_table, print_json, stdout_console
 from meshwright.cli.render.serving_plans import pool_text
-from meshwright.planner.serving.costs import JobCosts
+from meshwright.planner.serving.costs import JobCosts, pool_cluster
 from meshwright.planner.serving.infeasible import infeasible_serving
 from meshwright.planner.serving.job_file import ServingRequest
 from meshwright.planner.serving.long_context import LongContextRow, long_context_rows
 from meshwright.planner.serving.sizing import Sizing
 from meshwright.planner.serving.space import candidate_space, option_pool
-from meshwright.planner.serving.unit_simulation import JobSimulator, profile_of_requests
-from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
+from meshwright.planner.serving.unit_simulation import JobSimulator
+from meshwright.simcore.domain.serving import ServingJob, ServingPlan
 from meshwright.simcore.serving.traces import load_requests
 from meshwright.units import format_quantity
 
@@ -32,32 +32,33 @@ def show_long_context(request: ServingRequest, common: CommonOptions) -> None:
     job = request.job
     costs = JobCosts(job, common.calibrations)
     trace = load_requests(job.workload, seed=common.seed) if job.workload.requests_file is not None else None
-    profile = profile_of_requests(JobSimulator(job, costs, trace=trace, seed=common.seed).sample())
+    profile = JobSimulator(job, costs, trace=trace, seed=common.seed).profile()
     one_node = replace(request, job=replace(job, cluster=replace(job.cluster, num_nodes=1)))
     max_gpus = min(request.limits.max_gpus or job.cluster.num_gpus, job.cluster.node.num_gpus)
     space = candidate_space(one_node, profile, costs, max_gpus)
-    if not space.options:
+    if all(each.is_prefill_only for each in space.options):
         sizing = Sizing(objective=request.objective, max_gpus=max_gpus, demand=0.0, mean_output=1.0)
         raise infeasible_serving(one_node, profile, sizing, space, costs)
     option = max(
-        space.options,
+        (each for each in space.options if not each.is_prefill_only),
         key=lambda each: (each.kv_cache_tokens * each.degrees["attention_dp"], -each.degrees["pp"]),
     )
-    pool = option_pool(option)
     plan = ServingPlan(
         engine=option.engine,
         engine_version=request.engine_version,
         precision=option.precision,
         kv_precision=option.kv_precision,
-        pools=(pool,),
+        pools=(option_pool(option),),
     )
-    print_long_context(job, plan, pool, costs, as_json=common.as_json)
+    print_long_context(job, plan, costs, as_json=common.as_json)
 
 
-def print_long_context(
-    job: ServingJob, plan: ServingPlan, pool: ServingPool, costs: JobCosts, *, as_json: bool
-) -> None:
-    """Print the four costs by context length on one replica of a pool."""
+def print_long_context(job: ServingJob, plan: ServingPlan, costs: JobCosts, *, as_json: bool) -> None:
+    """Print the four costs by context length on one replica of the pool that decodes."""
+    pool = plan.pools[-1]
+    # Of that pool's GPU alone, what calibration and constants say of a prefill pool is left out.
+    plan = replace(plan, pools=(replace(pool, role="aggregated"),))
+    gpu = pool_cluster(job, pool).gpu.id
     rows = long_context_rows(job, plan, pool, costs)
     notes = costs.certainty_notes(plan)
     if as_json:
@@ -68,10 +69,10 @@ def print_long_context(
                 "engine": plan.engine,
                 "precision": plan.precision,
                 "kv_precision": plan.kv_precision,
-                "gpu": job.cluster.gpu.id,
+                "gpu": gpu,
                 "num_gpus": pool.gpus_per_replica,
                 "rows": [_mapping(row) for row in rows],
-                "calibration": dict(costs.calibration_identity(plan)),
+                **costs.calibration_identities(plan),
                 "constants": list(notes),
             }
         )
@@ -79,7 +80,7 @@ def print_long_context(
     console = stdout_console()
     one = replace(pool, num_replicas=1)
     console.print(
-        f"{job.model.name} on one replica {pool_text(one)} of {job.cluster.gpu.id}: {plan.engine} {plan.precision}, KV cache in "
+        f"{job.model.name} on one replica {pool_text(one)} of {gpu}: {plan.engine} {plan.precision}, KV cache in "
         f"{plan.kv_precision}",
         style="bold",
         soft_wrap=True,
@@ -113,8 +114,8 @@ def print_long_context(
     console.print("Kernels were measured up to 131,072 tokens; longer prompts continue their last growth.")
     for note in notes:
         console.print(f"Constants: {note}.", soft_wrap=True)
-    calibration = costs.calibration(plan)
-    console.print(f"Calibration: {calibration.id} ({calibration.reason}).", soft_wrap=True)
+    for note in costs.calibration_notes(plan):
+        console.print(f"Calibration: {note}.", soft_wrap=True)
 
 
 def _mapping(row: LongContextRow) -> dict[str, object]:

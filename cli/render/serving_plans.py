@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from rich.table import Table
 
 from meshwright.cli.render.console import make_table, stdout_console
-from meshwright.planner.export.serving_requests import longest_request
 from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_yaml, replace_file
 from meshwright.planner.serving.answer import ServingAnswer, plan_figures
 from meshwright.planner.serving.infeasible import option_text
@@ -17,12 +17,20 @@ from meshwright.planner.serving.plan_file import (
     serving_plan_mapping,
     serving_plan_text,
 )
+from meshwright.planner.serving.request_lengths import longest_request
 from meshwright.planner.serving.search import RankedUnit, is_closed_loop
+from meshwright.planner.serving.target import target_sentence
 from meshwright.planner.serving.workload_section import slo_mapping, workload_mapping
 from meshwright.simcore.domain.serving import ServingPlan, ServingPool
 from meshwright.units import format_quantity
 
-__all__ = ["pool_text", "print_serving_report", "serving_report_mapping", "write_serving_plans"]
+__all__ = [
+    "failed_note",
+    "pool_text",
+    "print_serving_report",
+    "serving_report_mapping",
+    "write_serving_plans",
+]
 
 _OBJECTIVES = {
     "goodput_per_gpu": "output tokens/s/GPU within the limits",
@@ -42,13 +50,19 @@ def serving_report_mapping(answer: ServingAnswer, num_plans: int) -> dict[str, o
         "kind": "serving_report",
         "model": request.job.model.name,
         "cluster": request.job.cluster.id,
-        "num_gpus": answer.sizing.max_gpus,
+        **(
+            {"prefill_cluster": request.job.prefill_cluster.id}
+            if request.job.prefill_cluster is not None
+            else {}
+        ),
+        "num_gpus": answer.sizing.total_gpus,
         "objective": request.objective,
         "workload": workload_mapping(request.job.workload),
         "slo": slo_mapping(request.job.slo),
         "mean_input_tokens": answer.profile.mean_prompt,
         "mean_output_tokens": answer.profile.mean_output,
         "stated_load": answer.sizing.demand,
+        "num_failed_requests_left_out": answer.num_failed,
         **(
             {
                 "cheapest": {
@@ -59,7 +73,7 @@ def serving_report_mapping(answer: ServingAnswer, num_plans: int) -> dict[str, o
             if cheapest is not None
             else {}
         ),
-        "calibration": dict(answer.costs.calibration_identity(winner.plan)),
+        **answer.costs.calibration_identities(winner.plan),
         "constants": list(answer.costs.certainty_notes(winner.plan)),
         "bounds_seconds": answer.bounds_seconds,
         "search_seconds": answer.seconds,
@@ -68,8 +82,11 @@ def serving_report_mapping(answer: ServingAnswer, num_plans: int) -> dict[str, o
         "num_simulated": outcome.num_simulated,
         "num_runs": outcome.num_runs,
         "is_certified": outcome.is_certified,
+        "highest_unsimulated_bound": _finite(outcome.highest_unsimulated),
         "is_separated": outcome.is_separated,
         "rejections": _rejections(answer),
+        **({"target": request.limits.target} if request.limits.target is not None else {}),
+        **({"target_refusals": dict(outcome.units.refused)} if outcome.units.refused else {}),
         "binding": dict(outcome.binding),
         "plans": [
             {"plan": serving_plan_mapping(ranked.plan), "prediction": dict(plan_figures(answer, ranked))}
@@ -106,7 +123,7 @@ def write_serving_plans(
         out / f"{place}.yaml": serving_plan_text(
             ServingPlanDocument(job=request.job, plan=ranked.plan, origin=request.origin),
             plan_figures(answer, ranked),
-            answer.costs.calibration_identity(ranked.plan),
+            answer.costs.calibration_identities(ranked.plan),
             answer.costs.certainty_notes(ranked.plan),
         ).encode()
         for place, ranked in enumerate(answer.outcome.ranked[:num_plans], start=1)
@@ -155,25 +172,36 @@ def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, qu
         soft_wrap=True,
     )
     if not quiet:
+        sentences = dict(outcome.space.sentences)
+        if request.limits.target is not None:
+            sentences["target"] = target_sentence(request.limits.target, outcome.units.refused)
         for name, count in _rejections(answer).items():
-            if count and name in outcome.space.sentences:
-                console.print(f"  {name}: {outcome.space.sentences[name]}", style="dim", soft_wrap=True)
+            if count and name in sentences:
+                console.print(f"  {name}: {sentences[name]}", style="dim", soft_wrap=True)
     for note in answer.costs.certainty_notes(winner.plan):
         console.print(f"Constants: {note}.", soft_wrap=True)
-    calibration = answer.costs.calibration(winner.plan)
-    console.print(f"Calibration: {calibration.id} ({calibration.reason}).", soft_wrap=True)
+    for note in answer.costs.calibration_notes(winner.plan):
+        console.print(f"Calibration: {note}.", soft_wrap=True)
     if request.job.workload.requests_file is not None:
         console.print(
             "Loads are simulated on the first requests of the file, closer together or further apart; 'simulate' serves all "
             "of them at their own times.",
             soft_wrap=True,
         )
+    if answer.num_failed:
+        console.print(failed_note(answer.num_failed), soft_wrap=True)
     longest = longest_request(request.job) or round(float(answer.profile.prompt_lengths[-1]))
     positions = request.job.model.max_position_embeddings
     if longest > positions:
         console.print(
             f"Note: the longest request, about {longest:,} tokens, is beyond the {positions:,} positions of "
             f"{request.job.model.name}; engines refuse it unless the model's positions are extended.",
+            soft_wrap=True,
+        )
+    if request.routing is not None:
+        console.print(
+            f"Routing data {request.routing.name}: expert ranks are as uneven as a placement of the experts on it leaves them, "
+            "over the whole of it; single steps vary more. Copies are the engine's to place, or 'meshwright place' does.",
             soft_wrap=True,
         )
     written = min(num_plans, len(outcome.ranked))
@@ -189,12 +217,18 @@ def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, qu
         )
 
 
+def failed_note(num_failed: int) -> str:
+    """Return what became of recorded requests without an answer."""
+    what = "request" if num_failed == 1 else "requests"
+    return f"Note: {num_failed:,} recorded {what} without an answer (failed) left out."
+
+
 def pool_text(pool: ServingPool) -> str:
     """Return a pool in a few words."""
     degrees = " ".join(
         f"{name} {getattr(pool, name)}"
-        for name in ("tp", "pp", "attention_dp", "moe_tp", "ep")
-        if getattr(pool, name) > 1
+        for name in ("tp", "pp", "attention_dp", "moe_tp", "ep", "redundant_experts")
+        if getattr(pool, name) > (name != "redundant_experts")
     )
     return f"{pool.num_replicas} x ({degrees or '1 GPU'})"
 
@@ -208,7 +242,7 @@ def _plans_table(answer: ServingAnswer, num_plans: int) -> Table:
     job = answer.request.job
     limits = ", ".join(f"{name} {text}" for name, text in _slo_texts(answer)) or "no limit"
     title = (
-        f"{job.model.name} on {answer.sizing.max_gpus} x {job.cluster.gpu.id}: "
+        f"{job.model.name} on {_gpus_text(answer)}: "
         f"{answer.profile.mean_prompt:,.0f} tokens in, {answer.profile.mean_output:,.0f} out, {limits}; best: "
         f"{_OBJECTIVES[answer.request.objective]}"
     )
@@ -245,6 +279,13 @@ def _plans_table(answer: ServingAnswer, num_plans: int) -> Table:
         cells = (str(place), *row)
         table.add_row(*(cells[index] for index in shown), style="bold green" if place == 1 else None)
     return table
+
+
+def _gpus_text(answer: ServingAnswer) -> str:
+    job = answer.request.job
+    text = f"{answer.sizing.max_gpus} x {job.cluster.gpu.id}"
+    apart = job.prefill_cluster
+    return text if apart is None else f"{text}, prefill on {apart.num_gpus} x {apart.gpu.id}"
 
 
 def _plan_row(answer: ServingAnswer, ranked: RankedUnit) -> tuple[str, ...]:
@@ -311,11 +352,11 @@ def _reason(answer: ServingAnswer) -> str:
             f"{_plan_text(winner.unit.plan)} has the best bound; nothing was simulated, so loads are upper bounds and "
             "latencies lower ones."
         )
-    certificate = (
-        "no configuration that was not simulated has a bound above it"
-        if outcome.is_certified
-        else "configurations that were not simulated have higher bounds, so the optimum is not certified"
-    )
+    certificate = "no configuration that was not simulated has a bound above it"
+    if not outcome.is_certified:
+        certificate = (
+            f"the optimum is not certified: by their bounds, others not simulated {_gap_text(answer)}"
+        )
     if len(outcome.ranked) == 1:
         return f"{_plan_text(winner.unit.plan)} is the only shape simulated that keeps the limits; {certificate}."
     rival = outcome.ranked[1]
@@ -325,9 +366,22 @@ def _reason(answer: ServingAnswer) -> str:
     return f"{_plan_text(winner.unit.plan)} {margin} {_plan_text(rival.unit.plan)}{clear}; {certificate}."
 
 
+def _gap_text(answer: ServingAnswer) -> str:
+    """Return by how much the winner may be beaten."""
+    highest, value = answer.outcome.highest_unsimulated, answer.outcome.ranked[0].value
+    if answer.request.objective == "cost":
+        # The whole GPUs of the value, whose fraction is the room that stays free.
+        return f"may need {math.ceil(-highest):,} GPUs instead of {math.ceil(-value):,}"
+    return f"may be up to {highest / value - 1.0:.1%} better"
+
+
 def _rejections(answer: ServingAnswer) -> dict[str, int]:
     units = answer.outcome.units
-    late = {"slo": units.num_beyond_limits, "demand": units.num_beyond_demand}
+    late = {
+        "slo": units.num_beyond_limits,
+        "demand": units.num_beyond_demand,
+        "target": sum(units.refused.values()),
+    }
     return {**answer.outcome.space.rejections, **{name: count for name, count in late.items() if count}}
 
 
@@ -350,6 +404,10 @@ def _time(figures: object, metric: str) -> str:
             mark = "" if statistic == "p99" else " mean"
             return format_quantity(float(value), "seconds", 3) + mark
     return "-"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _load(value: object) -> str:

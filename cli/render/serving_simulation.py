@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from meshwright.cli.render.console import make_table, stdout_console
-from meshwright.cli.render.serving_plans import pool_text
+from meshwright.cli.render.serving_plans import failed_note, pool_text
 from meshwright.cli.render.serving_timeline import write_serving_timeline
 from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_trace, replace_file
 from meshwright.planner.serving.plan_file import serving_plan_mapping
 from meshwright.planner.serving.run import ServingRun
 from meshwright.planner.serving.workload_section import slo_mapping, workload_mapping
+from meshwright.simcore.domain.serving import pools_by_cluster
 from meshwright.simcore.serving.metrics import MetricStatistics, request_metrics
 from meshwright.units import format_quantity
 
@@ -60,6 +61,7 @@ def serving_simulation_mapping(run: ServingRun) -> dict[str, object]:
         "slo": slo_mapping(document.job.slo),
         "slo_violations": {limit.name: times for limit, times in run.violations},
         "num_requests": run.result.num_requests,
+        "num_failed_requests_left_out": run.num_failed,
         "duration_seconds": metrics.duration,
         "requests_per_second": metrics.requests_per_second,
         "goodput_requests_per_second": metrics.goodput,
@@ -75,8 +77,9 @@ def serving_simulation_mapping(run: ServingRun) -> dict[str, object]:
         "prompt_time_share": run.prompt_share,
         "decode_time_share": run.decode_share,
         "watts_per_gpu": run.watts_per_gpu,
+        "watts_per_gpu_by_phase": dict(run.phase_watts),
         **{key: value for key, value in optional.items() if value is not None},
-        "calibration": dict(run.costs.calibration_identity(plan)),
+        **run.costs.calibration_identities(plan),
         "constants": list(run.costs.certainty_notes(plan)),
     }
 
@@ -114,7 +117,7 @@ def print_serving_simulation(run: ServingRun, written: list[str], *, explains: b
     plan, job = document.plan, document.job
     pools = " + ".join(f"{pool.role} {pool_text(pool)}" for pool in plan.pools)
     title = (
-        f"{job.model.name} on {plan.num_gpus} x {job.cluster.gpu.id}: {plan.engine} {plan.precision}, {pools}; "
+        f"{job.model.name} on {_gpus_text(run)}: {plan.engine} {plan.precision}, {pools}; "
         f"{run.result.num_requests:,} requests in {format_quantity(metrics.duration, 'seconds', 3)}"
     )
     console.print(title, style="bold", soft_wrap=True)
@@ -149,7 +152,7 @@ def print_serving_simulation(run: ServingRun, written: list[str], *, explains: b
     console.print(
         f"Prompts fill {run.prompt_share:.0%} and decoding alone {run.decode_share:.0%} of the GPUs' time, about "
         f"{run.watts_per_gpu:,.0f} W per GPU"
-        + (f", {energy:.3g} J per output token" if energy is not None else "")
+        + (f", {energy:.3g} J per output token ({_phase_joules(run)})" if energy is not None else "")
         + (f", {price:.3g} $ per million output tokens" if price is not None else "")
         + ".",
         soft_wrap=True,
@@ -158,16 +161,30 @@ def print_serving_simulation(run: ServingRun, written: list[str], *, explains: b
         console.print(note, soft_wrap=True)
     for note in run.costs.certainty_notes(plan):
         console.print(f"Constants: {note}.", soft_wrap=True)
-    calibration = run.costs.calibration(plan)
-    console.print(f"Calibration: {calibration.id} ({calibration.reason}).", soft_wrap=True)
+    for note in run.costs.calibration_notes(plan):
+        console.print(f"Calibration: {note}.", soft_wrap=True)
     for line in written:
         console.print(f"Wrote {line}", soft_wrap=True)
+
+
+def _gpus_text(run: ServingRun) -> str:
+    job, plan = run.document.job, run.document.plan
+    return " + ".join(
+        f"{sum(pool.num_gpus for pool in pools)} x {cluster.gpu.id}"
+        for pools, cluster in pools_by_cluster(job, plan)
+    )
+
+
+def _phase_joules(run: ServingRun) -> str:
+    return ", ".join(f"{run.phase_joules_per_output_token(phase):.2g} {phase}" for phase in run.phase_watts)
 
 
 def _load_notes(run: ServingRun) -> list[str]:
     """Return whose load was served, and what of it the model cannot hold."""
     workload, model = run.document.job.workload, run.document.job.model
     notes = []
+    if run.num_failed:
+        notes.append(failed_note(run.num_failed))
     if workload.arrival != "trace":
         load = (
             f"{workload.concurrency:,} clients" if workload.concurrency else f"{workload.rate:.4g} requests/s"

@@ -56,8 +56,8 @@ class EngineConstants:
         Traffic of sampling per logit of the vocabulary [B].
     host_time, host_time_per_sequence : float
         Host work of a step, and of each sequence in it [s].
-    eager_layer_time : float
-        Host work of one layer in a step that is not replayed from a graph [s].
+    eager_kernel_time : float
+        Host work of each kernel started in a step that is not replayed from a graph [s].
     is_host_hidden : bool
         The host prepares the next step while the device runs this one.
     max_graph_tokens : float
@@ -106,7 +106,7 @@ class EngineConstants:
     logit_bytes: float = 8.0
     host_time: float = 0.0
     host_time_per_sequence: float = 0.0
-    eager_layer_time: float = 1.5e-4
+    eager_kernel_time: float = 1.5e-5
     is_host_hidden: bool = True
     max_graph_tokens: float = 512.0
     fuses_all_reduce_norm: bool = False
@@ -150,7 +150,7 @@ TIME_CONSTANTS: tuple[str, ...] = (
     "step_latency",
     "host_time",
     "host_time_per_sequence",
-    "eager_layer_time",
+    "eager_kernel_time",
     "request_time",
     "token_time",
     "response_latency",

@@ -48,7 +48,7 @@ class ServingMemory:
 def weight_bytes_per_gpu(model: ModelSpec, formats: ServingFormats, pool: ServingPool) -> float:
     """Return the weights of the fullest rank [B]; multi-token-prediction modules are loaded only with speculation.
 
-    Embedding, head, attention and dense MLP are split by tp, experts by ``moe_tp * ep``; attention data parallel ranks
+    Embedding, head, attention and dense MLP are split by tp, experts and their copies by ``moe_tp * ep``; attention data parallel ranks
     repeat what they do not split, and MLA's down-projections are repeated by every rank.
     """
     layers, moe_layers = model.num_layers, model.num_moe_layers
@@ -73,7 +73,7 @@ def weight_bytes_per_gpu(model: ModelSpec, formats: ServingFormats, pool: Servin
         split = pool.moe_tp * pool.ep
         shared = model_parameters.mlp_parameters(model, model.moe.shared_ffn_hidden_size)
         total += moe_layers * shared * element_bytes(formats.shared_experts) / pool.tp
-        experts = float(model.num_expert_parameters * model.moe.num_experts)
+        experts = float(model.num_expert_parameters * (model.moe.num_experts + pool.redundant_experts))
         total += moe_layers * experts * element_bytes(formats.experts) / split
         total += moe_layers * float(model.moe.num_experts * model.hidden_size) * 2.0
     # The fullest stage holds a rounded-up share of the layers.

@@ -52,7 +52,6 @@ def served_model(
     plan: ServingPlan,
     *,
     expert_precision: str = "",
-    expert_imbalance: float = 1.0,
     calibration_paths: Sequence[Path] = (),
     kernels: ServingKernels | None = None,
     constants: EngineConstants | None = None,
@@ -65,8 +64,6 @@ def served_model(
         What is served, where, by which engine release and in which formats.
     expert_precision : str
         Format of routed experts where it is not the plan's.
-    expert_imbalance : float
-        Rows of the most loaded expert rank over those under the routing the kernels were measured with.
     calibration_paths : Sequence[Path]
         The user's calibrations.
     kernels, constants : ServingKernels | None, EngineConstants | None
@@ -94,7 +91,6 @@ def served_model(
         cluster=cluster,
         kernels=kernels,
         constants=constants,
-        expert_imbalance=expert_imbalance,
     )
 
 
@@ -130,7 +126,7 @@ def engine_behaviour(
         fixed_time_per_request=constants.response_latency,
         stream_time_per_token=constants.token_time,
         num_speculative_tokens=pool.num_speculative_tokens,
-        acceptance_rate=pool.acceptance_rate,
+        acceptance=pool.acceptance,
         has_prefix_cache=pool.has_prefix_cache,
         attention_dp=pool.attention_dp,
         pipeline_stages=pool.pp,

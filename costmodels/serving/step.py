@@ -20,6 +20,7 @@ from meshwright.costmodels.collectives import (
     collective_time,
     send_time,
 )
+from meshwright.costmodels.operators import element_bytes
 from meshwright.costmodels.serving.constants import EngineConstants
 from meshwright.costmodels.serving.formats import ServingFormats
 from meshwright.costmodels.serving.kernels import ServingKernels
@@ -48,9 +49,6 @@ _SAMPLED_ROWS = 256.0
 _ACTIVATION_BYTES = 2.0
 # Inside a rack NCCL's curves are measured up to 8 or so ranks; between nodes as for training.
 _INTER_NODE_EFFICIENCY = 0.8
-# Share of the other attention ranks that hold a prompt while the fullest does: they step together, but prompts come to
-# one rank at a time, and the others bring a handful of decoding tokens.
-_PROMPTING_RANKS = 0.1
 # DeepEP and its kin replace gather and scatter beyond this many expert ranks (DeepSeek-V3, arXiv 2412.19437, 3.2.2).
 _WIDE_EP = 16
 # Small kernels of a layer beside products, attention and experts: two norms with the residual, rotary embedding, cache
@@ -64,6 +62,10 @@ _LINEAR_KERNELS = 4.0
 # dense or shared MLP. Scales of whole tensors are applied by the norms before.
 _QUANTISED_PAIR = 2.0
 _BLOCK_FORMATS = ("fp8_block", "mxfp8", "nvfp4")
+# What the host starts per layer beside small kernels: two products around the attention, or the five of MLA with its
+# absorbed ones, and the attention over prompts and over the cache; the two products of an MLP; router, its top-k,
+# permutation, two grouped products with their quantisation, and the weighted sum of routed experts.
+_ATTENTION_LAUNCHES, _MLA_LAUNCHES, _MLP_PRODUCTS, _EXPERT_LAUNCHES = 4.0, 7.0, 2.0, 7.0
 # Norms over all heads of a split layer: sums of squares, their all-reduce's inputs and outputs, scaling.
 _SPLIT_NORM_KERNELS = 4.0
 # Gated delta rule as sglang 0.5.14 times it on H200 and B200 (aiconfigurator-core 0.12.0, table gdn): a state is read
@@ -93,8 +95,6 @@ class ServedModel:
         Kernels of the engine on the device.
     constants : EngineConstants
         What the engine costs beside them.
-    expert_imbalance : float
-        Rows of the most loaded expert rank over those of the skewed routing the kernels were measured with.
     """
 
     model: ModelSpec
@@ -102,35 +102,26 @@ class ServedModel:
     cluster: ClusterSpec
     kernels: ServingKernels
     constants: EngineConstants
-    expert_imbalance: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepBreakdown:
     """Device time by part at each of :data:`TOKEN_COUNTS`, all layers, ``(num_counts,)`` each [s].
 
-    ``head`` samples every token (pure decode), ``prompt_head`` those of a step that holds prompts; ``prompt_experts``
-    and ``prompt_collectives`` are those of a step in which one attention rank holds a prompt and most others decode.
+    ``head`` samples every token (pure decode), ``prompt_head`` those of a step that holds prompts.
     """
 
     products: Column
     experts: Column
     small_kernels: Column
     collectives: Column
-    prompt_experts: Column
-    prompt_collectives: Column
     head: Column
     prompt_head: Column
 
     @property
     def body(self) -> Column:
-        """Everything but the head of a step of decoding sequences [s]."""
+        """Everything but the head [s]."""
         return self.products + self.experts + self.small_kernels + self.collectives
-
-    @property
-    def prompt_body(self) -> Column:
-        """Everything but the head of a step whose fullest attention rank holds prompts [s]."""
-        return self.products + self.prompt_experts + self.small_kernels + self.prompt_collectives
 
 
 def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
@@ -145,7 +136,7 @@ def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
     pool : ServingPool
         Degrees and speculation.
     """
-    constants, model = served.constants, served.model
+    constants = served.constants
     parts = step_breakdown(served, pool)
     sends = _send_time(served, pool)
     lengths, prefill = _prefill_attention(served, pool)
@@ -153,7 +144,7 @@ def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
     return StepTable(
         token_counts=TOKEN_COUNTS,
         graph_token_time=parts.body + parts.head + sends,
-        eager_token_time=parts.prompt_body + parts.prompt_head + sends,
+        eager_token_time=parts.body + parts.prompt_head + sends,
         decode_batch_sizes=_BATCH_SIZES,
         decode_contexts=contexts,
         decode_attention_time=decode,
@@ -163,7 +154,7 @@ def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
         step_latency=constants.step_latency,
         host_time=constants.host_time,
         host_time_per_sequence=constants.host_time_per_sequence,
-        eager_host_time=constants.eager_layer_time * model.num_layers / pool.pp,
+        eager_host_time=constants.eager_kernel_time * _num_launches(served, pool) / pool.pp,
         is_host_hidden=constants.is_host_hidden,
         max_graph_tokens=constants.max_graph_tokens,
         stage_share=1.0 / pool.pp,
@@ -180,22 +171,18 @@ def step_breakdown(served: ServedModel, pool: ServingPool) -> StepBreakdown:
         products = products + model.num_linear_layers * _linear_products(served, pool)
     if dense_layers:
         products = products + dense_layers * _mlp(served, model.ffn_hidden_size, formats.mlp, pool)
-    prompt_ranks = _meeting_ranks(pool, _PROMPTING_RANKS)
-    experts = prompt_experts = np.zeros_like(TOKEN_COUNTS)
+    experts = np.zeros_like(TOKEN_COUNTS)
     if model.moe is not None and moe_layers:
         if model.moe.shared_ffn_hidden_size:
             products = products + moe_layers * _mlp(
                 served, model.moe.shared_ffn_hidden_size, formats.shared_experts, pool
             )
-        experts = moe_layers * _experts(served, pool, float(pool.attention_dp))
-        prompt_experts = moe_layers * _experts(served, pool, prompt_ranks)
+        experts = moe_layers * _experts(served, pool)
     return StepBreakdown(
         products=products,
         experts=experts,
         small_kernels=_small_kernels(served, pool),
-        collectives=_collectives(served, pool, float(pool.attention_dp)),
-        prompt_experts=prompt_experts,
-        prompt_collectives=_collectives(served, pool, prompt_ranks),
+        collectives=_collectives(served, pool),
         head=_head(served, pool, TOKEN_COUNTS),
         prompt_head=_head(served, pool, np.minimum(TOKEN_COUNTS, _SAMPLED_ROWS)),
     )
@@ -273,30 +260,52 @@ def _mlp(served: ServedModel, width: int, precision: str, pool: ServingPool) -> 
     )
 
 
-def _experts(served: ServedModel, pool: ServingPool, meeting_ranks: float) -> Column:
+def _experts(served: ServedModel, pool: ServingPool) -> Column:
     """Return router and routed experts of one layer; tokens of all attention ranks meet there."""
     model, moe = served.model, served.model.moe
     assert moe is not None
-    tokens = TOKEN_COUNTS * meeting_ranks
+    tokens = TOKEN_COUNTS * pool.attention_dp
     fields = {
-        "num_tokens": tokens * served.expert_imbalance,
+        "num_tokens": tokens * (pool.expert_imbalance or 1.0),
         "hidden_size": model.hidden_size,
         "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
         "top_k": moe.top_k,
         "num_experts": moe.num_experts,
         "tp": pool.moe_tp,
         "ep": pool.ep,
-        "skew": 1.01,
+        # The skew of the measured kernels is that of experts nobody placed.
+        "skew": 1.01 if pool.expert_imbalance is None else 0.0,
     }
     shape = {
         name: np.broadcast_to(np.asarray(value, dtype=np.float64), tokens.shape)
         for name, value in fields.items()
     }
     router = _product(served, "bf16", TOKEN_COUNTS, moe.num_experts, model.hidden_size)
-    return router + served.constants.expert_factor * served.kernels.expert_time(served.formats.experts, shape)
+    grouped = served.kernels.expert_time(served.formats.experts, shape) + _copies_time(served, pool, tokens)
+    return router + served.constants.expert_factor * grouped
 
 
-def _small_kernels(served: ServedModel, pool: ServingPool) -> Column:
+def _copies_time(served: ServedModel, pool: ServingPool, tokens: Column) -> Column:
+    """Return the reading of the weights of copies that have a token, beyond those of one copy each.
+
+    Kernels were measured with one copy; rows stay as many, and each of n slots has one of r rows with chance
+    ``1 - exp(-r/n)``.
+    """
+    model, moe = served.model, served.model.moe
+    assert moe is not None
+    if not pool.redundant_experts:
+        return np.zeros_like(tokens)
+    rows = tokens * moe.top_k / pool.ep
+    single, slots = (
+        number / pool.ep for number in (moe.num_experts, moe.num_experts + pool.redundant_experts)
+    )
+    more = slots * (1.0 - np.exp(-rows / slots)) - single * (1.0 - np.exp(-rows / single))
+    weights = model.num_expert_parameters / pool.moe_tp * element_bytes(served.formats.experts)
+    time: Column = more * weights / (0.8 * served.cluster.gpu.memory_bandwidth_bytes_per_second)
+    return time
+
+
+def _num_small_kernels(served: ServedModel, pool: ServingPool) -> float:
     """Return norms, rotary embeddings, cache writes, activations and quantisation of all layers."""
     model, constants = served.model, served.constants
     moe_layers, layers = float(model.num_moe_layers), float(model.num_layers)
@@ -320,6 +329,13 @@ def _small_kernels(served: ServedModel, pool: ServingPool) -> Column:
         count -= 2.0 * layers
     if constants.fuses_rotary_cache and model.mla is None:
         count -= _ROTARY_KERNELS * layers
+    return count
+
+
+def _small_kernels(served: ServedModel, pool: ServingPool) -> Column:
+    """Return the time of the small kernels of all layers."""
+    model, constants = served.model, served.constants
+    moe_layers, layers = float(model.num_moe_layers), float(model.num_layers)
     hidden, heads = model.hidden_size, model.num_attention_heads / pool.tp
     kv_heads = max(1.0, model.num_query_groups / pool.tp) if model.mla is None else 1.0
     width = 2.0 * 4.0 * hidden + 4.0 * (heads + 2.0 * kv_heads) * model.head_dim
@@ -327,9 +343,25 @@ def _small_kernels(served: ServedModel, pool: ServingPool) -> Column:
     num_bytes = layers * _ACTIVATION_BYTES * (width + 3.0 * mlp_width / pool.tp)
     rate = served.cluster.gpu.memory_bandwidth_bytes_per_second * 0.8
     total: Column = (
-        count * constants.kernel_time + constants.elementwise_factor * num_bytes * TOKEN_COUNTS / rate
+        _num_small_kernels(served, pool) * constants.kernel_time
+        + constants.elementwise_factor * num_bytes * TOKEN_COUNTS / rate
     )
     return total
+
+
+def _num_launches(served: ServedModel, pool: ServingPool) -> float:
+    """Return all kernels that the host starts in a step which no graph replays: what its time is proportional to."""
+    model = served.model
+    moe_layers, layers = float(model.num_moe_layers), float(model.num_layers)
+    count = _num_small_kernels(served, pool)
+    attention = _ATTENTION_LAUNCHES if model.mla is None else _MLA_LAUNCHES
+    count += layers * attention + (layers - moe_layers) * _MLP_PRODUCTS
+    if model.moe is not None:
+        shared = _MLP_PRODUCTS if model.moe.shared_ffn_hidden_size else 0.0
+        count += moe_layers * (_EXPERT_LAUNCHES + shared)
+    if pool.tp * pool.attention_dp > 1:
+        count += 2.0 * layers
+    return count
 
 
 def _placement(size: float, gpus_per_node: int) -> GroupPlacement:
@@ -364,12 +396,7 @@ def _all_reduce(served: ServedModel, num_bytes: Column, size: int) -> Column:
     return nccl if table is None else np.minimum(nccl, table.time(num_bytes))
 
 
-def _meeting_ranks(pool: ServingPool, share: float) -> float:
-    """Return how many times the fullest attention rank's tokens meet at the experts."""
-    return 1.0 + share * (pool.attention_dp - 1.0)
-
-
-def _collectives(served: ServedModel, pool: ServingPool, meeting_ranks: float) -> Column:
+def _collectives(served: ServedModel, pool: ServingPool) -> Column:
     """Return all-reduces of all layers and the embedding, or dispatch and combine around the experts."""
     model = served.model
     buffer = TOKEN_COUNTS * model.hidden_size * _ACTIVATION_BYTES
@@ -392,7 +419,7 @@ def _collectives(served: ServedModel, pool: ServingPool, meeting_ranks: float) -
             for share in (0.5, 1.0)
         )
     else:
-        whole = buffer * meeting_ranks
+        whole = buffer * pool.attention_dp
         exchange = _collective(served, "all_gather", whole, ranks) + _collective(
             served, "reduce_scatter", whole, ranks
         )

@@ -16,9 +16,9 @@ from meshwright.planner.serving.job_file import ServingRequest
 from meshwright.planner.serving.load_profile import LoadProfile
 from meshwright.planner.serving.pareto import FrontPoint, interactivity_front
 from meshwright.planner.serving.running_costs import (
-    dollars_per_million_tokens,
     joules_per_token,
-    watts_per_gpu,
+    plan_dollars_per_million_tokens,
+    plan_phase_watts,
 )
 from meshwright.planner.serving.search import (
     RankedUnit,
@@ -29,7 +29,7 @@ from meshwright.planner.serving.search import (
 )
 from meshwright.planner.serving.sizing import Sizing
 from meshwright.planner.serving.space import candidate_space, scheduler_choices
-from meshwright.planner.serving.unit_simulation import JobSimulator, profile_of_requests
+from meshwright.planner.serving.unit_simulation import JobSimulator
 from meshwright.simcore.serving.traces import load_requests
 
 __all__ = ["ServingAnswer", "answer_request", "plan_figures"]
@@ -51,6 +51,8 @@ class ServingAnswer:
         The cost models, for the certainty of each plan.
     bounds_seconds, seconds : float
         Wall time of the bounds, and of everything [s].
+    num_failed : int
+        Recorded requests that failed and were left out.
     """
 
     request: ServingRequest
@@ -61,6 +63,7 @@ class ServingAnswer:
     costs: JobCosts
     bounds_seconds: float
     seconds: float
+    num_failed: int = 0
 
     @property
     def load_unit(self) -> str:
@@ -101,10 +104,11 @@ def answer_request(
     started = time.perf_counter()
     job = request.job
     max_gpus = min(job.cluster.num_gpus, request.limits.max_gpus or job.cluster.num_gpus)
+    apart = job.prefill_cluster
     trace = load_requests(job.workload, seed=seed) if job.workload.requests_file is not None else None
     costs = JobCosts(job, calibration_paths)
     simulator = JobSimulator(job, costs, trace=trace, seed=seed)
-    profile = profile_of_requests(simulator.sample())
+    profile = simulator.profile()
     if profile.mean_output <= 1.0:
         raise SpecError(
             "requests: every answer is one token; there is nothing to decode and no plan to compare"
@@ -114,13 +118,14 @@ def answer_request(
         max_gpus=max_gpus,
         demand=simulator.demand(),
         mean_output=profile.mean_output,
+        max_prefill_gpus=None if apart is None else apart.num_gpus,
     )
     progress("bounds", 0, 0)
     space = candidate_space(request, profile, costs, max_gpus)
     if not space.options:
         raise infeasible_serving(request, profile, sizing, space, costs)
     bounds_seconds = time.perf_counter() - started
-    outcome = search_units(request, profile, sizing, space, simulator, progress, num_shapes=num_shapes)
+    outcome = search_units(request, sizing, space, simulator, progress, num_shapes=num_shapes)
     if not outcome.ranked:
         raise infeasible_serving(request, profile, sizing, space, costs, outcome.units, outcome.missed)
     front = interactivity_front(space, profile, scheduler_choices(request, profile))
@@ -133,17 +138,18 @@ def answer_request(
         costs=costs,
         bounds_seconds=bounds_seconds,
         seconds=time.perf_counter() - started,
+        num_failed=0 if trace is None else trace.num_failed,
     )
 
 
 def plan_figures(answer: ServingAnswer, ranked: RankedUnit) -> Mapping[str, object]:
     """Return the figures of one plan at the highest load that keeps the limits, units in the key names."""
-    point, plan, cluster = ranked.point, ranked.plan, answer.request.job.cluster
+    point, plan, job = ranked.point, ranked.plan, answer.request.job
     units = ranked.num_units
     tokens = point.rate * answer.sizing.mean_output * units
     tpot = point.metrics["tpot_mean"]
-    prompt_share, decode_share = _phase_shares(ranked)
-    watts = watts_per_gpu(cluster, prompt_share, decode_share)
+    phases = plan_phase_watts(job, plan, _phase_shares(ranked))
+    watts = sum(phases.values())
     closed = is_closed_loop(answer.request)
     figures: dict[str, object] = {
         "basis": "simulation" if ranked.bracket.num_runs else "steady-state bound",
@@ -165,18 +171,24 @@ def plan_figures(answer: ServingAnswer, ranked: RankedUnit) -> Mapping[str, obje
         "binding": list(binding_names(ranked, answer.request)),
         "watts_per_gpu": watts,
         "joules_per_output_token": joules_per_token(watts, plan.num_gpus, tokens),
-        "dollars_per_million_output_tokens": dollars_per_million_tokens(cluster, plan.num_gpus, tokens),
+        **{
+            f"joules_per_output_token_{phase}": joules_per_token(part, plan.num_gpus, tokens)
+            for phase, part in phases.items()
+        },
+        "dollars_per_million_output_tokens": plan_dollars_per_million_tokens(job, plan, tokens),
     }
     return {key: value for key, value in figures.items() if value is not None}
 
 
-def _phase_shares(ranked: RankedUnit) -> tuple[float, float]:
-    """Return the shares of the GPUs' time in steps with prompt tokens, and in steps without, mean over GPUs."""
-    point = ranked.point
-    if "prompt_step_share" in point.figures:
-        return point.figures["prompt_step_share"], point.figures["decode_step_share"]
-    # By the bound replicas never idle: what prompts leave of the time decodes.
-    first = ranked.unit.plan.pools[0]
-    prompts = min(1.0, point.rate * ranked.unit.ttft / (first.num_replicas * first.attention_dp))
-    prompts *= first.num_gpus / ranked.unit.plan.num_gpus
-    return prompts, 1.0 - prompts
+def _phase_shares(ranked: RankedUnit) -> tuple[tuple[float, float], ...]:
+    """Return, by pool, the shares of its time in steps with prompt tokens, and in steps without."""
+    figures, pools = ranked.point.figures, ranked.unit.plan.pools
+    if f"prompt_step_share_{pools[0].role}" in figures:
+        return tuple(
+            (figures[f"prompt_step_share_{pool.role}"], figures[f"decode_step_share_{pool.role}"])
+            for pool in pools
+        )
+    # By the bound replicas that decode never idle: what prompts leave of the time decodes.
+    first = pools[0]
+    prompts = min(1.0, ranked.point.rate * ranked.unit.ttft / (first.num_replicas * first.attention_dp))
+    return ((prompts, 0.0), (0.0, 1.0)) if len(pools) > 1 else ((prompts, 1.0 - prompts),)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,13 @@ from numpy.typing import NDArray
 from meshwright.planner.serving.load_profile import LoadProfile
 from meshwright.planner.serving.steady_state import (
     SteadyState,
+    gap_statistics,
     keeps_limits,
     prefill_steady_state,
     replica_steady_state,
 )
 from meshwright.simcore.domain.serving import EngineName, PolicyName, PoolRole, Slo, SloLimit
+from meshwright.simcore.domain.speculation import Acceptance
 from meshwright.simcore.domain.workload import Precision
 from meshwright.simcore.serving.step_table import StepTable
 
@@ -46,11 +49,15 @@ class ReplicaOption:
     engine, policy, precision, kv_precision :
         As in a plan.
     degrees : dict[str, int]
-        tp, pp, attention_dp, moe_tp, ep.
+        tp, pp, attention_dp, moe_tp, ep; redundant_experts where there are any.
     kv_cache_tokens : int
         Tokens of the cache of one rank.
     table : StepTable
         Step times of one replica.
+    is_prefill_only : bool
+        On a cluster that only prefill pools use.
+    expert_imbalance : float | None
+        Of the placement that recorded routing allows; None where none was recorded.
     """
 
     engine: EngineName
@@ -60,6 +67,8 @@ class ReplicaOption:
     degrees: dict[str, int]
     kv_cache_tokens: int
     table: StepTable
+    is_prefill_only: bool = False
+    expert_imbalance: float | None = None
 
     @property
     def num_gpus(self) -> int:
@@ -75,7 +84,7 @@ class SchedulerChoices:
     max_num_sequences: tuple[int, ...]
     num_speculative_tokens: tuple[int, ...] = (0,)
     has_prefix_cache: tuple[bool, ...] = (False,)
-    acceptance_rate: float = 0.0
+    acceptance: Acceptance = field(default_factory=Acceptance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,7 +100,7 @@ class CandidateColumns:
     rate, clients : NDArray[np.float64]
         Bound of the rate of one replica that keeps every limit [1/s], and of the requests under way at once.
     estimate : NDArray[np.float64]
-        Rate that is rather to be expected: the prompts of attention data parallel ranks do not come together [1/s].
+        Rate that is rather to be expected: prompts do not come together, neither on one rank nor on all [1/s].
     tpot, ttft : NDArray[np.float64]
         Mean time per token and time of the longest counted prompt in that state [s].
     cause : NDArray[np.int64]
@@ -172,22 +181,25 @@ def replica_columns(
     for drafted in choices.num_speculative_tokens:
         for has_prefix_cache in choices.has_prefix_cache:
 
-            def steady(num_ranks: int, drafted: int = drafted, cache: bool = has_prefix_cache) -> SteadyState:
+            def steady(
+                load: LoadProfile, drafted: int = drafted, cache: bool = has_prefix_cache
+            ) -> SteadyState:
                 return replica_steady_state(
                     option.table,
-                    profile,
+                    load,
                     num_decodes=grid,
                     budgets=budgets,
                     policy=option.policy,
                     role=role,
                     num_speculative_tokens=drafted,
-                    acceptance_rate=choices.acceptance_rate,
+                    tokens_per_step=choices.acceptance.tokens_per_step(drafted),
                     has_prefix_cache=cache,
                     prompt=_slo_prompt(slo, profile),
-                    num_ranks=num_ranks,
+                    num_ranks=ranks,
+                    gap_statistics=gap_statistics(slo),
                 )
 
-            state = steady(1)
+            state = steady(profile)
             best = _best_states(option, state, slo, profile, caps)
             rows, columns = np.meshgrid(np.arange(len(caps)), np.arange(len(budgets)), indexing="ij")
             states = best.state
@@ -195,8 +207,8 @@ def replica_columns(
             rate = np.where(states.ravel() >= 0, state.rate[best.rate_state.ravel(), columns.ravel()], 0.0)
             tpot, ttft = state.tpot[at], state.ttft[at]
             estimate = rate
-            if ranks > 1 and role == "aggregated":
-                apart = steady(ranks)
+            if profile.comes_in_groups and role == "aggregated":
+                apart = steady(replace(profile, comes_in_groups=False))
                 likely = _best_states(option, apart, slo, profile, caps)
                 estimate = np.where(
                     likely.state.ravel() >= 0, apart.rate[likely.rate_state.ravel(), columns.ravel()], 0.0
@@ -295,7 +307,7 @@ def _best_states(
     if option.engine == "trtllm":
         # Its default scheduler (guaranteed no evict) takes a request in only with room for its whole answer.
         held = held * (profile.reserved_tokens / profile.decode_context)
-    masks = [held <= option.kv_cache_tokens, state.rate > 0.0]
+    masks = [held <= option.kv_cache_tokens, state.lasts & (state.rate > 0.0)]
     limits = keeps_limits(state, slo, profile)
     masks += list(limits.values())
     all_hold = np.logical_and.reduce(masks)
@@ -330,5 +342,8 @@ def _slo_prompt(slo: Slo, profile: LoadProfile) -> float:
     shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
     for limit in slo.limits:
         if limit.metric == "ttft" and limit.statistic in shares:
-            return profile.prompt_quantile(shares[limit.statistic])
+            share = shares[limit.statistic]
+            # As far below as a quantile of other requests may lie by chance.
+            error = math.sqrt(share * (1.0 - share) / len(profile.prompt_lengths))
+            return profile.prompt_quantile(max(0.0, share - 2.0 * error))
     return profile.mean_prompt

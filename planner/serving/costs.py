@@ -20,7 +20,7 @@ from meshwright.costmodels.serving.step import ServedModel, step_table
 from meshwright.errors import InfeasiblePlanError
 from meshwright.hardware_specs.catalog import load_gpu
 from meshwright.hardware_specs.specs import ClusterSpec, GpuSpec
-from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
+from meshwright.simcore.domain.serving import PoolRole, ServingJob, ServingPlan, ServingPool
 from meshwright.simcore.serving.step_table import StepTable
 
 __all__ = ["JobCosts", "pool_cluster"]
@@ -40,14 +40,15 @@ class JobCosts:
     def __init__(self, job: ServingJob, calibration_paths: Sequence[Path] = ()) -> None:
         self._job = job
         self._paths = tuple(calibration_paths)
-        self._served: dict[tuple[str, str, str, str, str | None], ServedModel] = {}
+        self._served: dict[tuple[str, str, str, str, bool, str | None], ServedModel] = {}
 
     def served(self, plan: ServingPlan, pool: ServingPool) -> ServedModel:
         """Return the model as the plan's engine runs it on the pool's GPUs."""
-        key = (plan.engine, plan.engine_version, plan.precision, plan.kv_precision, pool.gpu)
+        cluster = pool_cluster(self._job, pool)
+        is_apart = cluster is not self._job.cluster
+        key = (plan.engine, plan.engine_version, plan.precision, plan.kv_precision, is_apart, pool.gpu)
         if key not in self._served:
             model = self._job.model
-            cluster = pool_cluster(self._job.cluster, pool)
             kernels = load_serving_kernels(cluster.gpu, cluster.node, plan.engine, self._paths)
             remembered = {
                 name: cast("OperatorModel", _Remembered(operator))
@@ -85,31 +86,55 @@ class JobCosts:
         """Return the step times of one replica."""
         return step_table(self.served(plan, pool), pool)
 
-    def constants(self, plan: ServingPlan) -> EngineConstants:
-        """Return the engine's constants."""
-        return self.served(plan, plan.pools[0]).constants
+    def calibration_identities(self, plan: ServingPlan) -> Mapping[str, Mapping[str, str]]:
+        """Return id, hash and reason of the operator calibrations, by key of a plan file.
 
-    def calibration(self, plan: ServingPlan) -> DeviceCalibration:
-        """Return the operator calibration in use."""
-        return self.served(plan, plan.pools[0]).kernels.calibration
+        ``calibration`` is that of the last pool; ``prefill_calibration`` is there where the prefill pool has another.
+        """
+        first, last = (
+            dict(self._calibration(plan, pool).identity) for pool in (plan.pools[0], plan.pools[-1])
+        )
+        return {"calibration": last} | ({} if first == last else {"prefill_calibration": first})
 
-    def calibration_identity(self, plan: ServingPlan) -> Mapping[str, str]:
-        """Return id, hash and reason of the calibration."""
-        return dict(self.calibration(plan).identity)
+    def calibration_notes(self, plan: ServingPlan) -> tuple[str, ...]:
+        """Return one line per calibration, named after the pool it is of where there are several."""
+        found = [(pool.role, self._calibration(plan, pool)) for pool in plan.pools]
+        return _by_role([(role, (f"{each.id} ({each.reason})",)) for role, each in found])
 
     def certainty_notes(self, plan: ServingPlan) -> tuple[str, ...]:
-        """Return one sentence per kind of certainty: which engine constants are fitted, borrowed or defaults."""
-        constants = self.constants(plan)
-        release = f"{constants.engine} {constants.version or '(no release stated)'}"
-        notes = []
-        for certainty in CERTAINTIES:
-            names = constants.names(certainty)
-            if names:
-                notes.append(f"{release}, {certainty}: {', '.join(names)}")
-        return (*notes, *(f"evidence: {text}" for text in constants.evidence))
+        """Return one sentence per kind of certainty: which engine constants are fitted, borrowed or defaults.
+
+        Where pools differ, each sentence names its pool.
+        """
+        return _by_role(
+            [(pool.role, _certainty_notes(self.served(plan, pool).constants)) for pool in plan.pools]
+        )
+
+    def _calibration(self, plan: ServingPlan, pool: ServingPool) -> DeviceCalibration:
+        return self.served(plan, pool).kernels.calibration
 
     def _gpu(self, pool: ServingPool) -> GpuSpec:
-        return self._job.cluster.gpu if pool.gpu is None else load_gpu(pool.gpu)
+        return pool_cluster(self._job, pool).gpu
+
+
+def _certainty_notes(constants: EngineConstants) -> tuple[str, ...]:
+    release = f"{constants.engine} {constants.version or '(no release stated)'}"
+    by_certainty = {certainty: constants.names(certainty) for certainty in CERTAINTIES}
+    return (
+        *(
+            f"{release}, {certainty}: {', '.join(names)}"
+            for certainty, names in by_certainty.items()
+            if names
+        ),
+        *(f"evidence: {text}" for text in constants.evidence),
+    )
+
+
+def _by_role(notes: Sequence[tuple[PoolRole, tuple[str, ...]]]) -> tuple[str, ...]:
+    """Return the notes of all pools: once where they agree, else each named after its pool."""
+    if all(texts == notes[0][1] for _, texts in notes):
+        return notes[0][1]
+    return tuple(f"{role} pool: {text}" for role, texts in notes for text in texts)
 
 
 class _Remembered:
@@ -132,8 +157,9 @@ class _Remembered:
         return self._times[key]
 
 
-def pool_cluster(cluster: ClusterSpec, pool: ServingPool) -> ClusterSpec:
-    """Return the cluster as a pool sees it: with GPUs of its own where it names some."""
+def pool_cluster(job: ServingJob, pool: ServingPool) -> ClusterSpec:
+    """Return the cluster as a pool sees it: that of its role, with GPUs of its own where it names some."""
+    cluster = job.cluster_of(pool.role)
     if pool.gpu is None or pool.gpu == cluster.gpu.id:
         return cluster
     return replace(cluster, node=replace(cluster.node, gpu=load_gpu(pool.gpu)))

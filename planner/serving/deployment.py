@@ -9,7 +9,7 @@ from meshwright.costmodels.serving.replica import engine_behaviour
 from meshwright.errors import InfeasiblePlanError, UnsupportedByTargetError
 from meshwright.hardware_specs.specs import ClusterSpec
 from meshwright.planner.serving.costs import JobCosts, pool_cluster
-from meshwright.planner.serving.replica_shapes import has_units, rule_numbers
+from meshwright.planner.serving.replica_shapes import has_units, rule_numbers, vendor_reason
 from meshwright.simcore.domain.serving import EngineName, PolicyName, ServingJob, ServingPlan, ServingPool
 from meshwright.simcore.serving.behaviour import TransferLink
 from meshwright.simcore.serving.pool import ReplicaPool
@@ -24,6 +24,7 @@ ENGINE_POLICIES: dict[EngineName, tuple[PolicyName, ...]] = {
     # --batching_type static; chunked context (enable_chunked_prefill).
     "trtllm": ("inflight", "chunked_prefill", "static"),
 }
+_DEGREES = ("tp", "pp", "attention_dp", "moe_tp", "ep", "redundant_experts")
 # Message set-up of a KV transfer: a handful of RDMA requests (NIXL and UCX handshake once per connection).
 _TRANSFER_LATENCY = 1e-3
 
@@ -44,18 +45,23 @@ def check_engine_runs(job: ServingJob, plan: ServingPlan) -> None:
                 f"{pool.role} pool: policy {pool.policy} (it has {', '.join(known)}; the other policies are for "
                 "engines of their own)"
             )
-        gpu = pool_cluster(job.cluster, pool).gpu
-        if not has_units(job.model, gpu, plan.precision):
+        gpu = pool_cluster(job, pool).gpu
+        vendor = vendor_reason(plan.engine, gpu)
+        if vendor is not None:
+            reasons.append(f"{pool.role} pool: {vendor}")
+        elif not has_units(job.model, gpu, plan.precision):
             offered = ", ".join(gpu.peak_flops_per_second)
             reasons.append(
                 f"{pool.role} pool: {gpu.id} has no units for {plan.precision}; it offers {offered}"
             )
-        degrees = {name: getattr(pool, name) for name in ("tp", "pp", "attention_dp", "moe_tp", "ep")}
+        degrees = {name: getattr(pool, name) for name in _DEGREES}
         if job.model.moe is not None and pool.moe_tp * pool.ep == 1:
             degrees["moe_tp"] = pool.tp * pool.attention_dp
         reasons += [
             f"{pool.role} pool: {text}"
-            for text in rule_numbers(job.model, job.cluster, plan.engine, plan.precision, degrees)
+            for text in rule_numbers(
+                job.model, job.cluster_of(pool.role), plan.engine, plan.precision, degrees
+            )
         ]
     if reasons:
         raise UnsupportedByTargetError(f"{plan.engine} cannot express this plan: {'; '.join(reasons)}")
@@ -82,24 +88,28 @@ def replica_pools(plan: ServingPlan, costs: JobCosts, prompt_length: float = 0.0
 def transfer_link(job: ServingJob, plan: ServingPlan, costs: JobCosts) -> TransferLink | None:
     """Return the way of a KV cache from the prefill to the decode pool; None for aggregated plans.
 
-    One copy of the cache leaves over the NICs of the prefill replica's GPUs, or over the scale-up links where the
-    whole cluster is one node.
+    One copy of the cache leaves over the NICs of the prefill replica's GPUs and enters over those of the decode replica's,
+    or goes over the scale-up links where the whole cluster is one node.
     """
     if not plan.is_disaggregated:
         return None
     pool = plan.pools[0]
+    is_one_node = job.prefill_cluster is None and job.cluster.num_nodes == 1
     served = costs.served(plan, pool)
     whole = ServingPool()
     return TransferLink(
         bytes_per_token=kv_bytes_per_token(served.model, served.formats, whole),
-        bandwidth=_bandwidth_per_gpu(pool_cluster(job.cluster, pool)) * pool.tp * pool.pp,
+        bandwidth=min(
+            _bandwidth_per_gpu(pool_cluster(job, each), is_one_node=is_one_node) * each.tp * each.pp
+            for each in plan.pools
+        ),
         latency=_TRANSFER_LATENCY,
     )
 
 
-def _bandwidth_per_gpu(cluster: ClusterSpec) -> float:
+def _bandwidth_per_gpu(cluster: ClusterSpec, *, is_one_node: bool) -> float:
     node = cluster.node
-    if cluster.num_nodes == 1:
+    if is_one_node:
         return node.intra_link.bandwidth_bytes_per_second
     return node.nic_bandwidth_per_gpu / cluster.fabric.oversubscription
 

@@ -15,7 +15,8 @@ from meshwright.planner.serving.ranking import UnitColumns, rank_units
 from meshwright.planner.serving.search import RankedUnit, binding_names, is_closed_loop
 from meshwright.planner.serving.sizing import Sizing
 from meshwright.planner.serving.space import CandidateSpace, CostSource, candidate_space, scheduler_choices
-from meshwright.planner.serving.steady_state import limited_value, replica_steady_state
+from meshwright.planner.serving.steady_state import gap_statistics, limited_value, replica_steady_state
+from meshwright.planner.serving.target import target_sentence
 from meshwright.simcore.domain.serving import Slo
 from meshwright.units import format_quantity
 
@@ -49,18 +50,29 @@ def infeasible_serving(
     rejections = dict(space.rejections)
     if not space.options:
         advice = _memory_advice(request, profile, costs)
+    elif units is not None and units.refused and not len(units):
+        rejections["target"] = sum(units.refused.values())
+        advice = (
+            f"nearest: without target '{request.limits.target}', which serves others of its engines' plans"
+        )
     elif missed:
         advice = _missed_text(missed, request)
     elif units is not None and units.num_beyond_demand:
         rejections["demand"] = units.num_beyond_demand
         advice = _demand_text(request, space, sizing)
     else:
-        rejections["slo"] = sizing.max_gpus if units is None else units.num_beyond_limits
+        rejections["slo"] = sizing.total_gpus if units is None else units.num_beyond_limits
         advice = _closest_text(request, profile, space)
+    target = request.limits.target
     sentences = {
         **space.sentences,
+        **(
+            {"target": target_sentence(target, units.refused)}
+            if target is not None and units is not None
+            else {}
+        ),
         "slo": "every limit holds for one request alone",
-        "demand": f"the stated load fits {sizing.max_gpus} GPUs",
+        "demand": f"the stated load fits {sizing.total_gpus} GPUs",
     }
     counts = "\n".join(
         f"  {count:>10,} rejected by {name}" + (f" ({sentences[name]})" if name in sentences else "")
@@ -68,7 +80,7 @@ def infeasible_serving(
         if count
     )
     return InfeasiblePlanError(
-        f"no serving plan for {job.model.name} on {job.cluster.id} ({sizing.max_gpus} GPUs)\n{counts}\n  {advice}",
+        f"no serving plan for {job.model.name} on {job.cluster.id} ({sizing.total_gpus} GPUs)\n{counts}\n  {advice}",
         rejections,
     )
 
@@ -116,8 +128,15 @@ def _closest_text(request: ServingRequest, profile: LoadProfile, space: Candidat
     best: tuple[float, ReplicaOption, dict[str, float]] | None = None
     budgets = np.array([max(scheduler_choices(request, profile).budgets)], dtype=np.float64)
     for option in space.options:
+        if option.is_prefill_only:
+            continue
         state = replica_steady_state(
-            option.table, profile, num_decodes=np.ones(1), budgets=budgets, policy=option.policy
+            option.table,
+            profile,
+            num_decodes=np.ones(1),
+            budgets=budgets,
+            policy=option.policy,
+            gap_statistics=gap_statistics(slo),
         )
         # What is said to miss a limit is what the search held against it.
         values = {limit.name: float(limited_value(state, limit, profile)[0, 0]) for limit in slo.limits}
@@ -139,7 +158,7 @@ def _demand_text(request: ServingRequest, space: CandidateSpace, sizing: Sizing)
     units = rank_units(space, free, is_closed_loop(request))
     if not len(units):
         return "nothing of the space fits the cluster"
-    carried = float((units.load * (sizing.max_gpus // units.num_gpus)).max())
+    carried = float((units.load * sizing.room(units.num_gpus, units.prefill_gpus)).max())
     needed = int((sizing.units_needed(units.load) * units.num_gpus).min())
     what = "clients" if is_closed_loop(request) else "requests/s"
     return (

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from meshwright.errors import SpecError, did_you_mean
+from meshwright.hardware_specs.specs import ClusterSpec, GpuSpec
 from meshwright.hardware_specs.yaml_document import Section, read_yaml
-from meshwright.planner.job_parts import cluster_of_request, model_of_request, skip_key
+from meshwright.planner.job_parts import cluster_of_request, model_of_request, path_beside, skip_key
+from meshwright.planner.serving.acceptance_keys import acceptance_of_section
 from meshwright.planner.serving.limits import ServingLimits, limits_of_section
+from meshwright.planner.serving.replica_shapes import vendor_reason
+from meshwright.planner.serving.target import check_target, engines_of_target
 from meshwright.planner.serving.workload_section import slo_limit, slo_of_section, workload_of_section
+from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.serving import (
     ENGINES,
     Arrival,
@@ -21,8 +26,12 @@ from meshwright.simcore.domain.serving import (
     ServingWorkload,
     Slo,
 )
+from meshwright.simcore.domain.speculation import Acceptance
 from meshwright.simcore.domain.workload import PRECISIONS
 from meshwright.units import parse_quantity
+
+if TYPE_CHECKING:
+    from meshwright.planner.serving.expert_routing import ServedRouting
 
 __all__ = [
     "SERVING_OBJECTIVES",
@@ -46,6 +55,7 @@ class ServingFlags:
 
     model: str | None = None
     cluster: str | None = None
+    prefill_cluster: str | None = None
     requests: str | None = None
     rate: str | None = None
     concurrency: int | None = None
@@ -54,6 +64,8 @@ class ServingFlags:
     engine: str | None = None
     precision: str | None = None
     objective: str | None = None
+    target: str | None = None
+    routing: Path | None = None
     slo: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -69,8 +81,10 @@ class ServingRequest:
         Engines to try.
     engine_version : str
         Release of a fixed engine; empty is the newest described.
-    acceptance_rate : float | None
-        Chance that a drafted token is accepted; None where the user has no draft model, and nothing is drafted.
+    acceptance : Acceptance | None
+        How many drafted tokens stand; None where the user has no draft model, and nothing is drafted.
+    routing : ServedRouting | None
+        Recorded routing of the experts; None leaves the skew the kernels were measured with.
     origin : Mapping[str, str]
         What the user named: model and cluster by name or path.
     """
@@ -80,7 +94,8 @@ class ServingRequest:
     limits: ServingLimits = field(default_factory=ServingLimits)
     engines: tuple[EngineName, ...] = cast("tuple[EngineName, ...]", ENGINES)
     engine_version: str = ""
-    acceptance_rate: float | None = None
+    acceptance: Acceptance | None = None
+    routing: ServedRouting | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -107,28 +122,67 @@ def read_serving_request(path: Path | None, flags: ServingFlags) -> ServingReque
             raise section.error("kind", "flags of a serving job go with 'kind: serving'")
     model, model_origin = model_of_request(section, flags.model)
     cluster, cluster_origin = cluster_of_request(section, flags.cluster)
+    apart, origin = None, {"model": model_origin, "cluster": cluster_origin}
+    if flags.prefill_cluster is not None or (section is not None and section.has("prefill_cluster")):
+        apart, origin["prefill_cluster"] = cluster_of_request(
+            section, flags.prefill_cluster, "prefill_cluster"
+        )
     workload = _workload(section, flags)
     slo = _slo(section, flags)
-    engines, version = _engines(section, flags)
+    gpus = (cluster.gpu,) if apart is None else (cluster.gpu, apart.gpu)
+    engines, version = _engines(section, flags, gpus)
     objective = _word(section, "objective", flags.objective, SERVING_OBJECTIVES) or "goodput_per_gpu"
     limits = limits_of_section(section.optional_section("constraints") if section else None)
     if flags.precision is not None:
         _check_word("precision", flags.precision, PRECISIONS)
         limits = replace(limits, allowed={**limits.allowed, "precision": (flags.precision,)})
-    acceptance = section.optional_number("acceptance_rate") if section else None
+    if flags.target is not None:
+        limits = replace(limits, target=flags.target)
+    if limits.target is not None:
+        check_target(limits.target)
+        engines = engines_of_target(limits.target, engines)
+    if apart is not None:
+        _check_apart(limits)
+    acceptance = acceptance_of_section(section) if section is not None else None
+    routing = _routing(section, flags)
     if section is not None:
-        if acceptance is not None and not 0.0 < acceptance <= 1.0:
-            raise section.error("acceptance_rate", f"is a chance above 0 and up to 1, not {acceptance:g}")
         section.close()
     return ServingRequest(
-        job=ServingJob(model=model, cluster=cluster, workload=workload, slo=slo),
+        job=ServingJob(model=model, cluster=cluster, workload=workload, slo=slo, prefill_cluster=apart),
         objective=cast("ServingObjective", objective),
         limits=limits,
         engines=engines,
         engine_version=version,
-        acceptance_rate=acceptance,
-        origin={"model": model_origin, "cluster": cluster_origin},
+        acceptance=acceptance,
+        routing=None if routing is None else _served_routing(routing, model, cluster),
+        origin=origin,
     )
+
+
+def _check_apart(limits: ServingLimits) -> None:
+    """Raise when restrictions do not go with prefill pools on a cluster of their own."""
+    if "disaggregated" not in limits.words("mode", ("disaggregated",)):
+        raise SpecError("prefill_cluster: goes with disaggregated plans, which constraints.mode leaves out")
+    if limits.max_gpus is not None:
+        raise SpecError(
+            "constraints.max_gpus does not say of which cluster; leave it out and state fewer nodes of cluster or "
+            "prefill_cluster"
+        )
+
+
+def _routing(section: Section | None, flags: ServingFlags) -> Path | None:
+    """Return the file of recorded routing: the flag's, or else the job file's, found beside it."""
+    of_file = section.optional_text("routing") if section else None
+    if flags.routing is not None or of_file is None or section is None:
+        return flags.routing
+    return Path(path_beside(section, of_file))
+
+
+def _served_routing(path: Path, model: ModelSpec, cluster: ClusterSpec) -> ServedRouting:
+    # Few jobs bring routing data; the solvers behind it take a while to import.
+    from meshwright.planner.serving.expert_routing import ServedRouting
+
+    return ServedRouting(path, model, cluster)
 
 
 def _workload(section: Section | None, flags: ServingFlags) -> ServingWorkload:
@@ -206,13 +260,20 @@ def _slo(section: Section | None, flags: ServingFlags) -> Slo:
     return Slo(limits=tuple(limits.values()))
 
 
-def _engines(section: Section | None, flags: ServingFlags) -> tuple[tuple[EngineName, ...], str]:
+def _engines(
+    section: Section | None, flags: ServingFlags, gpus: tuple[GpuSpec, ...]
+) -> tuple[tuple[EngineName, ...], str]:
     version = section.optional_text("engine_version") if section else None
     engine = _word(section, "engine", flags.engine, ENGINES)
     if engine is None:
         if version is not None and section is not None:
             raise section.error("engine_version", "goes with 'engine:'")
-        return cast("tuple[EngineName, ...]", ENGINES), ""
+        usable = tuple(name for name in ENGINES if not any(vendor_reason(name, gpu) for gpu in gpus))
+        return cast("tuple[EngineName, ...]", usable), ""
+    for gpu in gpus:
+        reason = vendor_reason(engine, gpu)
+        if reason is not None:
+            raise SpecError(f"engine: {reason}")
     return (cast("EngineName", engine),), version or ""
 
 

@@ -27,11 +27,12 @@ _NUMBERS = (
     "moe_tp",
     "num_speculative_tokens",
     "pp",
+    "redundant_experts",
     "tp",
 )
 LIMIT_KEYS: tuple[str, ...] = (*_NUMBERS, *_WORDS, *_BOOLEANS)
-# Speculation off is 0; every other number counts something from 1.
-_SMALLEST = {"num_speculative_tokens": 0}
+# Speculation off and no copies are 0; every other number counts something from 1.
+_SMALLEST = {"num_speculative_tokens": 0, "redundant_experts": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +45,13 @@ class ServingLimits:
         Values of a field of the plan that may be tried, by key of :data:`LIMIT_KEYS`; absent keys are free.
     max_gpus : int | None
         Most GPUs in use; None is the whole cluster.
+    target : str | None
+        Export target that must be able to express the plan; None is none.
     """
 
     allowed: Mapping[str, tuple[AllowedValue, ...]] = field(default_factory=dict)
     max_gpus: int | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
         for key in self.allowed:
@@ -87,8 +91,9 @@ def limits_of_section(section: Section | None) -> ServingLimits:
         if section.has(key):
             allowed[key] = _allowed(section, key)
     max_gpus = section.optional_integer("max_gpus", minimum=1)
+    target = section.optional_text("target")
     section.close()
-    return ServingLimits(allowed=allowed, max_gpus=max_gpus)
+    return ServingLimits(allowed=allowed, max_gpus=max_gpus, target=target)
 
 
 def _allowed(section: Section, key: str) -> tuple[AllowedValue, ...]:

@@ -30,6 +30,9 @@ class LoadProfile:
         Standard deviation of that context over its mean.
     reserved_tokens : float
         Prompt and answer together, mean over decode steps [tokens].
+    comes_in_groups : bool
+        Requests may start together, again and again: clients of a closed loop whose requests finished together, bursts
+        of a trace. Those of a Poisson process never do.
     """
 
     prompt_lengths: FloatArray
@@ -39,13 +42,20 @@ class LoadProfile:
     decode_context: float
     context_variation: float
     reserved_tokens: float
+    comes_in_groups: bool = False
 
     def prompt_quantile(self, share: float) -> float:
         """Return the prompt length that ``share`` of the requests stay within [tokens]."""
         return float(np.quantile(self.prompt_lengths, share))
 
 
-def load_profile(prompts: FloatArray, outputs: FloatArray, cached: FloatArray | None = None) -> LoadProfile:
+def load_profile(
+    prompts: FloatArray,
+    outputs: FloatArray,
+    cached: FloatArray | None = None,
+    *,
+    comes_in_groups: bool = False,
+) -> LoadProfile:
     """Return the means of a load.
 
     Parameters
@@ -54,6 +64,8 @@ def load_profile(prompts: FloatArray, outputs: FloatArray, cached: FloatArray | 
         Tokens of each request, ``(num_requests,)``.
     cached : NDArray[np.float64] | None
         Leading prompt tokens of each request that an earlier one had too; None is none.
+    comes_in_groups : bool
+        As in :class:`LoadProfile`.
 
     Notes
     -----
@@ -72,4 +84,5 @@ def load_profile(prompts: FloatArray, outputs: FloatArray, cached: FloatArray | 
         decode_context=context,
         context_variation=float(np.sqrt(max(0.0, square - context**2))) / context,
         reserved_tokens=float((outputs * (prompts + outputs)).sum()) / steps,
+        comes_in_groups=comes_in_groups,
     )

@@ -75,7 +75,7 @@ def long_context_rows(
         If the weights leave no room for a cache.
     """
     memory, table = costs.memory(plan, pool), costs.step_table(plan, pool)
-    link = pool_cluster(job.cluster, pool).node.host_link_bandwidth_per_gpu
+    link = pool_cluster(job, pool).node.host_link_bandwidth_per_gpu
     rows = []
     for context in CONTEXT_LENGTHS:
         concurrency = memory.kv_cache_tokens * pool.attention_dp / context

@@ -51,6 +51,7 @@ def best_pairs(
     decode_gpus: IntArray,
     max_gpus: int,
     prefill_margin: FloatArray | None = None,
+    max_prefill_gpus: int | None = None,
 ) -> Pairs:
     """Return every pair of sides at its best ratio.
 
@@ -64,6 +65,8 @@ def best_pairs(
         GPUs there are; a unit has no more.
     prefill_margin : NDArray[np.float64] | None
         Rate that a prefill pool keeps free, whatever its size, ``(num_prefills,)``; None is nothing [1/s].
+    max_prefill_gpus : int | None
+        GPUs of a cluster of the prefill pools' own, ``max_gpus`` being those of the decode pools; None shares one.
 
     Notes
     -----
@@ -78,13 +81,19 @@ def best_pairs(
         axis.ravel()
         for axis in np.meshgrid(np.arange(len(prefill_rate)), np.arange(len(decode_rate)), indexing="ij")
     )
-    gpus = prefill_gpus[p][:, None] * ratios_p + decode_gpus[d][:, None] * ratios_d
+    gpus_p, gpus_d = prefill_gpus[p][:, None] * ratios_p, decode_gpus[d][:, None] * ratios_d
+    gpus = gpus_p + gpus_d
+    room = (
+        max_gpus // gpus
+        if max_prefill_gpus is None
+        else np.minimum(max_prefill_gpus // gpus_p, max_gpus // gpus_d)
+    )
     first, second = prefill_rate[p][:, None] * ratios_p, decode_rate[d][:, None] * ratios_d
     rate = np.minimum(first, second)
     margin = np.zeros(len(p)) if prefill_margin is None else prefill_margin[p]
     # Where the margin leaves nothing, a hundredth of the bound keeps the order of what is left.
     estimate = np.maximum(np.minimum(first - margin[:, None], second), 0.01 * rate)
-    value = np.where(gpus <= max_gpus, estimate * (max_gpus // np.maximum(gpus, 1)), -1.0)
+    value = np.where(room > 0, estimate * room, -1.0)
     chosen = value.argmax(axis=1)
     rows = np.arange(len(p))
     kept = value[rows, chosen] > 0.0

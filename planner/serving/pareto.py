@@ -65,6 +65,8 @@ def interactivity_front(
     prefill = _prefill_rate_per_gpu(space)
     user, gpu, ttft, index, modes, decodes = ([] for _ in range(6))
     for number, option in enumerate(space.options):
+        if option.is_prefill_only:
+            continue
         roles: list[tuple[str, PoolRole]] = []
         if space.aggregated is not None:
             roles.append(("aggregated", "aggregated"))
@@ -78,8 +80,9 @@ def interactivity_front(
                 budgets=budgets if role == "aggregated" else budgets[:1],
                 policy=option.policy,
                 role=role,
+                num_ranks=option.degrees["attention_dp"],
             )
-            holds = (state.kv_tokens <= option.kv_cache_tokens) & (state.rate > 0.0)
+            holds = (state.kv_tokens <= option.kv_cache_tokens) & state.lasts & (state.rate > 0.0)
             rate = state.rate * option.degrees["attention_dp"]
             gpus = np.full(rate.shape, float(option.num_gpus))
             first = state.ttft

@@ -14,6 +14,7 @@ from meshwright.errors import SpecError
 from meshwright.hardware_specs.catalog import cluster_from_section
 from meshwright.hardware_specs.spec_writing import cluster_to_mapping, dump_yaml
 from meshwright.hardware_specs.yaml_document import Section, read_yaml
+from meshwright.planner.serving.acceptance_keys import acceptance_mapping, acceptance_of_section
 from meshwright.planner.serving.workload_section import (
     slo_mapping,
     slo_of_section,
@@ -33,7 +34,10 @@ from meshwright.simcore.domain.serving import (
     ServingJob,
     ServingPlan,
     ServingPool,
+    expert_slots_reason,
+    pools_by_cluster,
 )
+from meshwright.simcore.domain.speculation import Acceptance
 from meshwright.simcore.domain.workload import PRECISIONS, Precision
 
 __all__ = [
@@ -61,7 +65,7 @@ class ServingPlanDocument:
 def serving_plan_text(
     document: ServingPlanDocument,
     prediction: Mapping[str, object],
-    calibration: Mapping[str, object],
+    calibrations: Mapping[str, Mapping[str, str]],
     constants: Sequence[str],
 ) -> str:
     """Return the YAML of a serving plan.
@@ -72,8 +76,8 @@ def serving_plan_text(
         Job as resolved, and the plan.
     prediction : Mapping[str, object]
         Figures of the plan at the load they were simulated at, units in the key names.
-    calibration : Mapping[str, object]
-        Id and hash of the operator calibration.
+    calibrations : Mapping[str, Mapping[str, str]]
+        Id and hash of the operator calibrations: ``calibration``, and ``prefill_calibration`` where prefill GPUs differ.
     constants : Sequence[str]
         Which engine constants are fitted, borrowed or defaults; one sentence each.
     """
@@ -86,7 +90,7 @@ def serving_plan_text(
         "plan": serving_plan_mapping(document.plan),
         "prediction": dict(prediction),
         "constants": list(constants),
-        "calibration": dict(calibration),
+        **calibrations,
         **({"slo": slo_mapping(job.slo)} if job.slo.limits else {}),
         "workload": workload_mapping(job.workload),
         "origin": {
@@ -96,6 +100,11 @@ def serving_plan_text(
         },
         "model": model,
         "cluster": cluster,
+        **(
+            {"prefill_cluster": cluster_to_mapping(job.prefill_cluster)}
+            if job.prefill_cluster is not None
+            else {}
+        ),
     }
     return dump_yaml(mapping)
 
@@ -144,14 +153,17 @@ def read_serving_plan(path: Path) -> ServingPlanDocument:
     section.optional_text("written_by")
     section.optional_section("prediction")
     section.optional_section("calibration")
+    section.optional_section("prefill_calibration")
     section.texts("constants")
     origin_section = section.optional_section("origin")
     origin = {key: origin_section.text(key) for key in origin_section} if origin_section else {}
+    apart = section.optional_section("prefill_cluster")
     job = ServingJob(
         model=model_from_section(section.section("model")),
         cluster=cluster_from_section(section.section("cluster")),
         workload=workload_of_section(section.section("workload")),
         slo=slo_of_section(section.optional_section("slo")),
+        prefill_cluster=None if apart is None else cluster_from_section(apart),
     )
     plan = _plan(section.section("plan"))
     _check_fits(section, job, plan)
@@ -160,16 +172,26 @@ def read_serving_plan(path: Path) -> ServingPlanDocument:
 
 
 def _pool_mapping(pool: ServingPool) -> dict[str, object]:
-    rare = ("gpu", "attention_dp", "moe_tp", "ep", "has_prefix_cache", "num_speculative_tokens")
-    mapping = {each.name: getattr(pool, each.name) for each in dataclasses.fields(pool)}
-    defaults = {each.name: each.default for each in dataclasses.fields(pool)}
-    if not pool.num_speculative_tokens:
-        del mapping["acceptance_rate"]
-    return {
-        key: value
-        for key, value in mapping.items()
-        if value is not None and not (key in rare and value == defaults[key])
+    rare = (
+        "gpu",
+        "attention_dp",
+        "moe_tp",
+        "ep",
+        "redundant_experts",
+        "has_prefix_cache",
+        "num_speculative_tokens",
+    )
+    defaults = {
+        each.name: each.default
+        for each in dataclasses.fields(pool)
+        if each.name not in ("acceptance_rate", "acceptance_lengths")
     }
+    mapping = {
+        key: getattr(pool, key)
+        for key, default in defaults.items()
+        if getattr(pool, key) is not None and not (key in rare and getattr(pool, key) == default)
+    }
+    return mapping | acceptance_mapping(pool.acceptance) if pool.num_speculative_tokens else mapping
 
 
 def _plan(section: Section) -> ServingPlan:
@@ -204,6 +226,7 @@ def _pool(section: Section) -> ServingPool:
             "attention_dp",
             "moe_tp",
             "ep",
+            "redundant_experts",
             "max_num_sequences",
             "max_num_batched_tokens",
             "block_size",
@@ -214,8 +237,9 @@ def _pool(section: Section) -> ServingPool:
     policy = cast("PolicyName", section.choice("policy", POLICIES, default="chunked_prefill"))
     gpu = section.optional_text("gpu")
     kv_cache_tokens = section.optional_integer("kv_cache_tokens")
+    expert_imbalance = section.optional_number("expert_imbalance")
     has_prefix_cache = section.boolean("has_prefix_cache", default=False)
-    acceptance_rate = section.number("acceptance_rate", default=cast("float", defaults["acceptance_rate"]))
+    acceptance = acceptance_of_section(section) or Acceptance()
     # Before the pool is built: a mistyped key must not show as a degree that does not fit.
     section.close()
     try:
@@ -224,8 +248,10 @@ def _pool(section: Section) -> ServingPool:
             policy=policy,
             gpu=gpu,
             kv_cache_tokens=kv_cache_tokens,
+            expert_imbalance=expert_imbalance,
             has_prefix_cache=has_prefix_cache,
-            acceptance_rate=acceptance_rate,
+            acceptance_rate=acceptance.rate,
+            acceptance_lengths=acceptance.lengths,
             **numbers,
         )
     except SpecError as error:
@@ -233,10 +259,11 @@ def _pool(section: Section) -> ServingPool:
 
 
 def _check_fits(section: Section, job: ServingJob, plan: ServingPlan) -> None:
-    if plan.num_gpus > job.cluster.num_gpus:
-        raise section.error(
-            "plan", f"its pools need {plan.num_gpus} GPUs, but the cluster has {job.cluster.num_gpus}"
-        )
+    for pools, cluster in pools_by_cluster(job, plan):
+        needed = sum(pool.num_gpus for pool in pools)
+        if needed > cluster.num_gpus:
+            what = "its pools need" if len(pools) == len(plan.pools) else f"its {pools[0].role} pool needs"
+            raise section.error("plan", f"{what} {needed} GPUs, but the cluster has {cluster.num_gpus}")
     model = job.model
     for pool in plan.pools:
         where = f"{pool.role} pool"
@@ -252,10 +279,10 @@ def _check_fits(section: Section, job: ServingJob, plan: ServingPlan) -> None:
             raise section.error(
                 "plan", f"{where}: ep {pool.ep} x moe_tp {pool.moe_tp} for a model without experts"
             )
-        if model.moe is not None and model.moe.num_experts % pool.ep:
-            raise section.error(
-                "plan", f"{where}: ep {pool.ep} does not divide {model.moe.num_experts} experts"
-            )
+        if model.moe is not None:
+            reason = expert_slots_reason(model.moe.num_experts, pool)
+            if reason is not None:
+                raise section.error("plan", f"{where}: {reason}")
 
 
 def _digest(mapping: Mapping[str, object]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -70,10 +70,12 @@ class UnitColumns:
         As in :class:`Unit`.
     estimate : NDArray[np.float64]
         The objective at the rate that is rather to be expected than the bound.
-    num_gpus, shape, decode_shape : NDArray[np.int64]
-        GPUs of a unit, a number that configurations of equal shape share, and the shape that decodes.
+    num_gpus, prefill_gpus, shape, decode_shape : NDArray[np.int64]
+        GPUs of a unit, those of them in its prefill pool, a number that configurations of equal shape share, and the shape that decodes.
     num_beyond_limits, num_beyond_demand : int
         Candidates that keep the limits at no load, and those that keep them but cannot carry the demand.
+    refused : Mapping[str, int]
+        Units that the export target refused, by reason, the most frequent first.
     """
 
     decode: IntArray
@@ -85,14 +87,22 @@ class UnitColumns:
     value: FloatArray
     estimate: FloatArray
     num_gpus: IntArray
+    prefill_gpus: IntArray
     shape: IntArray
     decode_shape: IntArray
     num_beyond_limits: int
     num_beyond_demand: int
+    refused: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of units."""
         return len(self.rate)
+
+    def kept(self, mask: NDArray[np.bool_], refused: Mapping[str, int]) -> UnitColumns:
+        """Return the units of a mask, and why the others were refused."""
+        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        chosen = {name: column[mask] for name, column in columns.items() if isinstance(column, np.ndarray)}
+        return replace(self, refused=refused, **chosen)  # type: ignore[arg-type]  # the columns by name
 
     def rows(self) -> Iterator[int]:
         """Return the rows, best first."""
@@ -126,27 +136,27 @@ def rank_units(space: CandidateSpace, sizing: Sizing, is_closed_loop: bool) -> U
                 "estimate": columns.estimate,
                 "load": columns.clients if is_closed_loop else columns.rate,
                 "num_gpus": option_gpus[columns.option],
+                "prefill_gpus": 0 * count,
                 "shape": columns.option.copy(),
                 "decode_shape": columns.option.copy(),
             }
         )
     if space.prefill is not None and space.decode is not None:
-        parts.append(
-            _disaggregated(space, space.prefill, space.decode, option_gpus, sizing.max_gpus, is_closed_loop)
-        )
+        parts.append(_disaggregated(space, space.prefill, space.decode, option_gpus, sizing, is_closed_loop))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     keeps = joined["rate"] > 0.0
-    carries = keeps & sizing.carries_demand(joined["load"], joined["num_gpus"])
-    value = sizing.values(joined["rate"], joined["load"], joined["num_gpus"])
+    gpus = joined["num_gpus"], joined["prefill_gpus"]
+    carries = keeps & sizing.carries_demand(joined["load"], *gpus)
+    value = sizing.values(joined["rate"], joined["load"], *gpus)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(keeps, joined["estimate"] / joined["rate"], 0.0)
     likely = joined.pop("estimate")
-    estimate = sizing.values(likely, joined["load"] * share, joined["num_gpus"])
+    estimate = sizing.values(likely, joined["load"] * share, *gpus)
     order = np.flatnonzero(carries)
     # Equal estimates: the better bound, then smaller units, then the order of the space.
     order = order[np.lexsort((order, joined["num_gpus"][order], -value[order], -estimate[order]))]
     return UnitColumns(
-        **{name: column[order] for name, column in joined.items()},
+        **{name: column[order] for name, column in joined.items()},  # type: ignore[arg-type]  # the columns by name
         value=value[order],
         estimate=estimate[order],
         num_beyond_limits=int((~keeps).sum()),
@@ -154,9 +164,7 @@ def rank_units(space: CandidateSpace, sizing: Sizing, is_closed_loop: bool) -> U
     )
 
 
-def unit_of_row(
-    request: ServingRequest, space: CandidateSpace, units: UnitColumns, row: int, acceptance_rate: float
-) -> Unit:
+def unit_of_row(request: ServingRequest, space: CandidateSpace, units: UnitColumns, row: int) -> Unit:
     """Return one unit of the ranking as a plan."""
     prefill, decode = int(units.prefill[row]), int(units.decode[row])
     columns = space.aggregated if prefill < 0 else space.decode
@@ -167,8 +175,11 @@ def unit_of_row(
         "max_num_batched_tokens": int(columns.budget[decode]),
         "num_speculative_tokens": int(columns.num_speculative_tokens[decode]),
         "has_prefix_cache": bool(columns.has_prefix_cache[decode]),
-        "acceptance_rate": acceptance_rate or 0.7,
     }
+    if settings["num_speculative_tokens"]:
+        assert request.acceptance is not None
+        acceptance = request.acceptance.of_draft(settings["num_speculative_tokens"])
+        settings |= {"acceptance_rate": acceptance.rate, "acceptance_lengths": acceptance.lengths}
     ttft = float(columns.ttft[decode])
     pools: tuple[ServingPool, ...]
     if prefill < 0:
@@ -218,7 +229,7 @@ def _disaggregated(
     prefill: PrefillColumns,
     decode: CandidateColumns,
     option_gpus: IntArray,
-    max_gpus: int,
+    sizing: Sizing,
     is_closed_loop: bool,
 ) -> dict[str, NDArray[Any]]:
     """Return the units of pairs of shapes of one engine and format, each at its best ratio."""
@@ -237,8 +248,9 @@ def _disaggregated(
             option_gpus[prefill.option[first]],
             decode.rate[second],
             option_gpus[decode.option[second]],
-            max_gpus,
+            sizing.max_gpus,
             prefill.margin[first],
+            sizing.max_prefill_gpus,
         )
         p, d = first[pairs.prefill], second[pairs.decode]
         # Requests under way: those in the prefill pool beside those that decode.
@@ -256,6 +268,7 @@ def _disaggregated(
                 "estimate": pairs.estimate,
                 "load": pairs.rate * seconds if is_closed_loop else pairs.rate,
                 "num_gpus": pairs.num_gpus,
+                "prefill_gpus": pairs.num_prefill * option_gpus[prefill.option[p]],
                 "shape": len(space.options) * (1 + prefill.option[p]) + decode.option[d],
                 "decode_shape": decode.option[d],
             }

@@ -23,6 +23,7 @@ __all__ = [
     "can_decode_alone",
     "has_units",
     "rule_numbers",
+    "vendor_reason",
 ]
 
 IntColumn = NDArray[np.int64]
@@ -42,6 +43,7 @@ class ReplicaShapes:
     attention_dp: IntColumn
     moe_tp: IntColumn
     ep: IntColumn
+    redundant_experts: IntColumn
 
     @property
     def num_gpus(self) -> IntColumn:
@@ -57,8 +59,9 @@ class ReplicaShapes:
         return ReplicaShapes(**{each.name: getattr(self, each.name)[mask] for each in fields(self)})
 
     def row(self, index: int) -> dict[str, int]:
-        """Return the degrees of one shape by name."""
-        return {each.name: int(getattr(self, each.name)[index]) for each in fields(self)}
+        """Return the degrees of one shape by name; redundant experts only where there are any."""
+        degrees = {each.name: int(getattr(self, each.name)[index]) for each in fields(self)}
+        return {name: value for name, value in degrees.items() if value}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,14 @@ class ShapeRule:
     holds: Callable[[ModelSpec, ClusterSpec, EngineName, Precision, ReplicaShapes], BoolColumn]
 
 
-def all_shapes(model: ModelSpec, cluster: ClusterSpec, limits: ServingLimits, max_gpus: int) -> ReplicaShapes:
+def all_shapes(
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    limits: ServingLimits,
+    max_gpus: int,
+    *,
+    has_routing: bool = False,
+) -> ReplicaShapes:
     """Return every combination of degrees of up to ``max_gpus`` GPUs, before any rule has spoken.
 
     Parameters
@@ -91,6 +101,8 @@ def all_shapes(model: ModelSpec, cluster: ClusterSpec, limits: ServingLimits, ma
         Degrees the user allows.
     max_gpus : int
         Most GPUs of one replica.
+    has_routing : bool
+        Recorded routing says what copies of experts are worth; without it none are tried unasked.
     """
     sizes = _degrees(cluster, max_gpus)
     wanted = {
@@ -98,15 +110,21 @@ def all_shapes(model: ModelSpec, cluster: ClusterSpec, limits: ServingLimits, ma
         "pp": limits.numbers("pp", tuple(size for size in sizes if size <= _MAX_STAGES)),
         "attention_dp": limits.numbers("attention_dp", (1,) if model.moe is None else sizes),
         "ep": limits.numbers("ep", (1,) if model.moe is None else sizes),
+        "redundant_experts": limits.numbers("redundant_experts", (0, *sizes[1:]) if has_routing else (0,)),
     }
-    tp, pp, attention_dp, ep = (
+    tp, pp, attention_dp, ep, redundant = (
         axis.ravel()
         for axis in np.meshgrid(*(np.array(axis, dtype=np.int64) for axis in wanted.values()), indexing="ij")
     )
     group = tp * attention_dp
     is_possible = (group * pp <= max_gpus) & (group % ep == 0)
     moe_tp = np.ones_like(tp) if model.moe is None else group // ep
-    shapes = ReplicaShapes(tp=tp, pp=pp, attention_dp=attention_dp, moe_tp=moe_tp, ep=ep)
+    shapes = ReplicaShapes(
+        tp=tp, pp=pp, attention_dp=attention_dp, moe_tp=moe_tp, ep=ep, redundant_experts=redundant
+    )
+    if "redundant_experts" not in limits.allowed:
+        # One slot of every rank; a single rank holds each expert once.
+        is_possible &= (redundant == 0) | ((redundant == ep) & (ep > 1))
     if "moe_tp" in limits.allowed:
         is_possible &= np.isin(moe_tp, limits.numbers("moe_tp", ()))
     return shapes.kept(is_possible)
@@ -147,8 +165,9 @@ def _experts(
 ) -> BoolColumn:
     if model.moe is None:
         return np.asarray(shapes.ep == 1)
-    divides = (model.moe.num_experts % shapes.ep == 0) & (model.moe.moe_ffn_hidden_size % shapes.moe_tp == 0)
-    return np.asarray(divides)
+    num_experts, copies = model.moe.num_experts, shapes.redundant_experts
+    divides = ((num_experts + copies) % shapes.ep == 0) & (copies <= num_experts * (shapes.ep - 1))
+    return np.asarray(divides & (model.moe.moe_ffn_hidden_size % shapes.moe_tp == 0))
 
 
 def _blocks(
@@ -189,7 +208,7 @@ SHAPE_RULES: tuple[ShapeRule, ...] = (
     ShapeRule(name="pipeline", sentence="every pipeline stage has a layer", holds=_pipeline),
     ShapeRule(
         name="expert_parallel",
-        sentence="ep divides the experts, moe_tp divides an expert's width; dense models have neither",
+        sentence="ep divides the experts and their copies, moe_tp divides an expert's width; dense models have neither",
         holds=_experts,
     ),
     ShapeRule(
@@ -214,6 +233,13 @@ def can_decode_alone(engine: EngineName, degrees: Mapping[str, int]) -> bool:
     return engine != "vllm" or degrees["pp"] == 1
 
 
+def vendor_reason(engine: str, gpu: GpuSpec) -> str | None:
+    """Return why an engine does not run on a device of its vendor; None where it does."""
+    if engine != "trtllm" or gpu.vendor.lower() == "nvidia":
+        return None
+    return f"trtllm (TensorRT-LLM) runs on NVIDIA GPUs only, and {gpu.id} is made by {gpu.vendor}; use vllm or sglang"
+
+
 def has_units(model: ModelSpec, gpu: GpuSpec, precision: str) -> bool:
     """Return whether a device runs a model in a format: its units multiply in it, or widen narrow weights first."""
     if precision == "int4_wo" or (precision == "nvfp4" and model.has_attention_sinks):
@@ -234,7 +260,8 @@ def rule_numbers(
     degrees: Mapping[str, int],
 ) -> list[str]:
     """Return what forbids one shape: a clause per broken rule, none when an engine can launch it."""
-    shape = ReplicaShapes(**{name: np.array([value], dtype=np.int64) for name, value in degrees.items()})
+    numbers = {"redundant_experts": 0, **degrees}
+    shape = ReplicaShapes(**{name: np.array([value], dtype=np.int64) for name, value in numbers.items()})
     text = ", ".join(f"{name} {value}" for name, value in degrees.items())
     return [
         f"{rule.name} ({rule.sentence}): {text} on {engine}, {precision}"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meshwright.errors import InfeasiblePlanError
 from meshwright.planner.serving.costs import JobCosts
 from meshwright.planner.serving.plan_file import ServingPlanDocument
 from meshwright.planner.serving.running_costs import (
-    dollars_per_million_tokens,
     joules_per_token,
-    watts_per_gpu,
+    plan_dollars_per_million_tokens,
+    plan_phase_watts,
 )
 from meshwright.planner.serving.unit_simulation import JobSimulator, phase_shares
 from meshwright.simcore.domain.serving import SloLimit
@@ -37,10 +38,12 @@ class ServingRun:
         Over all requests, those that met an empty system included.
     violations : tuple[tuple[SloLimit, float], ...]
         Limits that do not hold, each with how many times over it is, worst first.
-    prompt_share, decode_share : float
-        Shares of the GPUs' time in steps with prompt tokens, and in steps of decoding alone.
-    watts_per_gpu : float
-        Mean power, the GPU's share of the node included [W].
+    phase_shares : tuple[tuple[float, float], ...]
+        By pool, the shares of its GPUs' time in steps with prompt tokens, and in steps of decoding alone.
+    phase_watts : Mapping[str, float]
+        Mean power of a GPU by phase, its share of the node included; they sum to its power [W].
+    num_failed : int
+        Recorded requests that failed and were left out.
     """
 
     document: ServingPlanDocument
@@ -48,9 +51,34 @@ class ServingRun:
     result: ServingResult
     metrics: ServingMetrics
     violations: tuple[tuple[SloLimit, float], ...]
-    prompt_share: float
-    decode_share: float
-    watts_per_gpu: float
+    phase_shares: tuple[tuple[float, float], ...]
+    phase_watts: Mapping[str, float]
+    num_failed: int = 0
+
+    @property
+    def watts_per_gpu(self) -> float:
+        """Mean power of a GPU [W]."""
+        return sum(self.phase_watts.values())
+
+    @property
+    def prompt_share(self) -> float:
+        """Share of all GPUs' time in steps with prompt tokens."""
+        return self._mean_share(0)
+
+    @property
+    def decode_share(self) -> float:
+        """Share of all GPUs' time in steps of decoding alone."""
+        return self._mean_share(1)
+
+    def _mean_share(self, index: int) -> float:
+        plan = self.document.plan
+        parts = zip(plan.pools, self.phase_shares, strict=True)
+        return sum(pool.num_gpus * shares[index] for pool, shares in parts) / plan.num_gpus
+
+    def phase_joules_per_output_token(self, phase: str) -> float | None:
+        """Return the part of the energy per output token that a phase takes [J]."""
+        rate = self.metrics.output_tokens_per_second
+        return joules_per_token(self.phase_watts[phase], self.document.plan.num_gpus, rate)
 
     @property
     def joules_per_output_token(self) -> float | None:
@@ -61,8 +89,8 @@ class ServingRun:
     @property
     def dollars_per_million_output_tokens(self) -> float | None:
         """Rent per million output tokens [$]; None without a price."""
-        plan, cluster = self.document.plan, self.document.job.cluster
-        return dollars_per_million_tokens(cluster, plan.num_gpus, self.metrics.output_tokens_per_second)
+        job, plan = self.document.job, self.document.plan
+        return plan_dollars_per_million_tokens(job, plan, self.metrics.output_tokens_per_second)
 
 
 def serve_plan(
@@ -84,9 +112,9 @@ def serve_plan(
     Raises
     ------
     SpecError
-        If the request file is unusable, or a request does not fit the KV cache.
+        If the request file is unusable.
     InfeasiblePlanError
-        If a pool's weights leave no room for a cache.
+        If a pool's weights leave no room for a cache, or for a request.
     """
     job, plan = document.job, document.plan
     for pool in plan.pools:
@@ -102,14 +130,14 @@ def serve_plan(
     simulator = JobSimulator(job, costs, trace=requests, seed=seed)
     result = simulator.simulate(plan, requests, is_recording=is_recording or limits_gaps)
     metrics = summarize(result, num_gpus=plan.num_gpus, slo=job.slo)
-    prompt_share, decode_share = phase_shares(result, plan)
+    shares = phase_shares(result, plan)
     return ServingRun(
         document=document,
         costs=costs,
         result=result,
         metrics=metrics,
         violations=slo_violations(metrics, job.slo),
-        prompt_share=prompt_share,
-        decode_share=decode_share,
-        watts_per_gpu=watts_per_gpu(job.cluster, prompt_share, decode_share),
+        phase_shares=shares,
+        phase_watts=plan_phase_watts(job, plan, shares),
+        num_failed=requests.num_failed,
     )

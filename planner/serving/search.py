@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from meshwright.errors import InfeasiblePlanError
 from meshwright.planner.serving.job_file import ServingRequest
-from meshwright.planner.serving.load_profile import LoadProfile
 from meshwright.planner.serving.load_search import LoadBracket, LoadPoint, highest_load, violated
 from meshwright.planner.serving.ranking import Unit, UnitColumns, rank_units, unit_of_row
 from meshwright.planner.serving.sizing import Sizing
-from meshwright.planner.serving.space import CandidateSpace, scheduler_choices
+from meshwright.planner.serving.space import CandidateSpace
+from meshwright.planner.serving.target import without_refused
 from meshwright.simcore.domain.serving import ServingPlan, ServingPool
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "whole_plan",
 ]
 
+IntArray = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 # Share of a load that may stay unknown: while candidates are sorted out, and between the last two.
 _COARSE, _FINE = 0.06, 0.02
@@ -33,6 +36,8 @@ _COARSE, _FINE = 0.06, 0.02
 _MAX_RECOUNTS = 3
 # Shapes tried on fewer GPUs than the ranked ones need for the stated load.
 _MAX_CHEAP = 8
+# Configurations simulated before rivals whose bound is above the winner are left out.
+_MAX_SIMULATED = 100
 # Shapes ranked where none is simulated.
 _NUM_BY_BOUND = 100
 
@@ -93,7 +98,9 @@ class SearchOutcome:
     num_simulated, num_runs : int
         Configurations and loads simulated.
     is_certified : bool
-        No configuration that was not simulated has a bound above the winner's simulated value.
+        No configuration that was not simulated may beat the winner's simulated value by its bound.
+    highest_unsimulated : float
+        The best bound of the objective among configurations that were not simulated; -inf where all were.
     is_separated : bool
         The winner's value is above the highest that the runner-up can still have.
     binding : Mapping[str, int]
@@ -110,6 +117,7 @@ class SearchOutcome:
     num_simulated: int
     num_runs: int
     is_certified: bool
+    highest_unsimulated: float
     is_separated: bool
     binding: Mapping[str, int] = field(default_factory=dict)
     missed: tuple[RankedUnit, ...] = ()
@@ -129,6 +137,12 @@ def whole_plan(unit: ServingPlan, num_units: int) -> ServingPlan:
     return replace(unit, pools=pools)
 
 
+def unit_gpus(unit: ServingPlan) -> tuple[IntArray, IntArray]:
+    """Return the GPUs of a unit, and those of them in its prefill pool, as columns of one row."""
+    first = unit.pools[0].num_gpus if unit.is_disaggregated else 0
+    return np.array([unit.num_gpus]), np.array([first])
+
+
 class _Search:
     """State of one search: what was simulated so far."""
 
@@ -139,41 +153,46 @@ class _Search:
         space: CandidateSpace,
         units: UnitColumns,
         simulator: UnitSimulator,
-        acceptance_rate: float,
     ) -> None:
         self.request, self.sizing, self.space, self.units = request, sizing, space, units
-        self.simulator, self.acceptance_rate = simulator, acceptance_rate
+        self.simulator = simulator
         self.is_whole = is_closed_loop(request)
         self.found: dict[int, RankedUnit] = {}
         self.missed: list[RankedUnit] = []
         self.simulated: set[int] = set()
+        self.measured: dict[ServingPlan, RankedUnit] = {}
         self.num_runs = 0
 
     def value(self, point: LoadPoint | None, unit: Unit) -> float:
         if point is None:
             return -np.inf
-        gpus = np.array([unit.plan.num_gpus])
-        load = np.array([point.load])
-        if not bool(self.sizing.carries_demand(load, gpus)[0]):
+        gpus, load = unit_gpus(unit.plan), np.array([point.load])
+        if not bool(self.sizing.carries_demand(load, *gpus)[0]):
             return -np.inf
-        return float(self.sizing.values(np.array([point.rate]), load, gpus)[0])
+        return float(self.sizing.values(np.array([point.rate]), load, *gpus)[0])
 
     def load_to_beat(self, unit: Unit, value: float) -> float:
         """Return a load below which a unit cannot reach a value; 0 where that cannot be said."""
-        if not np.isfinite(value) or unit.value <= 0.0 or value <= 0.0:
+        if not np.isfinite(value):
+            return 0.0
+        if self.sizing.objective == "cost":
+            # As many units as the GPUs of that value hold must carry the demand.
+            num_units = int(np.ceil(-value)) // unit.plan.num_gpus
+            return 0.98 * self.sizing.demand / num_units if num_units else 0.0
+        if unit.value <= 0.0 or value <= 0.0:
             return 0.0
         # Goodput and throughput are proportional to the rate, and nearly so to the load.
         return unit.load * min(0.98, value / unit.value) * 0.98
 
-    def simulate(self, row: int, to_beat: float) -> RankedUnit:
-        unit = unit_of_row(self.request, self.space, self.units, row, self.acceptance_rate)
+    def simulate(self, row: int, to_beat: float, *, is_thorough: bool = False) -> RankedUnit:
+        unit = unit_of_row(self.request, self.space, self.units, row)
         self.simulated.add(row)
         bracket = highest_load(
-            self.runner(unit),
+            self.runner(unit, is_thorough=is_thorough),
             self.request.job.slo,
             upper=self.most_load(unit),
             to_beat=self.load_to_beat(unit, to_beat),
-            tolerance=_COARSE,
+            tolerance=_FINE if is_thorough else _COARSE,
             is_whole=self.is_whole,
         )
         return self.ranked(unit, bracket)
@@ -184,7 +203,12 @@ class _Search:
         def run(load: float) -> LoadPoint:
             self.num_runs += 1
             clients = load if self.is_whole else load * seconds
-            return self.simulator.run(unit.plan, load, clients, is_thorough=is_thorough)
+            try:
+                return self.simulator.run(unit.plan, load, clients, is_thorough=is_thorough)
+            except InfeasiblePlanError:
+                # Among more requests than the bounds looked at one may be too long for the cache.
+                metrics = {limit.name: np.inf for limit in self.request.job.slo.limits}
+                return LoadPoint(load=load, rate=0.0, metrics=metrics, figures={}, is_stable=False)
 
         return run
 
@@ -192,9 +216,8 @@ class _Search:
         value = self.value(bracket.best, unit)
         num_units = 1
         if bracket.best is not None and np.isfinite(value):
-            num_units = int(
-                self.sizing.num_units(np.array([bracket.best.load]), np.array([unit.plan.num_gpus]))[0]
-            )
+            load = np.array([bracket.best.load])
+            num_units = int(self.sizing.num_units(load, *unit_gpus(unit.plan))[0])
         return RankedUnit(unit=unit, bracket=bracket, value=value, plan=whole_plan(unit.plan, num_units))
 
     def keep(self, ranked: RankedUnit) -> None:
@@ -212,6 +235,12 @@ class _Search:
     def best(self) -> list[RankedUnit]:
         return sorted(self.found.values(), key=lambda ranked: (-ranked.value, ranked.unit.plan.num_gpus))
 
+    def highest_unsimulated(self) -> float:
+        """Return the best bound among configurations that were not simulated; -inf where all were."""
+        is_open = np.ones(len(self.units), dtype=np.bool_)
+        is_open[list(self.simulated)] = False
+        return float(self.units.value[is_open].max(initial=-np.inf))
+
     def highest_value(self, ranked: RankedUnit) -> float:
         """Return the value a configuration would have at the lowest load that was seen to fail."""
         failing, best = ranked.bracket.failing, ranked.bracket.best
@@ -224,7 +253,6 @@ class _Search:
 
 def search_units(
     request: ServingRequest,
-    profile: LoadProfile,
     sizing: Sizing,
     space: CandidateSpace,
     simulator: UnitSimulator,
@@ -237,8 +265,8 @@ def search_units(
 
     Parameters
     ----------
-    request, profile, sizing, space :
-        The job, its load, what is best, and the candidates.
+    request, sizing, space :
+        The job, what is best, and the candidates.
     simulator : UnitSimulator
         Runs one unit at one load.
     progress : Progress
@@ -249,19 +277,18 @@ def search_units(
         Shapes that are simulated at most, and other settings of the best two.
     """
     units = rank_units(space, sizing, is_closed_loop(request))
-    choices = scheduler_choices(request, profile)
-    search = _Search(request, sizing, space, units, simulator, choices.acceptance_rate)
+    units = without_refused(units, request, space)
+    search = _Search(request, sizing, space, units, simulator)
     if num_shapes == 0:
         return _by_bound(search)
-    is_certified = _simulate_shapes(search, num_shapes, max_simulated, progress)
+    _simulate_shapes(search, num_shapes, max_simulated, progress)
     _tune_best(search, max_simulated, progress)
+    _separate(search)
+    _rule_out(search, progress)
     is_separated = _separate(search)
     cheapest = _cheapest(search)
     best = search.best()
-    if best and is_certified:
-        beaten = best[0].value
-        better = np.flatnonzero(units.value > beaten)
-        is_certified = all(int(row) in search.simulated for row in better)
+    highest = search.highest_unsimulated()
     binding: dict[str, int] = {}
     for ranked in [*best, *search.missed]:
         for name in binding_names(ranked, request):
@@ -272,7 +299,8 @@ def search_units(
         space=space,
         num_simulated=len(search.simulated),
         num_runs=search.num_runs,
-        is_certified=is_certified,
+        is_certified=bool(best) and not sizing.may_beat(highest, best[0].value),
+        highest_unsimulated=highest,
         is_separated=is_separated,
         binding=binding,
         missed=tuple(search.missed),
@@ -287,7 +315,7 @@ def _by_bound(search: _Search) -> SearchOutcome:
     first.sort()
     ranked = []
     for row in first[:_NUM_BY_BOUND]:
-        unit = unit_of_row(search.request, search.space, units, int(row), search.acceptance_rate)
+        unit = unit_of_row(search.request, search.space, units, int(row))
         point = LoadPoint(
             load=unit.load,
             rate=unit.rate,
@@ -302,6 +330,7 @@ def _by_bound(search: _Search) -> SearchOutcome:
         num_simulated=0,
         num_runs=0,
         is_certified=False,
+        highest_unsimulated=search.highest_unsimulated(),
         is_separated=False,
     )
 
@@ -312,8 +341,8 @@ def binding_names(ranked: RankedUnit, request: ServingRequest) -> tuple[str, ...
     return (ranked.unit.cause,) if failing is None else violated(failing, request.job.slo)
 
 
-def _simulate_shapes(search: _Search, num_shapes: int, max_simulated: int, progress: Progress) -> bool:
-    """Simulate the likeliest configuration of each shape whose bound is better; whether all of them were looked at.
+def _simulate_shapes(search: _Search, num_shapes: int, max_simulated: int, progress: Progress) -> None:
+    """Simulate the likeliest configuration of each shape whose bound is better.
 
     The first ``num_shapes`` differ in more than the prefill side, so that one decode pool fed in many ways does not fill
     the table, and the best of each mode is among them.
@@ -329,16 +358,15 @@ def _simulate_shapes(search: _Search, num_shapes: int, max_simulated: int, progr
     seen = {int(units.shape[row]) for row in first}
     for row in units.rows():
         shape = int(units.shape[row])
-        if shape in seen or (search.found and units.value[row] <= best):
+        if shape in seen or (search.found and not search.sizing.may_beat(units.value[row], best)):
             continue
         if len(search.simulated) >= max_simulated:
-            return False
+            return
         seen.add(shape)
         progress("simulated", len(search.simulated), 0)
         ranked = search.simulate(row, best)
         search.keep(ranked)
         best = max(best, ranked.value)
-    return True
 
 
 def _first_rows(units: UnitColumns, num_shapes: int) -> list[int]:
@@ -367,6 +395,23 @@ def _tune_best(search: _Search, max_simulated: int, progress: Progress) -> None:
                 search.keep(search.simulate(int(row), best))
 
 
+def _rule_out(search: _Search, progress: Progress) -> None:
+    """Hold what was not simulated against the winner, best bound first, mostly with one run each."""
+    values = search.units.value
+    for row in np.argsort(-values, kind="stable"):
+        best = search.best()
+        if not best or len(search.simulated) >= _MAX_SIMULATED:
+            return
+        if not search.sizing.may_beat(values[row], best[0].value):
+            return
+        if int(row) not in search.simulated:
+            progress("ruled out", len(search.simulated), 0)
+            # Few requests would let too many seem better than the winner, which was measured on many.
+            ranked = search.simulate(int(row), best[0].value, is_thorough=True)
+            search.measured[ranked.unit.plan] = ranked
+            search.keep(ranked)
+
+
 def _cheapest(search: _Search) -> RankedUnit | None:
     """Return a configuration that carries the stated load on the fewest GPUs: by its bound first, then in simulation."""
     units, sizing = search.units, search.sizing
@@ -390,7 +435,7 @@ def _cheapest(search: _Search) -> RankedUnit | None:
         if shape in seen:
             continue
         seen.add(shape)
-        unit = unit_of_row(search.request, search.space, units, int(row), search.acceptance_rate)
+        unit = unit_of_row(search.request, search.space, units, int(row))
         load = sizing.demand / float(needed[row])
         point = search.runner(unit)(np.ceil(load) if search.is_whole else load)
         if not violated(point, search.request.job.slo):
@@ -406,13 +451,11 @@ def _cheapest(search: _Search) -> RankedUnit | None:
 
 def _separate(search: _Search) -> bool:
     """Measure the best few again on more requests and narrower brackets; whether the winner is then clear of the rest."""
-    measured: set[int] = set()
     for _ in range(_MAX_RECOUNTS):
-        pending = [ranked for ranked in search.best()[:2] if ranked.unit.shape not in measured]
+        pending = [ranked for ranked in search.best()[:2] if ranked.unit.plan not in search.measured]
         if not pending:
             break
         for ranked in pending:
-            measured.add(ranked.unit.shape)
             failing = ranked.bracket.failing
             # More than the bound lasts for the few requests of a simulation only.
             most = max(ranked.point.load, search.most_load(ranked.unit))
@@ -433,6 +476,10 @@ def _separate(search: _Search) -> bool:
                     tolerance=_FINE,
                     is_whole=search.is_whole,
                 )
-            search.found[ranked.unit.shape] = search.ranked(ranked.unit, bracket)
+            search.measured[ranked.unit.plan] = search.ranked(ranked.unit, bracket)
+            search.found[ranked.unit.shape] = max(
+                (each for each in search.measured.values() if each.unit.shape == ranked.unit.shape),
+                key=lambda each: each.value,
+            )
     best = search.best()
     return len(best) < 2 or best[0].value >= search.highest_value(best[1])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import SpecError
+from meshwright.hardware_specs.specs import ClusterSpec
 from meshwright.planner.serving.candidates import (
     CandidateColumns,
     PrefillColumns,
@@ -29,7 +31,9 @@ from meshwright.planner.serving.replica_shapes import (
     has_units,
 )
 from meshwright.simcore.domain.serving import EngineName, PolicyName, PoolRole, ServingPlan, ServingPool
+from meshwright.simcore.domain.speculation import Acceptance
 from meshwright.simcore.domain.workload import Precision
+from meshwright.simcore.serving.policies import BATCHING_POLICIES
 from meshwright.simcore.serving.step_table import StepTable
 
 __all__ = [
@@ -108,15 +112,19 @@ def wanted_precisions(request: ServingRequest) -> tuple[tuple[Precision, Precisi
     SpecError
         If the device has units for none of the formats asked for.
     """
-    gpu = request.job.cluster.gpu
-    model = request.job.model
+    job = request.job
+    model, gpus = job.model, [job.cluster.gpu]
+    if job.prefill_cluster is not None:
+        gpus.append(job.prefill_cluster.gpu)
     default = ["bf16"]
-    if {"fp8", "fp8_block"} & set(gpu.peak_flops_per_second) and not model.has_attention_sinks:
+    has_narrow = all({"fp8", "fp8_block"} & set(gpu.peak_flops_per_second) for gpu in gpus)
+    if has_narrow and not model.has_attention_sinks:
         narrow = "fp8" if model.moe is None else "fp8_block"
         default = [narrow] if model.mla is not None else ["bf16", narrow]
     words = request.limits.words("precision", tuple(default))
-    usable = [word for word in words if has_units(model, gpu, word)]
+    usable = [word for word in words if all(has_units(model, gpu, word) for gpu in gpus)]
     if not usable:
+        gpu = next(gpu for gpu in gpus if not all(has_units(model, gpu, word) for word in words))
         raise SpecError(
             f"constraints.precision: {gpu.id} has no units for {', '.join(words)}; it offers "
             f"{', '.join(gpu.peak_flops_per_second)}"
@@ -133,19 +141,42 @@ def wanted_precisions(request: ServingRequest) -> tuple[tuple[Precision, Precisi
 def scheduler_choices(request: ServingRequest, profile: LoadProfile) -> SchedulerChoices:
     """Return the scheduler settings to try: the user's, or else a ladder of the engines' usual ones."""
     limits = request.limits
-    drafts = limits.numbers("num_speculative_tokens", _DRAFTS if request.acceptance_rate else (0,))
-    if any(drafts) and request.acceptance_rate is None:
-        raise SpecError(
-            "constraints.num_speculative_tokens needs 'acceptance_rate:', the chance that a drafted token is accepted"
-        )
+    drafts = limits.numbers("num_speculative_tokens", _usual_drafts(request.acceptance))
+    _check_drafts(max(drafts), request.acceptance)
     caching: tuple[bool, ...] = (False, True) if profile.mean_cached > 0.0 else (False,)
     return SchedulerChoices(
         budgets=limits.numbers("max_num_batched_tokens", _BUDGETS),
         max_num_sequences=limits.numbers("max_num_sequences", _MAX_NUM_SEQUENCES),
         num_speculative_tokens=drafts,
         has_prefix_cache=tuple(bool(value) for value in limits.values("has_prefix_cache", caching)),
-        acceptance_rate=request.acceptance_rate or 0.0,
+        acceptance=request.acceptance or Acceptance(),
     )
+
+
+def _usual_drafts(acceptance: Acceptance | None) -> tuple[int, ...]:
+    """Return the draft lengths to try where the user names none."""
+    if acceptance is None:
+        return (0,)
+    longest = acceptance.longest_draft
+    if longest is None:
+        return _DRAFTS
+    return (*(drafted for drafted in _DRAFTS if drafted < longest), longest)
+
+
+def _check_drafts(longest: int, acceptance: Acceptance | None) -> None:
+    if not longest:
+        return
+    if acceptance is None:
+        raise SpecError(
+            "constraints.num_speculative_tokens needs 'acceptance_rate:', the chance that a drafted token is accepted, or "
+            "'acceptance_lengths:', the probabilities of 1, 2, 3, ... tokens per step"
+        )
+    known = acceptance.longest_draft
+    if known is not None and longest > known:
+        raise SpecError(
+            f"constraints.num_speculative_tokens: 'acceptance_lengths:' says nothing of drafts of {longest} tokens; list "
+            f"{longest + 1} probabilities, or draft at most {known}"
+        )
 
 
 def option_pool(option: ReplicaOption, role: PoolRole = "aggregated", **settings: object) -> ServingPool:
@@ -153,6 +184,7 @@ def option_pool(option: ReplicaOption, role: PoolRole = "aggregated", **settings
     return ServingPool(
         role=role,
         policy=option.policy,
+        expert_imbalance=option.expert_imbalance,
         **option.degrees,  # type: ignore[arg-type]  # fields of the pool by name
         **settings,  # type: ignore[arg-type]
     )
@@ -176,27 +208,30 @@ def candidate_space(
     """
     job, limits = request.job, request.limits
     choices = scheduler_choices(request, profile)
-    shapes = all_shapes(job.model, job.cluster, limits, max_gpus)
     settings = len(choices.budgets) * len(choices.max_num_sequences)
     settings *= len(choices.num_speculative_tokens) * len(choices.has_prefix_cache)
     modes = limits.words("mode", ("aggregated", "disaggregated"))
-    roles = tuple(
-        cast("PoolRole", role)
-        for mode, role in (("aggregated", "aggregated"), ("disaggregated", "decode"))
-        if mode in modes
-    )
+    by_mode: Mapping[str, tuple[PoolRole, ...]] = {
+        "aggregated": ("aggregated",),
+        "disaggregated": ("decode", "prefill"),
+    }
+    roles = tuple(role for mode in modes for role in by_mode[mode])
     rejections: dict[str, int] = {}
     num_candidates = 0
     options: list[ReplicaOption] = []
-    columns: dict[PoolRole, list[CandidateColumns]] = {role: [] for role in roles}
+    columns: dict[PoolRole, list[CandidateColumns]] = {role: [] for role in roles if role != "prefill"}
     prefills: list[PrefillColumns] = []
-    for engine in request.engines:
+    for (cluster, on_cluster), engine in product(_sides(request, roles), request.engines):
+        most = max_gpus if cluster is job.cluster else cluster.num_gpus
+        shapes = all_shapes(job.model, cluster, limits, most, has_routing=request.routing is not None)
         for precision, kv_precision in wanted_precisions(request):
             num_candidates += len(shapes) * settings
-            kept = _allowed_shapes(request, engine, precision, shapes, settings, rejections)
+            kept = _allowed_shapes(request, cluster, engine, precision, shapes, settings, rejections)
             for row in range(len(kept)):
                 degrees = kept.row(row)
-                found = _priced(request, costs, profile, engine, precision, kv_precision, degrees, choices)
+                found = _priced(
+                    request, costs, profile, engine, precision, kv_precision, degrees, choices, on_cluster[-1]
+                )
                 if not found:
                     rejections["memory"] = rejections.get("memory", 0) + settings
                     continue
@@ -204,11 +239,14 @@ def candidate_space(
                     index = len(options)
                     options.append(option)
                     own = _only_draft(choices, drafted)
-                    for role in roles:
-                        if role == "decode" and not can_decode_alone(engine, degrees):
+                    for role in on_cluster:
+                        if role == "prefill" or (role == "decode" and not can_decode_alone(engine, degrees)):
                             continue
-                        columns[role].append(replica_columns(index, option, profile, job.slo, own, role))
-                    if "disaggregated" in modes and not drafted:
+                        settings_of = _of_decode_pool(own, option) if role == "decode" else own
+                        columns[role].append(
+                            replica_columns(index, option, profile, job.slo, settings_of, role)
+                        )
+                    if "prefill" in on_cluster and not drafted:
                         prefills.append(prefill_columns(index, option, profile, job.slo, own))
     return CandidateSpace(
         options=tuple(options),
@@ -222,8 +260,20 @@ def candidate_space(
     )
 
 
+def _sides(
+    request: ServingRequest, roles: tuple[PoolRole, ...]
+) -> tuple[tuple[ClusterSpec, tuple[PoolRole, ...]], ...]:
+    """Return the clusters, and the roles whose pools may run on each."""
+    job = request.job
+    if job.prefill_cluster is None or "prefill" not in roles:
+        return ((job.cluster, roles),)
+    rest = tuple(role for role in roles if role != "prefill")
+    return ((job.cluster, rest), (job.prefill_cluster, ("prefill",)))
+
+
 def _allowed_shapes(
     request: ServingRequest,
+    cluster: ClusterSpec,
     engine: EngineName,
     precision: Precision,
     shapes: ReplicaShapes,
@@ -233,7 +283,7 @@ def _allowed_shapes(
     job = request.job
     kept = shapes
     for rule in SHAPE_RULES:
-        mask = rule.holds(job.model, job.cluster, engine, precision, kept)
+        mask = rule.holds(job.model, cluster, engine, precision, kept)
         lost = int((~mask).sum())
         if lost:
             rejections[rule.name] = rejections.get(rule.name, 0) + lost * settings
@@ -250,17 +300,21 @@ def _priced(
     kv_precision: Precision,
     degrees: dict[str, int],
     choices: SchedulerChoices,
+    role: PoolRole,
 ) -> list[tuple[int, ReplicaOption]]:
     """Return the option of each speculation length; none where the memory does not hold one request."""
     policy = DEFAULT_POLICIES[engine]
     found: list[tuple[int, ReplicaOption]] = []
+    imbalance = None
+    if request.routing is not None and degrees["ep"] > 1:
+        imbalance = request.routing.imbalance(degrees["ep"], degrees.get("redundant_experts", 0))
     tokens = 0
     for drafted in choices.num_speculative_tokens:
         pool = ServingPool(
             policy=policy,
             num_speculative_tokens=drafted,
-            acceptance_rate=choices.acceptance_rate or 0.7,
             max_num_batched_tokens=max(choices.budgets),
+            expert_imbalance=imbalance,
             **degrees,  # type: ignore[arg-type]  # fields of the pool by name
         )
         plan = ServingPlan(
@@ -270,8 +324,10 @@ def _priced(
             kv_precision=kv_precision,
             pools=(pool,),
         )
+        # The role says on which cluster; a plan of one pool has none but the aggregated.
+        placed = replace(pool, role=role)
         if not found:
-            tokens = costs.kv_cache_tokens(plan, pool)
+            tokens = costs.kv_cache_tokens(plan, placed)
             if tokens < _longest_request(profile):
                 return []
         found.append(
@@ -284,7 +340,9 @@ def _priced(
                     kv_precision=kv_precision,
                     degrees=degrees,
                     kv_cache_tokens=tokens,
-                    table=costs.step_table(plan, pool),
+                    table=costs.step_table(plan, placed),
+                    is_prefill_only=role == "prefill" and request.job.prefill_cluster is not None,
+                    expert_imbalance=imbalance,
                 ),
             )
         )
@@ -295,14 +353,17 @@ def _longest_request(profile: LoadProfile) -> float:
     return float(profile.prompt_lengths[-1]) + profile.mean_output
 
 
+def _of_decode_pool(choices: SchedulerChoices, option: ReplicaOption) -> SchedulerChoices:
+    """Return settings with one token budget: a decode pool computes no prompts, but engines want room for one.
+
+    Those that cut prompts need the least; TensorRT-LLM refuses requests longer than a step.
+    """
+    splits = BATCHING_POLICIES[option.policy].splits_prompts
+    return replace(choices, budgets=((min if splits else max)(choices.budgets),))
+
+
 def _only_draft(choices: SchedulerChoices, drafted: int) -> SchedulerChoices:
-    return SchedulerChoices(
-        budgets=choices.budgets,
-        max_num_sequences=choices.max_num_sequences,
-        num_speculative_tokens=(drafted,),
-        has_prefix_cache=choices.has_prefix_cache,
-        acceptance_rate=choices.acceptance_rate,
-    )
+    return replace(choices, num_speculative_tokens=(drafted,))
 
 
 def _joined(parts: Sequence[CandidateColumns] | None) -> CandidateColumns | None:

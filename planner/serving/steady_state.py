@@ -1,12 +1,13 @@
 """Steady state of one replica in closed form: what rate and what latencies a number of decoding sequences means.
 
-The figures are optimistic: no request ever waits for another's prompt, batches never fluctuate, and the cache never
+The figures are optimistic: no request ever waits for its first step, batches never fluctuate, and the cache never
 overflows. They are therefore an upper bound of the rate that keeps a limit, up to the curvature of the step times; the
 simulation says how much of it remains.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from meshwright.simcore.serving.step_table import StepTable
 
 __all__ = [
     "SteadyState",
-    "accepted_per_step",
+    "gap_statistics",
     "keeps_limits",
     "limited_value",
     "prefill_steady_state",
@@ -29,7 +30,9 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 # Shares of requests that a percentile leaves out.
-_TAILS = {"mean": 0.5, "p50": 0.5, "p90": 0.1, "p95": 0.05, "p99": 0.01}
+_TAILS = {"p50": 0.5, "p90": 0.1, "p95": 0.05, "p99": 0.01}
+# A mean step is found to a thousandth of the difference between steps.
+_BISECTIONS = 12
 # Policies whose prompts stop all decoding.
 _PROMPTS_ALONE = frozenset({"prefill_first", "static"})
 
@@ -42,12 +45,14 @@ class SteadyState:
     ----------
     num_decodes : NDArray[np.float64]
         Sequences that decode at once.
+    lasts : NDArray[np.bool_]
+        Whether prompts leave room for so many; False where the number was cut. A single one may decode part of the time.
     rate : NDArray[np.float64]
-        Requests that arrive and leave [1/s]; 0 where the state cannot last.
-    tpot, itl : NDArray[np.float64]
+        Requests that arrive and leave [1/s].
+    tpot, gap : NDArray[np.float64]
         Mean time per output token after the first, mean time between two steps of a sequence [s].
-    mixed_step, mixed_share : NDArray[np.float64]
-        Time of a step that holds prompt tokens [s], and the share of steps that do.
+    late_gaps : Mapping[str, NDArray[np.float64]]
+        Percentiles of the time between two steps, by name; those that were asked for [s].
     ttft : NDArray[np.float64]
         Time of the steps that the prompt of ``prompt`` tokens takes part in [s].
     kv_tokens : NDArray[np.float64]
@@ -55,23 +60,13 @@ class SteadyState:
     """
 
     num_decodes: FloatArray
+    lasts: BoolArray
     rate: FloatArray
     tpot: FloatArray
-    itl: FloatArray
-    mixed_step: FloatArray
-    mixed_share: FloatArray
+    gap: FloatArray
+    late_gaps: Mapping[str, FloatArray]
     ttft: FloatArray
     kv_tokens: FloatArray
-
-
-def accepted_per_step(num_speculative_tokens: int, acceptance_rate: float) -> float:
-    """Return the mean tokens a sequence gains in a step: ``(1 - a^(s+1)) / (1 - a)``.
-
-    Source: Leviathan et al. 2022 (arXiv 2211.17192), equation 1.
-    """
-    if acceptance_rate >= 1.0:
-        return 1.0 + num_speculative_tokens
-    return (1.0 - acceptance_rate ** (num_speculative_tokens + 1)) / (1.0 - acceptance_rate)
 
 
 def replica_steady_state(
@@ -83,10 +78,11 @@ def replica_steady_state(
     policy: PolicyName,
     role: PoolRole = "aggregated",
     num_speculative_tokens: int = 0,
-    acceptance_rate: float = 0.0,
+    tokens_per_step: float = 1.0,
     has_prefix_cache: bool = False,
     prompt: float | None = None,
     num_ranks: int = 1,
+    gap_statistics: Sequence[str] = (),
 ) -> SteadyState:
     """Return the steady states of a replica that decodes.
 
@@ -102,31 +98,43 @@ def replica_steady_state(
         Whether prompts share steps with decoding sequences or stop them.
     role : PoolRole
         A ``decode`` replica has no prompts.
-    num_speculative_tokens, acceptance_rate : int, float
-        Tokens drafted per step and the chance that one is accepted.
+    num_speculative_tokens, tokens_per_step : int, float
+        Tokens drafted per step, and those a sequence gains in one on average.
     has_prefix_cache : bool
         Whether prompts skip what is cached.
     prompt : float | None
         Prompt that ``ttft`` is for; the mean one when None [tokens].
     num_ranks : int
-        Attention data parallel ranks whose prompts come independently, so that a step lasts as long as that of any
-        rank with a prompt; 1 lets all ranks have theirs in the same steps, which is the bound.
+        Attention data parallel ranks: a step lasts as long as that of any rank with a prompt. Requests that come in groups
+        may bring all ranks their prompts at once; those of a Poisson process share a step only where they came in the
+        same one.
+    gap_statistics : Sequence[str]
+        Percentiles of the time between two steps to return.
 
     Notes
     -----
-    A request decodes ``s = (o - 1) / a`` steps (``a`` tokens accepted per step), so that ``d`` sequences leave at ``d / s``
+    A request decodes ``s = (o - 1) / a`` steps (``a`` being ``tokens_per_step``), so that ``d`` sequences leave at ``d / s``
     per step and their successors bring ``q = d p / s`` prompt tokens per step. Those come in chunks of ``c`` tokens, in a
-    share ``q / c`` of the steps. The rate is ``d / s`` over the mean step.
+    share ``q / c`` of the steps. The rate is ``d / s`` over the mean step. No more sequences decode than prompts that fill
+    every step can follow: larger numbers are cut there.
+
+    A sequence waits for the prompts of the others, never for its own: of ``d`` that decode, itself among them, it meets
+    the share ``(d - g) / d`` of the steps that hold prompts, ``g`` being those whose prompts were computed together with
+    its own. A Poisson process brings prompts one by one; where requests come in groups, as many as fill a step, and where
+    prompts stop decoding, all of them.
     """
-    d = np.asarray(num_decodes, dtype=np.float64)[:, None]
+    grid = np.asarray(num_decodes, dtype=np.float64)[:, None]
     budget = np.asarray(budgets, dtype=np.float64)[None, :]
-    shape = np.broadcast_shapes(d.shape, budget.shape)
     drafted = 1.0 + num_speculative_tokens
-    accepted = accepted_per_step(num_speculative_tokens, acceptance_rate)
-    steps = max(1e-9, (profile.mean_output - 1.0) / accepted)
+    steps = max(1e-9, (profile.mean_output - 1.0) / tokens_per_step)
     cached = profile.mean_cached if has_prefix_cache else 0.0
     own = 0.0 if role == "decode" else max(1.0, profile.mean_prompt - cached)
     attention = _mean_attention(table, profile, cached)
+    alone = policy in _PROMPTS_ALONE
+    most = np.full(budget.shape, np.inf) if alone or not own else budget / (own / steps + drafted)
+    d = np.minimum(grid, most)
+    shape = d.shape
+    none = np.zeros(shape)
 
     def time(decodes: FloatArray, chunk: FloatArray) -> FloatArray:
         share = chunk / own if own else chunk
@@ -141,56 +149,134 @@ def replica_steady_state(
             chunk_sequences=np.maximum(share, (chunk > 0.0) * 1.0),
         )
 
-    alone = policy in _PROMPTS_ALONE
-    room = np.maximum(budget - (0.0 if alone else d * drafted), 0.0) + 0.0 * d
+    beside = none if alone else d
+    room = np.maximum(budget - beside * drafted, 0.0)
     per_step = d * own / steps + 0.0 * budget
     chunk = np.minimum(room, np.maximum(own, per_step))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        mixed_share = np.where(per_step > 0.0, per_step / chunk, 0.0)
-    pure = time(d + 0.0 * budget, np.zeros(shape))
-    mixed = time(np.zeros(shape) if alone else d + 0.0 * budget, np.maximum(chunk, 1.0)) if own else pure
+    pure = time(d, none)
+    mixed = time(beside, np.maximum(chunk, 1.0)) if own else pure
+    full = time(beside, np.maximum(room, 1.0)) if own else pure
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mixed_share, full_share = (np.where(per_step > 0.0, per_step / each, 0.0) for each in (chunk, room))
+    # The bound lets prompts wait for each other until a step is full, where that makes fewer steps of them.
     if alone:
-        # The bound lets prompts wait for each other until a step is full.
-        full = time(np.zeros(shape), np.maximum(room, 1.0)) * np.maximum(chunk, 1.0) / np.maximum(room, 1.0)
-        itl = pure + num_ranks * mixed_share * np.minimum(mixed, full)
-        lasts = room > 0.0
-        mixed = mixed + pure
+        step = pure + np.minimum(mixed_share * mixed, full_share * full)
     else:
-        # The bound lets prompts wait for each other until a step is full, where that makes fewer steps of them.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            full_share = np.where(per_step > 0.0, per_step / room, 0.0)
-        full = time(d + 0.0 * budget, np.maximum(room, 1.0)) if own else pure
-        lasts = np.minimum(mixed_share, full_share) <= 1.0
-        itl = np.minimum(
-            _mixed_time(pure, mixed, mixed_share, num_ranks), _mixed_time(pure, full, full_share, num_ranks)
-        )
-    rate = np.where(lasts, d / (steps * itl * table.stage_share), 0.0)
-    longest = max(1.0, (profile.mean_prompt if prompt is None else prompt) - cached)
-    with np.errstate(divide="ignore"):
-        num_steps = np.ceil(longest / np.maximum(room, 1e-9)) if own else np.zeros(shape)
-    first = time(np.zeros(shape) if alone else d + 0.0 * budget, np.minimum(longest, np.maximum(room, 1.0)))
-    ttft = np.where(room > 0.0, num_steps * first, np.inf) if own else np.zeros(shape)
-    in_prefill = rate * np.where(np.isfinite(ttft), ttft, 0.0) * own / 2.0
+        step = np.minimum(_mixed_time(pure, mixed, mixed_share), _mixed_time(pure, full, full_share))
+    if num_ranks > 1 and own and not profile.comes_in_groups:
+        step = np.maximum(step, _gated_time(pure, np.maximum(mixed, pure), num_ranks * d / steps))
+    rate = np.where(room > 0.0, d / (steps * step * table.stage_share), 0.0)
+    group = np.minimum(_group_size(profile, room, own, alone=alone), d)
+    met = (d - group) / d
+    gap = pure + (step - pure) * met
+
+    def late_gap(statistic: str) -> FloatArray:
+        tail, prompts = _TAILS[statistic], np.maximum(1.0, profile.prompt_lengths - cached)
+        if alone:
+            # A Poisson process starts as many busy periods of prompts as find none under way.
+            share = d / steps * met * pure / step
+            held = _shortest_late_prompt(prompts, share, tail)
+        else:
+            largest = room if profile.comes_in_groups else np.minimum(room, prompts[-1])
+            held = _smallest_late_chunk(prompts, room, largest, d / steps * met, tail)
+        late = time(beside, np.maximum(held, 1.0)) + (pure if alone else 0.0)
+        return np.where(held > 0.0, late, pure)
+
+    ttft = none
+    if own:
+        longest = max(1.0, (profile.mean_prompt if prompt is None else prompt) - cached)
+        others = np.minimum(beside, d - group)
+        room = np.maximum(budget - others * drafted, 1.0)
+        ttft = np.maximum(1.0, longest / room) * time(others, np.minimum(longest, room))
     running = d / table.stage_share
-    kv_tokens = running * profile.decode_context + in_prefill
     return SteadyState(
-        num_decodes=running + np.zeros(shape),
-        rate=np.where(np.isfinite(rate), rate, 0.0),
-        tpot=itl / accepted,
-        itl=itl,
-        mixed_step=mixed,
-        mixed_share=mixed_share,
+        num_decodes=running,
+        lasts=grid <= np.maximum(most, 1.0),
+        rate=rate,
+        tpot=gap / tokens_per_step,
+        gap=gap,
+        late_gaps={name: late_gap(name) if own else pure for name in gap_statistics},
         ttft=ttft,
-        kv_tokens=kv_tokens + np.zeros(shape),
+        kv_tokens=running * profile.decode_context + rate * ttft * own / 2.0,
     )
 
 
-def _mixed_time(pure: FloatArray, mixed: FloatArray, share: FloatArray, num_ranks: int) -> FloatArray:
-    """Return the mean step of which a share holds a prompt on any of the ranks [s]."""
-    # States that do not last have no rate; their share may even be infinite.
-    any_rank = 1.0 - (1.0 - np.minimum(share, 1.0)) ** num_ranks
-    mean: FloatArray = (1.0 - any_rank) * pure + any_rank * mixed
+def _group_size(profile: LoadProfile, room: FloatArray, own: float, *, alone: bool) -> FloatArray:
+    """Return how many prompts may be computed together, their sequences decoding in step from then on."""
+    if not profile.comes_in_groups or not own:
+        return np.ones_like(room)
+    if alone:
+        return np.full_like(room, np.inf)
+    # What a client asks next misses the step that starts as its last answer ends, so that two steps' prompts meet none
+    # of each other's sequences; the last of them may be cut between two steps.
+    return 1.0 + 2.0 * room / own
+
+
+def _shortest_late_prompt(prompts: FloatArray, share: FloatArray, tail: float) -> FloatArray:
+    """Return the prompt that a percentile of the gaps holds, a share of which hold one at least; 0 for none [tokens]."""
+    shortest = np.quantile(prompts, np.clip(1.0 - tail / np.maximum(share, tail), 0.0, 1.0))
+    return np.where(share > tail, shortest, 0.0)
+
+
+def _smallest_late_chunk(
+    prompts: FloatArray, room: FloatArray, largest: FloatArray, arrivals: FloatArray, tail: float
+) -> FloatArray:
+    """Return the fewest prompt tokens that a percentile of the steps of a sequence can hold; 0 for none [tokens].
+
+    Parameters
+    ----------
+    prompts : NDArray[np.float64]
+        A sample of what is to be computed of prompts, ``(num_samples,)`` [tokens].
+    room, largest : NDArray[np.float64]
+        Prompt tokens that a step has room for, and that one may hold.
+    arrivals : NDArray[np.float64]
+        Prompts per step that a sequence waits for, on average.
+    tail : float
+        Share of the steps that the percentile leaves out.
+
+    Notes
+    -----
+    Prompts that never share a step make the most steps, a share ``m`` of all. At best the tail holds the largest chunks
+    ``c`` of the ``t`` tokens per step, so that ``(t - tail c) / (m - tail)`` remain for each of the others.
+    """
+    room = np.maximum(room, 1.0)
+    share = np.minimum(1.0, arrivals * np.ceil(prompts[:, None, None] / room).mean(axis=0))
+    held = (arrivals * prompts.mean() - tail * largest) / np.maximum(share - tail, 1e-12)
+    return np.where(share > tail, np.clip(held, 0.0, room), 0.0)
+
+
+def _mixed_time(pure: FloatArray, mixed: FloatArray, share: FloatArray) -> FloatArray:
+    """Return the mean step of which a share holds a prompt [s]."""
+    # Shares above 1 are of states that were cut.
+    share = np.minimum(share, 1.0)
+    mean: FloatArray = (1.0 - share) * pure + share * mixed
     return mean
+
+
+def _gated_time(pure: FloatArray, mixed: FloatArray, arrivals: FloatArray) -> FloatArray:
+    """Return the mean step where a step holds prompts if any came during the one before, whichever rank they came to [s].
+
+    Parameters
+    ----------
+    pure, mixed : NDArray[np.float64]
+        Steps without prompts, and with one on the fullest rank [s].
+    arrivals : NDArray[np.float64]
+        Prompts per mean step, on all ranks together.
+
+    Notes
+    -----
+    Steps with and without prompts follow each other as a Markov chain: at a rate ``r`` a prompt comes during ``t`` with
+    chance ``1 - exp(-r t)``, so that the share ``a / (a + b)`` holds prompts, ``a = 1 - exp(-r pure)`` and
+    ``b = exp(-r mixed)``. The rate is ``arrivals`` over the mean step, which bisection finds.
+    """
+    low, high = pure, mixed
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        rate = arrivals / middle
+        follows, ends = -np.expm1(-rate * pure), np.exp(-rate * mixed)
+        mean = pure + (mixed - pure) * follows / (follows + ends)
+        low, high = np.where(mean > middle, middle, low), np.where(mean > middle, high, middle)
+    return low
 
 
 def prefill_steady_state(
@@ -243,6 +329,13 @@ def prefill_steady_state(
     return rate, latency
 
 
+def gap_statistics(slo: Slo) -> tuple[str, ...]:
+    """Return the percentiles of the time between two steps that are limited."""
+    return tuple(
+        limit.statistic for limit in slo.limits if limit.metric == "itl" and limit.statistic != "mean"
+    )
+
+
 def keeps_limits(state: SteadyState, slo: Slo, profile: LoadProfile) -> dict[str, BoolArray]:
     """Return, by limit, whether each state can keep it; optimistic, as the states are.
 
@@ -263,10 +356,7 @@ def limited_value(state: SteadyState, limit: SloLimit, profile: LoadProfile) -> 
     if limit.metric == "ttft":
         return state.ttft
     if limit.metric == "itl":
-        # A percentile of single gaps is that of a mixed step as soon as more steps than its tail are mixed.
-        is_mixed = limit.statistic != "mean" and state.mixed_share > _TAILS[limit.statistic]
-        unmixed = state.itl if limit.statistic == "mean" else 0.0 * state.itl
-        return np.where(is_mixed, state.mixed_step, unmixed)
+        return state.gap if limit.statistic == "mean" else state.late_gaps[limit.statistic]
     return state.ttft + (profile.mean_output - 1.0) * state.tpot
 
 

@@ -62,6 +62,12 @@ class JobSimulator:
         """Return the requests that stand for the load."""
         return self._trace if self._trace is not None else self._requests(_FEWEST)
 
+    def profile(self) -> LoadProfile:
+        """Return the means of the load."""
+        workload = self._job.workload
+        is_poisson = workload.arrival == "poisson" and workload.num_turns == 1
+        return replace(profile_of_requests(self.sample()), comes_in_groups=not is_poisson)
+
     def demand(self) -> float:
         """Return the stated load: clients of a closed loop, else requests per second."""
         workload = self._job.workload
@@ -100,9 +106,7 @@ class JobSimulator:
         Raises
         ------
         InfeasiblePlanError
-            If a pool's weights do not fit.
-        SpecError
-            If a request does not fit the cache.
+            If a pool's weights do not fit, or a request does not fit the cache.
         """
         return simulate_pools(
             replica_pools(plan, self._costs, float(requests.input_length.mean())),
@@ -180,14 +184,18 @@ def load_point(
     needed = _STEADY_SHARE * len(kept) - 2.0 * np.sqrt(2.0 * len(kept))
     rate = num_finished / (end - begin) if end > begin else 0.0
     is_stable = is_closed_loop or num_finished >= needed
-    if not is_closed_loop and is_stable:
+    if is_closed_loop:
+        # Little's law: every client has a request under way. Requests that finish in step would make a count of a window
+        # depend on where it begins.
+        rate = load / float((result.finish_time - result.arrival_time)[kept].mean())
+    elif is_stable:
         # What goes out is what comes in; the count of a window only adds chance.
         rate = load
     middle = (begin + end) / 2.0
     under_way = float(
         np.searchsorted(arrivals, middle, side="right") - np.searchsorted(finished, middle, side="right")
     )
-    prompt_share, decode_share = phase_shares(result, plan)
+    shares = zip(plan.pools, phase_shares(result, plan), strict=True)
     return LoadPoint(
         load=load,
         rate=rate,
@@ -195,8 +203,11 @@ def load_point(
         figures={
             "output_tokens_per_second": rate * float(result.output_length.mean()),
             "requests_under_way": under_way,
-            "prompt_step_share": prompt_share,
-            "decode_step_share": decode_share,
+            **{
+                f"{phase}_step_share_{pool.role}": share
+                for pool, each in shares
+                for phase, share in zip(("prompt", "decode"), each, strict=True)
+            },
             "preemptions_per_request": float(result.num_preemptions[kept].mean()),
             "cached_prompt_share": float(result.cached_tokens[kept].sum() / result.input_length[kept].sum()),
         },
@@ -204,20 +215,20 @@ def load_point(
     )
 
 
-def phase_shares(result: ServingResult, plan: ServingPlan) -> tuple[float, float]:
-    """Return the shares of the GPUs' time in steps that hold prompt tokens and in steps of decoding alone."""
+def phase_shares(result: ServingResult, plan: ServingPlan) -> tuple[tuple[float, float], ...]:
+    """Return, by pool, the shares of its GPUs' time in steps that hold prompt tokens and in steps of decoding alone."""
     duration = float(result.finish_time.max() - result.arrival_time.min())
-    weights = np.concatenate(
-        [
-            np.full(pool.num_replicas * pool.attention_dp * pool.pp, pool.tp / plan.num_gpus)
-            for pool in plan.pools
-        ]
-    )
-    # The micro-batches of a pipeline are engines that share their GPUs.
-    prompts = float((weights * result.prompt_step_time).sum()) / duration
-    decodes = float((weights * result.decode_step_time).sum()) / duration
-    total = max(1.0, prompts + decodes)
-    return prompts / total, decodes / total
+    shares, first = [], 0
+    for pool in plan.pools:
+        # The micro-batches of a pipeline are engines that share their GPUs.
+        count = pool.num_replicas * pool.attention_dp * pool.pp
+        engines = slice(first, first + count)
+        first += count
+        prompts = float(result.prompt_step_time[engines].sum()) / (duration * count)
+        decodes = float(result.decode_step_time[engines].sum()) / (duration * count)
+        total = max(1.0, prompts + decodes)
+        shares.append((prompts / total, decodes / total))
+    return tuple(shares)
 
 
 def _statistics(result: ServingResult, kept: IntArray) -> dict[str, float]:

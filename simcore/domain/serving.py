@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.specs import ClusterSpec
 from meshwright.simcore.domain.model import ModelSpec
+from meshwright.simcore.domain.speculation import Acceptance
 from meshwright.simcore.domain.workload import PRECISIONS, Precision
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "SloLimit",
     "SloMetric",
     "SloStatistic",
+    "expert_slots_reason",
+    "pools_by_cluster",
 ]
 
 EngineName = Literal["vllm", "sglang", "trtllm"]
@@ -212,6 +215,11 @@ class ServingPool:
     moe_tp, ep : int
         Ranks that split each expert, and ranks that share out the experts; ``moe_tp * ep = tp * attention_dp``.
         Both 1 for a dense model.
+    redundant_experts : int
+        Copies of experts beyond one each, over all ranks of a replica, in every mixture-of-experts layer.
+    expert_imbalance : float | None
+        Rows of the most loaded expert rank over the mean, as a placement of the experts reaches; None is the skewed
+        routing the kernels were measured with.
     policy : PolicyName
         How the scheduler forms a step.
     max_num_sequences : int
@@ -228,6 +236,8 @@ class ServingPool:
         Tokens drafted per step; 0 is off.
     acceptance_rate : float
         Chance that a drafted token is accepted, given that those before it were.
+    acceptance_lengths : tuple[float, ...]
+        Probability of 1, 2, ... tokens per step, where measured; overrides the rate.
     """
 
     role: PoolRole = "aggregated"
@@ -238,6 +248,8 @@ class ServingPool:
     attention_dp: int = 1
     moe_tp: int = 1
     ep: int = 1
+    redundant_experts: int = 0
+    expert_imbalance: float | None = None
     policy: PolicyName = "chunked_prefill"
     max_num_sequences: int = 256
     max_num_batched_tokens: int = 8192
@@ -246,6 +258,7 @@ class ServingPool:
     has_prefix_cache: bool = False
     num_speculative_tokens: int = 0
     acceptance_rate: float = 0.7
+    acceptance_lengths: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check_word("pool.role", self.role, POOL_ROLES)
@@ -262,15 +275,34 @@ class ServingPool:
             "block_size",
         ):
             _check_at_least(f"pool.{field}", getattr(self, field), 1)
-        _check_at_least("pool.num_speculative_tokens", self.num_speculative_tokens, 0)
-        if not 0.0 <= self.acceptance_rate <= 1.0:
-            raise SpecError(f"pool.acceptance_rate is a chance: 0 to 1, not {self.acceptance_rate:g}")
+        for field in ("num_speculative_tokens", "redundant_experts"):
+            _check_at_least(f"pool.{field}", getattr(self, field), 0)
+        if self.redundant_experts and self.ep == 1:
+            raise SpecError(
+                f"pool.redundant_experts {self.redundant_experts} needs ep of at least 2: one rank holds every expert once"
+            )
+        if self.expert_imbalance is not None and not 1.0 <= self.expert_imbalance <= self.ep:
+            raise SpecError(
+                f"pool.expert_imbalance is the most loaded rank over the mean: 1 to ep {self.ep}, not "
+                f"{self.expert_imbalance:g}"
+            )
+        longest = self.acceptance.longest_draft
+        if longest is not None and longest > self.num_speculative_tokens:
+            raise SpecError(
+                f"pool.acceptance_lengths states up to {longest + 1} tokens per step, which needs num_speculative_tokens "
+                f"of at least {longest}, not {self.num_speculative_tokens}"
+            )
         if self.moe_tp * self.ep not in (1, self.tp * self.attention_dp):
             raise SpecError(
                 f"pool: moe_tp {self.moe_tp} x ep {self.ep} must be tp {self.tp} x attention_dp {self.attention_dp}"
             )
         if self.kv_cache_tokens is not None:
             _check_at_least("pool.kv_cache_tokens", self.kv_cache_tokens, self.block_size)
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """How many drafted tokens stand."""
+        return Acceptance(rate=self.acceptance_rate, lengths=self.acceptance_lengths)
 
     @property
     def gpus_per_replica(self) -> int:
@@ -281,6 +313,23 @@ class ServingPool:
     def num_gpus(self) -> int:
         """GPUs of the pool."""
         return self.gpus_per_replica * self.num_replicas
+
+
+def expert_slots_reason(num_experts: int, pool: ServingPool) -> str | None:
+    """Return why a pool's expert ranks cannot share out the experts and their copies; None where they can."""
+    slots = num_experts + pool.redundant_experts
+    if slots > num_experts * pool.ep:
+        most = num_experts * (pool.ep - 1)
+        return f"redundant_experts {pool.redundant_experts} exceeds one copy on each of ep {pool.ep} ranks; at most {most}"
+    if slots % pool.ep == 0:
+        return None
+    if not pool.redundant_experts:
+        return f"ep {pool.ep} does not divide {num_experts} experts"
+    more = pool.redundant_experts + -slots % pool.ep
+    return (
+        f"{num_experts} experts and {pool.redundant_experts} redundant ones do not divide by ep {pool.ep}; use "
+        f"redundant_experts {more}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,9 +380,37 @@ class ServingPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingJob:
-    """What stays fixed while serving plans are compared."""
+    """What stays fixed while serving plans are compared.
+
+    Parameters
+    ----------
+    model, cluster, workload, slo :
+        What is served, where, to whom, within which limits.
+    prefill_cluster : ClusterSpec | None
+        Where prefill pools run, if not on ``cluster``: other GPUs, reached over the fabric.
+    """
 
     model: ModelSpec
     cluster: ClusterSpec
     workload: ServingWorkload
     slo: Slo = Slo()
+    prefill_cluster: ClusterSpec | None = None
+
+    def cluster_of(self, role: PoolRole) -> ClusterSpec:
+        """Return where pools of a role run."""
+        is_apart = role == "prefill" and self.prefill_cluster is not None
+        return self.prefill_cluster if is_apart else self.cluster  # type: ignore[return-value]  # not None there
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of both clusters."""
+        return self.cluster.num_gpus + (self.prefill_cluster.num_gpus if self.prefill_cluster else 0)
+
+
+def pools_by_cluster(
+    job: ServingJob, plan: ServingPlan
+) -> tuple[tuple[tuple[ServingPool, ...], ClusterSpec], ...]:
+    """Return the pools that share a cluster, each group with its cluster."""
+    if job.prefill_cluster is None or not plan.is_disaggregated:
+        return ((plan.pools, job.cluster),)
+    return tuple(((pool,), job.cluster_of(pool.role)) for pool in plan.pools)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.simcore.domain.serving import POLICIES, PolicyName
+from meshwright.simcore.domain.speculation import Acceptance
 
 __all__ = ["EngineBehaviour", "TransferLink"]
 
@@ -42,11 +43,8 @@ class EngineBehaviour:
         Time between the first requests of a closed loop's clients [s].
     num_speculative_tokens : int
         Tokens drafted a step; 0 is off.
-    acceptance_rate : float
-        Chance that a drafted token is accepted when those before it were: a step yields
-        ``1 + accepted`` tokens, ``P(accepted >= i) = acceptance_rate^i``.
-    acceptance_lengths : tuple[float, ...]
-        Probability of 1, 2, ... tokens a step, where measured; overrides the rate.
+    acceptance : Acceptance
+        How many of them stand.
     has_prefix_cache : bool
         Shared parts of prompts that :class:`RequestTable` names stay cached until evicted, least recently used
         first.
@@ -55,6 +53,9 @@ class EngineBehaviour:
         ``has_prefix_cache``.
     attention_dp, pipeline_stages : int
         Engines of a replica, as above.
+    prompt_wait_steps : int
+        Attention ranks take in prompts together: while all of them decode, a prompt waits until every rank has one,
+        and at most this many steps; 0 takes each in as it comes.
     splits_prompts, reserves_output : bool | None
         Override what the policy does; None leaves it.
     """
@@ -71,12 +72,12 @@ class EngineBehaviour:
     stream_time_per_token: float = 0.0
     burst_spread: float = 0.0
     num_speculative_tokens: int = 0
-    acceptance_rate: float = 0.7
-    acceptance_lengths: tuple[float, ...] = ()
+    acceptance: Acceptance = field(default_factory=Acceptance)
     has_prefix_cache: bool = False
     cached_prompt_share: float = 0.0
     attention_dp: int = 1
     pipeline_stages: int = 1
+    prompt_wait_steps: int = 0
     splits_prompts: bool | None = None
     reserves_output: bool | None = None
 
@@ -102,40 +103,25 @@ class EngineBehaviour:
             "stream_time_per_token",
             "burst_spread",
             "num_speculative_tokens",
+            "prompt_wait_steps",
         ):
             if not getattr(self, name) >= 0:
                 raise SpecError(f"engine behaviour: {name} must not be below 0, nor {getattr(self, name)}")
-        for name in ("watermark", "acceptance_rate", "cached_prompt_share"):
+        for name in ("watermark", "cached_prompt_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise SpecError(
                     f"engine behaviour: {name} is a share from 0 to 1, not {getattr(self, name):g}"
                 )
-        lengths = self.acceptance_lengths
-        if lengths and (
-            len(lengths) > self.num_speculative_tokens + 1
-            or min(lengths) < 0.0
-            or abs(sum(lengths) - 1.0) > 1e-6
-        ):
-            raise SpecError(
-                "engine behaviour: acceptance_lengths are the probabilities of 1 to num_speculative_tokens + 1 "
-                f"tokens a step, which sum to 1; got {lengths}"
-            )
 
     @property
     def step_token_probabilities(self) -> tuple[float, ...]:
         """Probabilities of 1, 2, ... tokens of one sequence in one decode step."""
-        if self.acceptance_lengths:
-            return self.acceptance_lengths
-        count, rate = self.num_speculative_tokens, self.acceptance_rate
-        return (*(rate**i * (1.0 - rate) for i in range(count)), rate**count)
+        return self.acceptance.step_token_probabilities(self.num_speculative_tokens)
 
     @property
     def tokens_per_step(self) -> float:
-        """Mean tokens that one sequence gets from one decode step: ``(1 - a^(k+1)) / (1 - a)`` for a constant rate.
-
-        Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", ICML 2023, equation 1.
-        """
-        return sum(share * (1 + index) for index, share in enumerate(self.step_token_probabilities))
+        """Mean tokens that one sequence gets from one decode step."""
+        return self.acceptance.tokens_per_step(self.num_speculative_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,8 @@ class RequestTable:
         Tokens from the start of the prompt to the end of each segment.
     final_segment : NDArray[np.int64]
         Segment that a request's whole prompt and answer become for later turns, or -1; empty for none.
+    num_failed : int
+        Recorded requests that failed and were left out.
     """
 
     arrival_time: FloatArray
@@ -60,6 +62,7 @@ class RequestTable:
     segment: IntArray = field(default_factory=_no_ints)
     segment_end: IntArray = field(default_factory=_no_ints)
     final_segment: IntArray = field(default_factory=_no_ints)
+    num_failed: int = 0
 
     def __post_init__(self) -> None:
         count = len(self.input_length)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.errors import SpecError
+from meshwright.errors import InfeasiblePlanError, SpecError
 from meshwright.simcore.compiled import from_kernel
 from meshwright.simcore.domain.serving import RouterName
 from meshwright.simcore.serving import event_loop
@@ -158,7 +158,9 @@ def simulate_pools(
     Raises
     ------
     SpecError
-        If a request does not fit the KV cache, or pools and link do not match.
+        If pools and link do not match.
+    InfeasiblePlanError
+        If a request does not fit the KV cache of an engine.
     """
     _check_pools(pools, requests, link)
     steps, rate = _decode_steps(pools[-1].behaviour, requests.output_length, seed)
@@ -189,10 +191,12 @@ def _check_pools(pools: tuple[ReplicaPool, ...], requests: RequestTable, link: T
         lengths = requests.input_length + (0 if pool.role == "prefill" else requests.output_length)
         row = int(np.argmax(lengths))
         if -(-lengths[row] // behaviour.block_size) > behaviour.num_kv_blocks:
-            raise SpecError(
+            raise InfeasiblePlanError(
                 f"the {pool.role} pool: request {row} of {requests.input_length[row]} + "
                 f"{requests.output_length[row]} tokens does not fit the KV cache of "
-                f"{behaviour.num_kv_blocks * behaviour.block_size} tokens of one engine"
+                f"{behaviour.num_kv_blocks * behaviour.block_size} tokens of one engine; split the model over more GPUs, "
+                "raise kv_cache_tokens where the plan states it, or serve shorter requests",
+                {"memory": 1},
             )
 
 

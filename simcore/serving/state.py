@@ -221,6 +221,7 @@ def _fill_pool(
         (fields.ROLE, _ROLES[pool.role]),
         (fields.IS_HIDDEN, table.is_host_hidden),
         (fields.MICRO_BATCHES, behaviour.pipeline_stages),
+        (fields.PATIENCE, behaviour.prompt_wait_steps),
         (fields.BALANCES, router.balances_load),
         (fields.FOLLOWS, router.follows_prefix and has_cache),
     ):

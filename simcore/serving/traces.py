@@ -4,8 +4,8 @@ Formats, told apart by their columns:
 
 - Azure LLM inference traces, CSV: ``TIMESTAMP, ContextTokens, GeneratedTokens``
   (https://github.com/Azure/AzurePublicDataset).
-- BurstGPT, CSV: ``Timestamp`` in seconds, ``Request tokens``, ``Response tokens``
-  (https://github.com/HPMLL/BurstGPT).
+- BurstGPT, CSV: ``Timestamp`` in seconds, ``Request tokens``, ``Response tokens``; its requests without an answer failed
+  and are left out, as its makers do in ``BurstGPT_without_fails`` (https://github.com/HPMLL/BurstGPT).
 - Mooncake, JSON lines: ``timestamp`` in milliseconds, ``input_length``, ``output_length``, ``hash_ids`` of blocks of
   512 tokens (https://github.com/kvcache-ai/Mooncake).
 - Lengths alone, CSV or JSON lines, as prepared from ShareGPT: ``input_length, output_length``, also under the names
@@ -34,12 +34,13 @@ __all__ = ["MOONCAKE_BLOCK_SIZE", "Trace", "load_requests", "read_trace"]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 MOONCAKE_BLOCK_SIZE = 512
+_BURST_ANSWER = "Response tokens"
 _CSV_NAMES = {
     "input_length": ("input_length", "ContextTokens", "Request tokens", "num_prefill_tokens", "prompt_len"),
     "output_length": (
         "output_length",
         "GeneratedTokens",
-        "Response tokens",
+        _BURST_ANSWER,
         "num_decode_tokens",
         "output_len",
     ),
@@ -159,12 +160,11 @@ def _add_csv(rows: _Rows, path: Path, text: str) -> None:
         if len(values) != len(header):
             raise SpecError(f"{path}:{line}: {len(values)} values under {len(header)} columns")
         time = _time(path, line, values[places["time"]]) if "time" in places else None
-        rows.add(
-            line,
-            time,
-            _number(path, line, "input_length", values[places["input_length"]]),
-            _number(path, line, "output_length", values[places["output_length"]]),
-        )
+        output = _number(path, line, "output_length", values[places["output_length"]])
+        if output == 0.0 and header[places["output_length"]] == _BURST_ANSWER:
+            rows.num_failed += 1
+            continue
+        rows.add(line, time, _number(path, line, "input_length", values[places["input_length"]]), output)
 
 
 def _number(path: Path, line: int, field: str, value: object) -> float:
@@ -200,6 +200,7 @@ class _Rows:
         self._outputs: list[int] = []
         self._parts: list[list[tuple[object, int]]] = []
         self._has_times: bool | None = None
+        self.num_failed = 0
 
     def add(self, line: int, time: float | None, input_length: float, output_length: float) -> None:
         """Check and keep a request."""
@@ -258,6 +259,8 @@ class _Rows:
 
     def trace(self) -> Trace:
         """Return all requests."""
+        if not self._inputs and self.num_failed:
+            raise SpecError(f"{self._path}: all {self.num_failed:,} requests failed: none has an answer")
         if not self._inputs:
             raise SpecError(f"{self._path}: the trace is empty; it must hold at least one request")
         times = np.array(self._times)
@@ -269,6 +272,7 @@ class _Rows:
             segment_offset=offset,
             segment=segment,
             segment_end=ends,
+            num_failed=self.num_failed,
         )
         return Trace(requests=requests, has_times=bool(self._has_times))
 

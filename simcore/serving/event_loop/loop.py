@@ -26,18 +26,21 @@ from meshwright.simcore.serving.event_loop.fields import (
     FRONT_FREE,
     HAS_FEEDBACK,
     HEAP,
+    HELD,
     IS_BUSY,
     IS_CLOSED,
     LINK,
     LOAD,
     MAX_DIFFERENCE,
     MAX_RATIO,
+    MAX_SEQUENCES,
     MICRO_BATCHES,
     NEXT,
     NEXT_ROOT,
     NUM_ENGINES,
     NUM_REPLICAS,
     NUM_ROOTS,
+    PATIENCE,
     PENDING_HEAD,
     PHASE,
     POOL,
@@ -55,12 +58,14 @@ from meshwright.simcore.serving.event_loop.fields import (
     STAGE_SHARE,
     STEP_START,
     STEP_TIME,
+    STEP_TOKENS,
     STEPS_RUN,
     STREAM_FREE,
     TRANSFERRED,
     TURN,
     WAIT_HEAD,
     WAIT_TAIL,
+    WAITED,
     WAITING,
     Floats,
     Ints,
@@ -68,7 +73,32 @@ from meshwright.simcore.serving.event_loop.fields import (
 from meshwright.simcore.serving.event_loop.sequences import show_tokens
 from meshwright.simcore.serving.event_loop.steps import complete_step, form_step, skip_decodes
 
-__all__ = ["advance", "chosen_replica", "deliver", "form_steps", "run"]
+__all__ = ["advance", "chosen_replica", "deliver", "form_steps", "hold_prompts", "run"]
+
+
+@kernel_part
+def hold_prompts(ints: Ints, floats: Floats, replica: int, first: int, num_ranks: int, now: float) -> None:
+    """Let new prompts wait while all ranks decode, until ``PATIENCE`` steps have gone by.
+
+    Several ranks begin sooner: when each has a prompt. One rank looks again right after a step of prompts.
+    """
+    pool = ints[replica + POOL]
+    all_prompts, all_decode = num_ranks > 1 or ints[first + STEP_TOKENS] > 0, True
+    for engine in range(first, first + num_ranks * ENGINE_STRIDE, ENGINE_STRIDE):
+        if ints[engine + DECODES] == 0:
+            all_decode = False
+        if (
+            ints[engine + WAITING] == 0
+            or floats[ints[engine + WAIT_HEAD] + READY] > now
+            or ints[engine + RUNNING] >= ints[pool + MAX_SEQUENCES]
+        ):
+            all_prompts = all_prompts and num_ranks == 1
+    ints[replica + WAITED] += 1
+    is_held = all_decode and not all_prompts and ints[replica + WAITED] < ints[pool + PATIENCE]
+    if not is_held:
+        ints[replica + WAITED] = 0
+    for engine in range(first, first + num_ranks * ENGINE_STRIDE, ENGINE_STRIDE):
+        ints[engine + HELD] = is_held
 
 
 @kernel_part
@@ -81,6 +111,8 @@ def form_steps(ints: Ints, floats: Floats, replica: int, now: float) -> None:
     for micro_batch in range(micro_batches):
         widest = 0.0
         start = first + micro_batch * num_ranks * ENGINE_STRIDE
+        if ints[pool + PATIENCE] > 0:
+            hold_prompts(ints, floats, replica, start, num_ranks, now)
         for engine in range(start, start + num_ranks * ENGINE_STRIDE, ENGINE_STRIDE):
             if form_step(ints, floats, engine, pool, now):
                 is_busy = True

@@ -42,6 +42,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     HAS_BUDGET,
     HAS_CACHE,
     HAS_LAG,
+    HELD,
     HOST,
     HOST_SEQUENCE,
     IS_DECODING,
@@ -60,6 +61,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     NUM_CONTEXTS,
     NUM_TOKENS,
     PARTIAL,
+    PATIENCE,
     PER_TOKEN,
     PHASE,
     POOL,
@@ -99,6 +101,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     TRANSFER,
     TRANSFERRED,
     WAIT_HEAD,
+    WAITED,
     WAITING,
     WHEEL_AT,
     WHEEL_SIZE,
@@ -236,7 +239,11 @@ def form_step(ints: Ints, floats: Floats, engine: int, pool: int, now: float) ->
             attention += compute_chunk(ints, floats, engine, pool, request, tokens)
             num_prompts = 1
             budget -= tokens
-    may_fill = not is_preempting and (ints[pool + FILLS_EMPTY] == 0 or ints[engine + RUNNING] == 0)
+    may_fill = (
+        not is_preempting
+        and ints[engine + HELD] == 0
+        and (ints[pool + FILLS_EMPTY] == 0 or ints[engine + RUNNING] == 0)
+    )
     while (
         may_fill
         and budget > 0
@@ -265,9 +272,12 @@ def form_step(ints: Ints, floats: Floats, engine: int, pool: int, now: float) ->
     if num_prompts == 0 and not is_preempting and not is_admitting and ints[engine + PARTIAL] < 0:
         if ints[engine + WAITING] == 0 or floats[ints[engine + WAIT_HEAD] + READY] > now:
             ints[engine + BLOCKED] = 2
-        elif ints[engine + RUNNING] >= ints[pool + MAX_SEQUENCES] or (
-            # What decoding needs next, or evicts, may let a request in that had no room before.
-            ints[pool + ROLE] != DECODE and (ints[pool + BY_CHUNK] == 0 or ints[pool + HAS_CACHE] == 0)
+        elif ints[engine + HELD] == 0 and (
+            ints[engine + RUNNING] >= ints[pool + MAX_SEQUENCES]
+            or (
+                # What decoding needs next, or evicts, may let a request in that had no room before.
+                ints[pool + ROLE] != DECODE and (ints[pool + BY_CHUNK] == 0 or ints[pool + HAS_CACHE] == 0)
+            )
         ):
             ints[engine + BLOCKED] = 1
     if num_decodes == 0 and num_prompts == 0:
@@ -365,6 +375,10 @@ def skip_decodes(ints: Ints, floats: Floats, replica: int, engine: int, start: f
                 visible = end
             visible += per_token * rates
     ints[STEPS_RUN] += counter - ints[engine + COUNTER]
+    if ints[pool + PATIENCE] > 0:
+        ints[replica + WAITED] = (ints[replica + WAITED] + counter - ints[engine + COUNTER]) % ints[
+            pool + PATIENCE
+        ]
     ints[engine + COUNTER] = counter
     if taken > 0:
         take_blocks(ints, engine, taken)

@@ -71,3 +71,15 @@ def test_a_model_that_does_not_fit_says_how_much_is_missing(make_served: MakeSer
         serving_memory(
             served.model, served.formats, ServingPool(tp=4, moe_tp=4), served.cluster.gpu, served.constants
         )
+
+
+def test_copies_of_experts_take_their_share_of_every_rank(make_served: MakeServed) -> None:
+    served = make_served("deepseek-v3", "fp8")
+    plain, copies = (
+        weight_bytes_per_gpu(
+            served.model, served.formats, ServingPool(attention_dp=16, ep=16, redundant_experts=extra)
+        )
+        for extra in (0, 32)
+    )
+    each = served.model.num_moe_layers * served.model.num_expert_parameters
+    assert copies - plain == pytest.approx(2.0 * each, rel=0.02)  # two slots a rank, a byte a weight

@@ -88,6 +88,22 @@ def test_fused_norms_leave_fewer_kernels(make_served: MakeServed) -> None:
     np.testing.assert_allclose(saved, 2 * 64 * 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("model", "pool", "per_layer"),
+    [
+        ("llama-3.1-8b", ServingPool(), 5 + 4 + 2),  # small kernels, attention and its products, MLP
+        ("llama-3.1-8b", ServingPool(tp=2), 5 + 4 + 2 + 2),  # two all-reduces
+        ("qwen3-235b-a22b", ServingPool(tp=4, ep=4), 6 + 4 + 7 + 2),  # norms of queries and keys; experts
+    ],
+)
+def test_an_eager_step_costs_the_host_each_kernel_it_starts(
+    make_served: MakeServed, model: str, pool: ServingPool, per_layer: int
+) -> None:
+    served = make_served(model, eager_kernel_time=1e-5)
+    table = step_table(served, pool)
+    assert table.eager_host_time == pytest.approx(per_layer * served.model.num_layers * 1e-5)
+
+
 def test_pipeline_stages_share_a_step(make_served: MakeServed) -> None:
     served = make_served("qwen3-32b")
     one, two = (step_table(served, ServingPool(pp=pp)) for pp in (1, 2))
@@ -118,3 +134,23 @@ def test_tables_are_the_same_when_asked_again(make_served: MakeServed) -> None:
     first, again = step_table(served, pool), step_table(served, pool)
     assert np.array_equal(first.graph_token_time, again.graph_token_time)
     assert np.array_equal(first.decode_attention_time, again.decode_attention_time)
+
+
+def test_a_recorded_imbalance_takes_the_place_of_the_measured_skew(make_served: MakeServed) -> None:
+    served = make_served("qwen3-235b-a22b", engine="sglang", version="")
+    even, uneven, copies, unknown = (
+        step_breakdown(served, ServingPool(attention_dp=8, ep=8, **fields))
+        for fields in (
+            {"expert_imbalance": 1.0},
+            {"expert_imbalance": 1.6},
+            {"expert_imbalance": 1.0, "redundant_experts": 32},
+            {},
+        )
+    )
+    large = TOKEN_COUNTS >= 4096
+    assert uneven.experts[large] == pytest.approx(1.6 * even.experts[large], rel=0.15)
+    assert (even.experts[large] <= unknown.experts[large]).all()
+    # Copies are more weights to read, not more rows.
+    assert (copies.experts >= even.experts).all()
+    assert copies.experts[large] == pytest.approx(even.experts[large], rel=0.05)
+    assert even.products == pytest.approx(unknown.products)

@@ -113,6 +113,18 @@ def test_a_load_is_the_trace_stretched_in_time(job, costs):
     assert profile_of_requests(trace).mean_prompt == 100.0
 
 
+@pytest.mark.parametrize("clients", [16, 48])
+def test_clients_in_step_finish_as_many_requests_as_a_long_run_says(job, costs, clients):
+    """Equal requests finish together, so that a count over a window depends on where the window begins."""
+    plan = plan_of(ServingPool(max_num_sequences=64))
+    point = JobSimulator(job, costs).run(plan, clients, clients=clients)
+    workload = replace(job.workload, concurrency=clients, num_requests=200 * clients)
+    long_run = serve_plan(
+        ServingPlanDocument(job=replace(job, workload=workload), plan=plan), costs
+    ).metrics.requests_per_second
+    assert point.rate == pytest.approx(long_run, rel=0.03)
+
+
 def test_the_first_requests_of_a_table_keep_their_shared_parts():
     table = RequestTable(
         arrival_time=np.arange(3.0),

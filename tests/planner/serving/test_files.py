@@ -166,6 +166,21 @@ def test_a_request_file_beside_the_job_is_found(job, tmp_path):
         ("precision: fp8", "precision: fp9", r"constraints\.precision: unknown value 'fp9'; did you mean"),
         ("max_gpus: 4", "max_gpus: 0", r"constraints\.max_gpus"),
         ("engine: vllm", "engine: vllm\nacceptance_rate: 1.5", r"job\.yaml:12: acceptance_rate: is a chance"),
+        (
+            "engine: vllm",
+            "engine: vllm\nacceptance_lengths: [0.3, 0.4, 0.2]",
+            r"job\.yaml:12: acceptance_lengths: list the probabilities .* 0\.3, 0\.4, 0\.2 sum to 0\.9",
+        ),
+        (
+            "engine: vllm",
+            "engine: vllm\nacceptance_lengths: [1.2, -0.2]",
+            r"acceptance_lengths: .*none below 0",
+        ),
+        (
+            "engine: vllm",
+            "acceptance_rate: 0.5\nacceptance_lengths: [0.3, 0.7]",
+            r"job\.yaml:12: acceptance_lengths: .*remove one of them",
+        ),
         ("engine: vllm", "engine_version: 0.12.0", r"job\.yaml:11: engine_version: goes with"),
         ("model: llama-3.1-8b", "model: llama-3.1-8c", r"job\.yaml:3: model: unknown model"),
     ],
@@ -239,6 +254,12 @@ def test_a_written_slo_is_read_back(limits):
     assert slo_of_section(parse_yaml(dump_yaml({"slo": slo_mapping(slo)}), "a.yaml").section("slo")) == slo
 
 
+def acceptance(drafted, *, is_measured):
+    if not drafted:
+        return {}
+    return {"acceptance_lengths": (0.25, 0.75)} if is_measured else {"acceptance_rate": 0.6}
+
+
 POOL = st.builds(
     lambda tp, pp, replicas, sequences, budget, cache, drafted, tokens: {
         "tp": tp,
@@ -248,7 +269,7 @@ POOL = st.builds(
         "max_num_batched_tokens": budget,
         "has_prefix_cache": cache,
         "num_speculative_tokens": drafted,
-        "acceptance_rate": 0.6 if drafted else 0.7,
+        **acceptance(drafted, is_measured=cache),
         "kv_cache_tokens": tokens,
     },
     st.sampled_from([1, 2]),
@@ -280,7 +301,7 @@ def test_a_written_plan_is_read_back(tmp_path_factory, cases, pools, engine, rou
     request = cases.request()
     plan = ServingPlan(engine=engine, router=router, pools=pools, precision="fp8", kv_precision="fp8")
     document = ServingPlanDocument(job=request.job, plan=plan, origin=request.origin)
-    text = serving_plan_text(document, {"load": 1.0}, {"id": "a"}, ["vllm, default: everything"])
+    text = serving_plan_text(document, {"load": 1.0}, {"calibration": {"id": "a"}}, ["vllm, default: everything"])
     path = tmp_path_factory.mktemp("plan") / "plan.yaml"
     path.write_text(text)
     assert is_serving_plan(path)

@@ -9,6 +9,7 @@ import pytest
 from serving_deployments import FIELDS, LINK, behaviour, step_table, workload
 
 from meshwright.simcore.domain.serving import POLICIES, ROUTERS, LengthDistribution
+from meshwright.simcore.domain.speculation import Acceptance
 from meshwright.simcore.serving.behaviour import EngineBehaviour
 from meshwright.simcore.serving.metrics import request_metrics
 from meshwright.simcore.serving.pool import ReplicaPool
@@ -57,8 +58,9 @@ def random_engine(
         fixed_time_per_request=of(0, 0.01),
         stream_time_per_token=of(0, 0, 1e-4, 0.002),
         burst_spread=of(0, 0.01),
+        prompt_wait_steps=int(of(0, 0, 3, 20)),
         num_speculative_tokens=int(of(0, 0, 1, 4)),
-        acceptance_rate=of(0, 0.5, 0.9, 1),
+        acceptance=Acceptance(rate=of(0, 0.5, 0.9, 1)),
         has_prefix_cache=bool(of(0, 1)),
         cached_prompt_share=of(0, 0.4, 1),
         attention_dp=int(of(1, 1, 1, 3)),

@@ -60,6 +60,15 @@ def test_traces_are_read(
     assert trace.has_times == (not text.startswith("num_"))
 
 
+def test_failed_requests_of_burstgpt_are_left_out_and_counted(tmp_path: Path) -> None:
+    failed = "20,ChatGPT,300,0,300,Conversation log\n"
+    lines = BURST.splitlines(keepends=True)
+    requests = read_trace(write(tmp_path, "".join([*lines[:2], failed, lines[2], failed]))).requests
+    assert requests.num_failed == 2
+    np.testing.assert_array_equal(requests.output_length, [18, 230])
+    np.testing.assert_array_equal(requests.arrival_time, [0.0, 40.0])
+
+
 def test_shared_blocks_of_a_trace_become_segments(tmp_path: Path) -> None:
     requests = read_trace(write(tmp_path, MOONCAKE)).requests
     np.testing.assert_array_equal(requests.segment_offset, [0, 2, 4])
@@ -80,9 +89,10 @@ def test_shared_blocks_of_a_trace_become_segments(tmp_path: Path) -> None:
         ),
         ("Timestamp,Request tokens,Response tokens\n-1,2,3\n", "trace:2: the time must not be negative"),
         ("Timestamp,Request tokens,Response tokens\n3,2,3\n1,2,3\n", "trace:3: the time lies before"),
+        ("Timestamp,Request tokens,Response tokens\n3,2,0\n4,2,0\n", "all 2 requests failed"),
         (
-            "Timestamp,Request tokens,Response tokens\n3,2,0\n",
-            "trace:2: output_length must be a whole number",
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n3,2,0\n",
+            "trace:2: output_length must be a whole number .* take out requests that failed",
         ),
         (
             "Timestamp,Request tokens,Response tokens\n3,x,3\n",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from serving_deployments import LINK, behaviour, split_pools, step_table, table_of
 
-from meshwright.errors import SpecError
+from meshwright.errors import InfeasiblePlanError, SpecError
 from meshwright.simcore.domain.serving import POLICIES
+from meshwright.simcore.domain.speculation import Acceptance
 from meshwright.simcore.serving.behaviour import EngineBehaviour
 from meshwright.simcore.serving.pool import ReplicaPool
 from meshwright.simcore.serving.requests import closed_loop_requests
@@ -92,6 +95,35 @@ def test_prompts_first_stop_decoding() -> None:
     assert result.steps is not None
     np.testing.assert_array_equal(result.steps.num_decodes, [0, 0, 0, 2])
     np.testing.assert_array_equal(result.steps.prompt_tokens, [100, 256, 44, 0])
+
+
+def test_an_engine_that_polls_takes_a_prompt_in_at_its_next_look() -> None:
+    requests = table_of((0.0, 100, 40), (1e-6, 100, 2))
+    result = simulate(step_table(), behaviour(prompt_wait_steps=5), requests, is_recording=True)
+    assert result.steps is not None
+    # The second prompt just misses the first step; the engine looks again after it, then every fifth step.
+    np.testing.assert_array_equal(result.steps.prompt_tokens[:3], [100, 100, 0])
+    late = table_of((0.0, 100, 40), (0.012, 100, 2))
+    result = simulate(step_table(), behaviour(prompt_wait_steps=5), late, is_recording=True)
+    assert result.steps is not None
+    np.testing.assert_array_equal(np.flatnonzero(result.steps.prompt_tokens), [0, 6])
+
+
+def test_attention_ranks_begin_prompts_together_or_when_their_patience_ends() -> None:
+    def first_tokens(*late: float) -> NDArray[np.float64]:
+        requests = table_of((0.0, 100, 60), (0.0, 100, 60), *((time, 100, 3) for time in late))
+        held = behaviour(prompt_wait_steps=20, attention_dp=2)
+        return simulate(step_table(), held, requests).first_token_time[2:]
+
+    plain = simulate(
+        step_table(),
+        behaviour(attention_dp=2),
+        table_of((0.0, 100, 60), (0.0, 100, 60), (0.02, 100, 3)),
+    ).first_token_time[2]
+    (alone,) = first_tokens(0.02)
+    together = first_tokens(0.02, 0.03)
+    assert together[0] == together[1]
+    assert plain < together[0] < alone
 
 
 def test_a_static_batch_waits_for_its_longest_answer() -> None:
@@ -182,9 +214,9 @@ def test_a_full_cache_preempts_the_newest_and_recomputes_it() -> None:
 
 def test_accepted_drafts_shorten_answers() -> None:
     requests = table_of((0.0, 64, 41))
-    every = behaviour(num_speculative_tokens=3, acceptance_rate=1.0)
+    every = behaviour(num_speculative_tokens=3, acceptance=Acceptance(rate=1.0))
     assert simulate(step_table(), every, requests).num_steps == 1 + 10
-    none = behaviour(num_speculative_tokens=3, acceptance_lengths=(1.0,))
+    none = behaviour(num_speculative_tokens=3, acceptance=Acceptance(lengths=(1.0,)))
     result = simulate(step_table(), none, requests)
     assert result.num_steps == 1 + 40
     table = step_table()
@@ -193,20 +225,15 @@ def test_accepted_drafts_shorten_answers() -> None:
 
 
 def test_mean_accepted_length_follows_its_distribution() -> None:
-    settings = behaviour(num_speculative_tokens=4, acceptance_rate=0.6)
-    assert settings.tokens_per_step == pytest.approx((1 - 0.6**5) / 0.4)
     many = table_of(*((0.0, 16, 2001) for _ in range(4)))
-    result = simulate(
-        step_table(), behaviour(num_speculative_tokens=4, acceptance_rate=0.6, num_kv_blocks=1000), many
-    )
-    assert result.num_steps == pytest.approx(2000 / settings.tokens_per_step, rel=0.06)
-    other = simulate(
-        step_table(),
-        behaviour(num_speculative_tokens=4, acceptance_rate=0.6, num_kv_blocks=1000),
-        many,
-        seed=1,
-    )
-    assert np.any(other.finish_time != result.finish_time)
+    by_rate = behaviour(num_speculative_tokens=4, acceptance=Acceptance(rate=0.6), num_kv_blocks=1000)
+    by_lengths = replace(by_rate, acceptance=Acceptance(lengths=(0.3, 0.1, 0.1, 0.0, 0.5)))
+    for settings, mean in ((by_rate, (1 - 0.6**5) / 0.4), (by_lengths, 3.3)):
+        assert settings.tokens_per_step == pytest.approx(mean)
+        result = simulate(step_table(), settings, many)
+        assert result.num_steps == pytest.approx(2000 / mean, rel=0.06)
+        other = simulate(step_table(), settings, many, seed=1)
+        assert np.any(other.finish_time != result.finish_time)
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:
@@ -274,7 +301,6 @@ def test_transfers_of_a_prefill_replica_queue_for_its_link() -> None:
         ({"max_num_sequences": 0}, "max_num_sequences must be at least 1"),
         ({"watermark": 1.5}, "watermark is a share"),
         ({"burst_spread": -1.0}, "burst_spread must not be below 0"),
-        ({"acceptance_lengths": (0.5, 0.5)}, "acceptance_lengths"),
     ],
 )
 def test_a_behaviour_that_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
@@ -283,7 +309,9 @@ def test_a_behaviour_that_cannot_be_is_refused(change: dict[str, object], messag
 
 
 def test_what_cannot_be_served_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"request 1 of 3000 \+ 10 tokens does not fit the KV cache of 1920"):
+    with pytest.raises(
+        InfeasiblePlanError, match=r"request 1 of 3000 \+ 10 tokens does not fit the KV cache of 1920"
+    ):
         simulate(step_table(), behaviour(), table_of((0.0, 10, 10), (0.0, 3000, 10)))
     pools = split_pools(behaviour(), behaviour())
     with pytest.raises(SpecError, match="link between them"):
