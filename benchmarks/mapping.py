@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from meshwright.planner.mapping import MappingProblem, order_cost, search_order
+from meshwright.planner.mapping import MappingProblem, grid_problem, order_cost, search_order
 from meshwright.simcore.compiled import compiled
 
 # Evaluations per second of Pipette's code, and its limit in seconds.
@@ -85,7 +85,7 @@ def random_problem(num_hosts: int, seed: int) -> MappingProblem:
     random = np.random.default_rng(seed)
     bandwidth = random.uniform(5e9, 25e9, (num_hosts, num_hosts))
     stages = STAGES[num_hosts]
-    return MappingProblem(
+    return grid_problem(
         bandwidth=np.minimum(bandwidth, bandwidth.T),
         num_stages=stages,
         hosts_per_stage=num_hosts // stages,
@@ -118,10 +118,10 @@ def main() -> None:
             if num_hosts in PEER_SPEED:
                 count = PEER_SPEED[num_hosts] * PEER_SECONDS
                 peer = pipette_annealing(
-                    problem.hop_time,
-                    problem.ring_time,
-                    problem.num_stages,
-                    problem.hosts_per_stage,
+                    problem.traffic[0].time,
+                    problem.traffic[1].time,
+                    STAGES[num_hosts],
+                    num_hosts // STAGES[num_hosts],
                     count,
                     seed,
                 )

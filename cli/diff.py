@@ -28,6 +28,19 @@ def command(*, first: Path, second: Path, flops: str, common: CommonOptions) -> 
     \b
     meshwright diff plans/1.yaml plans/2.yaml
     """
+    from meshwright.errors import SpecError
+    from meshwright.planner.serving.plan_file import is_serving_plan
+
+    are_serving = [is_serving_plan(path) for path in (first, second)]
+    if all(are_serving):
+        from meshwright.cli.compare_serving import diff_serving
+
+        diff_serving(first, second, common)
+        return
+    if any(are_serving):
+        served, trained = (first, second) if are_serving[0] else (second, first)
+        raise SpecError(f"{served} is a serving plan and {trained} is not; compare two of one kind")
+
     from meshwright.cli.render.console import print_json
     from meshwright.cli.render.difference import difference_mapping, print_difference
     from meshwright.costmodels.context import cost_context

@@ -72,14 +72,14 @@ def command(
     limits = SearchLimits(memory_headroom=parse_quantity(memory_headroom, "fraction"))
     document = read_plan(plan)
     context = cost_context(document.job, calibration_paths=common.calibrations)
-    question = Question(
-        limits=limits,
-        flops=flops,  # type: ignore[arg-type]  # click.Choice holds the words
-        tolerated=tolerated_constraints(context, document.plan, limits),
-    )
-    explanation = explain_plan(context, document.plan, question.flops)
+    explanation = explain_plan(context, document.plan, flops)  # type: ignore[arg-type]  # click.Choice holds the words
     variant = outcome = None
     if forced is not None:
+        question = Question(
+            limits=limits,
+            flops=flops,  # type: ignore[arg-type]  # as above
+            tolerated=tolerated_constraints(context, document.plan, limits),
+        )
         variant = force_fields(document.job.model, document.job.cluster, document.plan, forced)
         outcome = given_plan(context, variant, question)
     if common.as_json:

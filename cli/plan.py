@@ -29,7 +29,9 @@ __all__ = ["command"]
 @click.option("--software", help="Software generation whose overheads apply [megatron-core].")
 @click.option("--objective", help="throughput (default), cost or energy.")
 @click.option(
-    "--target", help="Only plans this export target can run: megatron, deepspeed, torchtitan, torchtitan-0.2."
+    "--target",
+    help="Only plans this export target can run: megatron, deepspeed, torchtitan, torchtitan-0.2; vllm, sglang, "
+    "tensorrt-llm, kubernetes, dynamo for serving.",
 )
 @click.option(
     "--routing",
@@ -103,24 +105,16 @@ def command(  # one parameter per flag is click's calling convention
     meshwright plan examples/serve-llama-3.3-70b.yaml
     meshwright plan --serve --model deepseek-v3 --cluster dgx-h200:8 --requests trace.csv --ttft-p99 2s --tpot-p99 50ms
     """
-    from meshwright.cli.render.console import ProgressLine
-    from meshwright.costmodels.context import cost_context
-    from meshwright.errors import InfeasiblePlanError, SpecError
-    from meshwright.planner.job_file import JobFlags, job_kind, read_request
-    from meshwright.planner.mapping.plan_mapping import with_mapped_plans
-    from meshwright.planner.relaxation import infeasible
-    from meshwright.planner.search import SEARCHES, SearchRequest
+    from meshwright.planner.job_parts import job_kind
 
     if serving["serve"] or (job is not None and job_kind(job) == "serving"):
         plan_serving(
             job,
-            serving,
+            {**serving, "routing": routing},
             {
                 "--global-batch-size": global_batch_size,
                 "--sequence-length": sequence_length,
                 "--software": software,
-                "--target": target,
-                "--routing": routing,
                 "--pareto": pareto,
                 "--max-seconds": max_seconds,
                 "--resume": resume,
@@ -129,12 +123,22 @@ def command(  # one parameter per flag is click's calling convention
             cluster=cluster,
             precision=precision,
             objective=objective,
+            target=target,
             top=top,
             out=out,
             common=common,
         )
         return
     refuse_serving_options(serving)
+
+    from meshwright.cli.render.console import ProgressLine
+    from meshwright.costmodels.context import cost_context
+    from meshwright.errors import InfeasiblePlanError, SpecError
+    from meshwright.planner.job_file import JobFlags, read_request
+    from meshwright.planner.mapping.plan_mapping import search_mapped
+    from meshwright.planner.relaxation import infeasible
+    from meshwright.planner.search import SEARCHES, SearchRequest
+
     if search != "exhaustive" and (pareto or max_seconds is not None or resume is not None):
         raise SpecError(f"--pareto, --max-seconds and --resume go with --search exhaustive, not {search}")
     request = read_request(
@@ -166,10 +170,9 @@ def command(  # one parameter per flag is click's calling convention
     started = time.perf_counter()
     with ProgressLine(common.quiet or common.as_json) as progress:
         try:
-            result = SEARCHES[search].run(wanted, progress)
+            result = search_mapped(SEARCHES[search], wanted, progress, seed=common.seed)
         except InfeasiblePlanError as error:
             raise infeasible(request.job, context, request.limits, error.rejections) from None
-    result = with_mapped_plans(wanted, result, seed=common.seed)
     seconds = time.perf_counter() - started
 
     from meshwright.cli.render.plan_report import print_report, report_mapping, write_plans

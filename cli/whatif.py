@@ -66,6 +66,14 @@ def command(  # one parameter per flag is click's calling convention
     meshwright whatif plans/1.yaml --set fabric.bandwidth=800Gbit/s --set gpu.memory=141GiB
     meshwright whatif plans/1.yaml
     """
+    from meshwright.planner.serving.plan_file import is_serving_plan
+
+    if is_serving_plan(plan):
+        from meshwright.cli.compare_serving import whatif_serving
+
+        whatif_serving(plan, changes, {"--list": lists, "--replan": replan}, common)
+        return
+
     from meshwright.cli.render.console import ProgressLine, print_json
     from meshwright.cli.render.whatif import (
         print_keys,

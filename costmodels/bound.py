@@ -329,8 +329,7 @@ def _bound_send_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
     Every edge crosses nodes only where stages are whole nodes; elsewhere a bound may not count on it.
     """
     rows, inverse = columns.distinct("tp", "cp", "dp", "pp", "micro_batch_size", "sequence_parallel")
-    crosses = (rows.tp * rows.cp * rows.dp >= context.cluster.node.num_gpus).astype(np.float64)
-    return stage_send_time(context, rows, crosses)[inverse]
+    return stage_send_time(context, rows, context.ranks.least_hops(rows))[inverse]
 
 
 def _exposed_sync_time(

@@ -9,9 +9,11 @@ import numpy as np
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.micro_batch import micro_batch_times
+from meshwright.costmodels.mixed import slowest_group, stages_of_virtual, with_batch
 from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Shardings
 from meshwright.costmodels.stage import leading_per_stage
+from meshwright.costmodels.topology import lies_apart, stage_contexts
 from meshwright.simcore.domain.layer_groups import groups_by_stage, uniform_plan
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.schedules import BACKWARD, FORWARD, INPUT_GRADIENT
@@ -137,6 +139,10 @@ def _virtual_stage_terms(
     context: CostContext, plan: ParallelPlan, result: IterationResult
 ) -> tuple[dict[str, FloatColumn], dict[str, FloatColumn]]:
     """Return the terms of one micro-batch's forward and backward, shape ``(pp * vpp * copies,)`` each [s]."""
+    if context.kinds:
+        return _mixed_terms(context, plan, result)
+    if lies_apart(context, plan):
+        return _terms_on_hosts(context, plan, result)
     num_virtual = len(result.costs.forward_time)
     forward = {term: np.zeros(num_virtual) for term in _WORK}
     backward = {term: np.zeros(num_virtual) for term in _WORK}
@@ -150,6 +156,45 @@ def _virtual_stage_terms(
             (backward, result.costs.backward_communication_time),
         ):
             terms["layout_change"] = inside - sum(terms[term] for term in _AXES.values())
+    return forward, backward
+
+
+def _terms_on_hosts(
+    context: CostContext, plan: ParallelPlan, result: IterationResult
+) -> tuple[dict[str, FloatColumn], dict[str, FloatColumn]]:
+    """Return the terms of each virtual stage with the links of its stage's hosts."""
+    stage_of = stages_of_virtual(plan, result.costs)
+    num_virtual = len(result.costs.forward_time)
+    sides: tuple[dict[str, FloatColumn], dict[str, FloatColumn]] = ({}, {})
+    for stages, own in stage_contexts(context, plan):
+        is_own = np.isin(stage_of, stages)
+        for side, terms in zip(sides, _virtual_stage_terms(own, plan, result), strict=True):
+            for term, seconds in terms.items():
+                side.setdefault(term, np.zeros(num_virtual))[is_own] = seconds[is_own]
+    return sides
+
+
+def _mixed_terms(
+    context: CostContext, plan: ParallelPlan, result: IterationResult
+) -> tuple[dict[str, FloatColumn], dict[str, FloatColumn]]:
+    """Return the terms of the slowest replica, of each virtual stage those on the kind of node that runs it."""
+    group = slowest_group(context, plan)
+    kind_of = np.array(group.kinds)[stages_of_virtual(plan, result.costs)]
+    alike = replace(plan, micro_batch_shares=())
+    batch = group.num_micro_batches * plan.dp * plan.micro_batch_size
+    by_kind = {
+        kind: _virtual_stage_terms(with_batch(context.kinds[kind], batch), alike, result)
+        for kind in sorted(set(group.kinds))
+    }
+    forward, backward = (
+        {
+            term: np.select(
+                [kind_of == kind for kind in by_kind], [terms[side][term] for terms in by_kind.values()]
+            )
+            for term in _WORK
+        }
+        for side in (0, 1)
+    )
     return forward, backward
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from meshwright.costmodels.calibration import AttentionCurve, CalibrationBasis, DeviceCalibration
 from meshwright.costmodels.calibration_document import CalibrationDocument, device_rates, overlay
 from meshwright.costmodels.calibration_reading import check_header, parse_calibration, read_calibration
+from meshwright.costmodels.data_sheet_collectives import data_sheet_collectives
 from meshwright.errors import CalibrationError
 from meshwright.hardware_specs.catalog import load_gpu
 from meshwright.hardware_specs.json_document import read_document
@@ -27,6 +28,7 @@ from meshwright.hardware_specs.yaml_document import parse_yaml
 
 __all__ = [
     "built_in_documents",
+    "is_calibration_of",
     "list_calibrations",
     "list_engines",
     "load_device_calibration",
@@ -109,6 +111,23 @@ def load_device_calibration(
     return _overlaid(documents, reason, basis)
 
 
+def is_calibration_of(path: Path, gpu: GpuSpec) -> bool:
+    """Return whether a calibration file is one of a device.
+
+    Raises
+    ------
+    SpecError
+        If the file is malformed: file, line and key.
+    """
+    section = read_document(path)
+    check_header(section)
+    return _names(section.text("gpu"), gpu)
+
+
+def _names(name: str, gpu: GpuSpec) -> bool:
+    return name.lower() in (gpu.id, *(alias.lower() for alias in gpu.aliases))
+
+
 def read_device_calibrations(
     paths: Sequence[Path], gpu: GpuSpec, node: NodeSpec | None = None
 ) -> DeviceCalibration:
@@ -136,7 +155,7 @@ def read_device_calibrations(
         section = read_document(path)
         check_header(section)
         named.append(section.text("gpu"))
-        if section.text("gpu").lower() in (gpu.id, *(alias.lower() for alias in gpu.aliases)):
+        if _names(named[-1], gpu):
             given.append(read_calibration(section, gpu, _digest(path)))
     if not given:
         raise CalibrationError(f"no given calibration is for {gpu.id}: the files are for {', '.join(named)}")
@@ -144,7 +163,10 @@ def read_device_calibrations(
     try:
         documents, reason, basis = _documents(gpu, node)
     except CalibrationError:
-        return overlay(given, mine, is_estimate=False)
+        if node is None or any(document.collectives for document in given):
+            return overlay(given, mine, is_estimate=False)
+        sheet = CalibrationDocument(name="data-sheet", gpu=gpu.id, collectives=data_sheet_collectives(node))
+        return overlay((sheet, *given), f"{mine}; collectives of {node.id}'s data sheet", is_estimate=False)
     # What was measured on the device itself is no estimate once its matrix products are.
     if any(
         name in document.operators for document in given for name in ("gemm.bf16", "gemm.fp16", "gemm.fp32")

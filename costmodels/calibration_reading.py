@@ -29,6 +29,7 @@ from meshwright.costmodels.operators import (
     TreeResidual,
 )
 from meshwright.costmodels.operators.model import REGIMES
+from meshwright.costmodels.operators.trees import MAX_LEAVES
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.json_document import parse_document
 from meshwright.hardware_specs.specs import GpuSpec
@@ -292,7 +293,7 @@ def _read_trees(section: Section, operator: Operator, rates: DeviceRates) -> Tre
     is_inner = trees.left >= 0
     ones = {name: np.ones(1) for name in operator.fields}
     num_steps = 0 if operator.steps is None else operator.steps(ones, rates).shape[1]
-    # Children come after their parent, so that no file can make an endless loop; compiled loops check no bounds.
+    # Children come after their one parent, so that no file can make an endless loop; compiled loops check no bounds.
     if (
         {len(trees.threshold), len(trees.left), len(trees.right), len(trees.value)} != {num_nodes}
         or (is_inner & ((trees.left <= nodes) | (trees.right <= nodes))).any()
@@ -300,6 +301,8 @@ def _read_trees(section: Section, operator: Operator, rates: DeviceRates) -> Tre
         or trees.roots.min(initial=0) < 0
         or trees.feature.min(initial=0) < 0
         or trees.feature.max(initial=0) >= operator.num_dims + num_steps
+        or sorted((*trees.roots, *trees.left[is_inner], *trees.right[is_inner])) != nodes.tolist()
+        or trees.most_leaves > MAX_LEAVES
     ):
         raise section.error(
             "", "the trees' arrays do not fit together; the file was changed, calibrate again"

@@ -8,7 +8,7 @@ hierarchical all-reduce is taken; the slowest link is the share of the NICs that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,15 @@ from meshwright.costmodels.calibration import CollectiveCurve, DeviceCalibration
 from meshwright.costmodels.plan_columns import FloatColumn
 from meshwright.hardware_specs.specs import ClusterSpec
 
-__all__ = ["Collective", "GroupPlacement", "all_to_all_time", "collective_time", "place_group", "send_time"]
+__all__ = [
+    "Collective",
+    "GroupPlacement",
+    "LinkSlowdown",
+    "all_to_all_time",
+    "collective_time",
+    "place_group",
+    "send_time",
+]
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
@@ -38,6 +46,17 @@ _LAUNCH = 10e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSlowdown:
+    """How much longer the links of a group take than those of the flat model, between nodes and inside them.
+
+    Arrays of shape ``(num_plans,)``, or one number for all.
+    """
+
+    across: FloatColumn | float = 1.0
+    inside: FloatColumn | float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPlacement:
     """Where the ranks of one group sit; arrays of shape ``(num_plans,)``.
 
@@ -47,10 +66,14 @@ class GroupPlacement:
         Ranks of the group.
     ranks_per_node : FloatColumn
         Ranks of the group on one node.
+    ring, exchange : LinkSlowdown
+        Links of the group as a ring over it uses them, and as an all-to-all does.
     """
 
     size: FloatColumn
     ranks_per_node: FloatColumn
+    ring: LinkSlowdown = field(default_factory=LinkSlowdown)
+    exchange: LinkSlowdown = field(default_factory=LinkSlowdown)
 
     @property
     def num_nodes(self) -> FloatColumn:
@@ -101,7 +124,7 @@ def collective_time(
         Time [s]; 0 for groups of one rank.
     """
     network = _Network(cluster=cluster, calibration=calibration, efficiency=inter_node_efficiency)
-    inside = _intra_node_time(collective, num_bytes, group.ranks_per_node, network)
+    inside = _intra_node_time(collective, num_bytes, group.ranks_per_node, network, group.ring.inside)
     spans_nodes = group.num_nodes > 1.0
     if spans_nodes.any():
         across = _ring_time(collective, num_bytes, group, network)
@@ -147,11 +170,11 @@ def all_to_all_time(
     spans_nodes = group.num_nodes > 1.0
     is_forwarded = across_bytes is not None
     inside_bytes = num_bytes if is_forwarded else num_bytes * local / size
-    inside = _intra_node_time("all_to_all", inside_bytes, local, network)
+    inside = _intra_node_time("all_to_all", inside_bytes, local, network, group.exchange.inside)
     remote = num_bytes * (size - local) / size if across_bytes is None else across_bytes
     nic = network.nic_bandwidth(np.ones_like(size))
     # Messages to all nodes are in flight at once: one hop, and a launch.
-    across = _LAUNCH + network.hop + remote / nic
+    across = _LAUNCH + group.exchange.across * (network.hop + remote / nic)
     seconds = np.where(spans_nodes, np.maximum(np.where(local > 1.0, inside, 0.0), across), inside)
     return np.where(size <= 1.0, 0.0, seconds)
 
@@ -176,12 +199,16 @@ class _Network:
 
 
 def _intra_node_time(
-    collective: Collective, num_bytes: FloatColumn, ranks: FloatColumn, network: _Network
+    collective: Collective,
+    num_bytes: FloatColumn,
+    ranks: FloatColumn,
+    network: _Network,
+    slowdown: FloatColumn | float,
 ) -> FloatColumn:
     """Return the measured curve of a group inside one node: NCCL's own choice of ring or in-switch reduction."""
     latency, bandwidth, exponent = _intra_node_curve(collective, ranks, network)
     traffic = _PASSES[collective] * (ranks - 1.0) / np.maximum(ranks, 1.0) * num_bytes
-    seconds = _p_norm(latency, traffic / bandwidth, exponent)
+    seconds = _p_norm(latency, traffic / bandwidth * slowdown, exponent)
     return seconds * _measured_correction(collective, num_bytes, traffic, ranks, network)
 
 
@@ -262,23 +289,28 @@ def _ring_time(
 ) -> FloatColumn:
     """Return the time of a ring over all ranks: its slowest link carries 2(n-1)/n or (n-1)/n of the buffer."""
     passes = _PASSES[collective]
-    latency, bandwidth, _ = _intra_node_curve(collective, group.ranks_per_node, network)
-    nic = network.nic_bandwidth(group.ranks_per_node)
-    is_local = group.ranks_per_node > 1.0
-    slowest = np.where(is_local, np.minimum(bandwidth, nic), nic)
-    steps = passes * (group.num_nodes - 1.0) * network.hop + np.where(is_local, latency, _LAUNCH)
+    latency, slowest = _slowest_link(collective, group, network)
+    steps = passes * (group.num_nodes - 1.0) * network.hop * group.ring.across + latency
     traffic = passes * (group.size - 1.0) / group.size * num_bytes
     return _p_norm(steps, traffic / slowest, np.full_like(steps, _INTER_NODE_EXPONENT))
 
 
+def _slowest_link(
+    collective: Collective, group: GroupPlacement, network: _Network
+) -> tuple[FloatColumn, FloatColumn]:
+    """Return what a group that spans nodes pays inside them to start [s], and the bandwidth of its slowest link [B/s]."""
+    latency, bandwidth, _ = _intra_node_curve(collective, group.ranks_per_node, network)
+    nic = network.nic_bandwidth(group.ranks_per_node) / group.ring.across
+    is_local = group.ranks_per_node > 1.0
+    slowest = np.where(is_local, np.minimum(bandwidth / group.ring.inside, nic), nic)
+    return np.where(is_local, latency, _LAUNCH), slowest
+
+
 def _tree_all_reduce_time(num_bytes: FloatColumn, group: GroupPlacement, network: _Network) -> FloatColumn:
     """Return the time of a double binary tree over nodes: logarithmic latency, the whole buffer up and down."""
-    latency, bandwidth, _ = _intra_node_curve("all_reduce", group.ranks_per_node, network)
-    nic = network.nic_bandwidth(group.ranks_per_node)
-    is_local = group.ranks_per_node > 1.0
-    slowest = np.where(is_local, np.minimum(bandwidth, nic), nic)
+    latency, slowest = _slowest_link("all_reduce", group, network)
     depth = np.log2(np.maximum(group.num_nodes, 2.0))
-    steps = 2.0 * depth * network.hop + np.where(is_local, latency, _LAUNCH)
+    steps = 2.0 * depth * network.hop * group.ring.across + latency
     return _p_norm(steps, 2.0 * num_bytes / slowest, np.full_like(steps, _INTER_NODE_EXPONENT))
 
 
@@ -287,11 +319,11 @@ def _hierarchical_all_reduce_time(
 ) -> FloatColumn:
     """Return reduce-scatter inside nodes, all-reduce of each rail across them, all-gather inside."""
     local = group.ranks_per_node
-    rail = GroupPlacement(size=group.num_nodes, ranks_per_node=np.ones_like(local))
+    rail = GroupPlacement(size=group.num_nodes, ranks_per_node=np.ones_like(local), ring=group.ring)
     return (
-        _intra_node_time("reduce_scatter", num_bytes, local, network)
+        _intra_node_time("reduce_scatter", num_bytes, local, network, group.ring.inside)
         + _ring_time("all_reduce", num_bytes / local, rail, network)
-        + _intra_node_time("all_gather", num_bytes, local, network)
+        + _intra_node_time("all_gather", num_bytes, local, network, group.ring.inside)
     )
 
 
@@ -300,11 +332,12 @@ def send_time(
     crosses_nodes: FloatColumn,
     cluster: ClusterSpec,
     inter_node_efficiency: float,
+    slowdown: FloatColumn | float = 1.0,
 ) -> FloatColumn:
     """Return the seconds of one point-to-point message.
 
     ``crosses_nodes`` is 1 where sender and receiver sit on different nodes, 0 inside a node [share of plans].
-    Each rank of a stage sends its own part through its own NIC.
+    Each rank of a stage sends its own part through its own NIC. ``slowdown`` is that of the link between them.
     """
     link = cluster.node.intra_link
     inside = link.latency + num_bytes / (link.bandwidth_bytes_per_second * inter_node_efficiency)
@@ -317,7 +350,7 @@ def send_time(
     across = cluster.fabric.latency + num_bytes / (
         nic * inter_node_efficiency / cluster.fabric.oversubscription
     )
-    return np.where(num_bytes <= 0.0, 0.0, np.where(crosses_nodes > 0.0, across, inside))
+    return np.where(num_bytes <= 0.0, 0.0, np.where(crosses_nodes > 0.0, across, inside) * slowdown)
 
 
 def _p_norm(latency: FloatColumn, transfer: FloatColumn, exponent: FloatColumn) -> FloatColumn:

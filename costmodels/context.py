@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from meshwright.costmodels.calibration import DeviceCalibration
 from meshwright.costmodels.calibration_choice import (
+    is_calibration_of,
     load_device_calibration,
     read_device_calibrations,
 )
+from meshwright.costmodels.collectives import GroupPlacement
+from meshwright.costmodels.plan_columns import FloatColumn
+from meshwright.costmodels.rank_layout import ConsecutiveRanks, RankLayout
 from meshwright.costmodels.software import AttentionKernel, SoftwareGeneration, load_software, with_constants
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.specs import ClusterSpec, GpuSpec
@@ -50,6 +54,12 @@ class CostContext:
         Software switches of this run beyond its generation's defaults (``eager``, ``async_tp``, ...).
     attention_kernel : AttentionKernel
         Kernel generation in use, the software's default unless the run says otherwise.
+    kinds : tuple[CostContext, ...]
+        On a mixed cluster the context of each of its kinds of node, in the order of ``cluster.kinds``; empty on others.
+        ``calibration`` and ``software`` are then those of the first, and :attr:`gpu` refuses: formulas take the
+        context of one kind.
+    layout : RankLayout | None
+        Where ranks sit; None fills equal nodes in order.
     """
 
     model: ModelSpec
@@ -59,11 +69,40 @@ class CostContext:
     calibration: DeviceCalibration
     attention_kernel: AttentionKernel
     features: frozenset[str] = field(default_factory=frozenset)
+    kinds: tuple[CostContext, ...] = ()
+    layout: RankLayout | None = None
 
     @property
     def gpu(self) -> GpuSpec:
         """The accelerator."""
         return self.cluster.gpu
+
+    @property
+    def ranks(self) -> RankLayout:
+        """Where ranks sit."""
+        return self.layout or ConsecutiveRanks(gpus_per_node=self.cluster.node.num_gpus)
+
+    def place_group(self, size: FloatColumn, stride: FloatColumn) -> GroupPlacement:
+        """Return where the worst placed group of ``size`` ranks, ``stride`` apart in their order, sits."""
+        return self.ranks.place(size, stride)
+
+    @property
+    def calibration_identity(self) -> Mapping[str, str]:
+        """Which calibration documents, their hash and why these; of a mixed cluster those of each kind."""
+        if not self.kinds:
+            return self.calibration.identity
+        own = [(kind.gpu.id, kind.calibration.identity) for kind in self.kinds]
+        return {key: "; ".join(f"{gpu}: {identity[key]}" for gpu, identity in own) for key in own[0][1]}
+
+    @property
+    def calibration_text(self) -> str:
+        """Which calibration and why, for the user; of a mixed cluster that of each kind."""
+        parts = [f"{each.calibration.id} ({each.calibration.reason})" for each in self.kinds or (self,)]
+        return (
+            "; ".join(f"{kind.gpu.id}: {part}" for kind, part in zip(self.kinds, parts, strict=True))
+            if self.kinds
+            else parts[0]
+        )
 
     @property
     def element_bytes(self) -> float:
@@ -149,6 +188,22 @@ def cost_context(
     CalibrationError
         If the device has no calibration.
     """
+    if job.cluster.is_mixed:
+        own = [
+            tuple(path for path in calibration_paths if is_calibration_of(path, kind.gpu))
+            for kind in job.cluster.kinds
+        ]
+        kinds = tuple(
+            cost_context(
+                replace(job, cluster=job.cluster.seen_as(kind)),
+                features=features,
+                attention_kernel=attention_kernel,
+                # Files of no kind at all are refused like those of another device.
+                calibration_paths=paths if any(own) else calibration_paths,
+            )
+            for kind, paths in zip(job.cluster.kinds, own, strict=True)
+        )
+        return replace(kinds[0], cluster=job.cluster, kinds=kinds)
     job.cluster.gpu.peak(job.workload.precision)
     if job.workload.precision in _INFERENCE_PRECISIONS:
         raise SpecError(

@@ -73,12 +73,16 @@ def prediction_interval(context: CostContext, plan: ParallelPlan, seconds: float
     Parameters
     ----------
     context : CostContext
-        Job, software and calibration.
+        Job, software and calibration; of a mixed cluster the kind with the widest interval counts.
     plan : ParallelPlan
         The plan.
     seconds : float
         Its predicted iteration time [s].
     """
+    if context.kinds:
+        return max(
+            (prediction_interval(kind, plan, seconds) for kind in context.kinds), key=lambda each: each.high
+        )
     widths = {name: value for name, value in error_sources(context, plan).items() if value > 0.0}
     half = math.sqrt(sum(value**2 for value in widths.values()))
     return Interval(

@@ -18,10 +18,11 @@ from meshwright.costmodels.micro_batch import (
     micro_batch_times,
 )
 from meshwright.costmodels.parallelism.data import sync_times
-from meshwright.costmodels.parallelism.pipeline import blocks_on_send, edge_crosses_nodes, stage_send_time
+from meshwright.costmodels.parallelism.pipeline import blocks_on_send, stage_send_time
 from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
 from meshwright.costmodels.parameters import RankParameters
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns
+from meshwright.costmodels.rank_layout import Hops
 from meshwright.costmodels.stage import (
     fixed_time,
     leading_per_stage,
@@ -29,7 +30,7 @@ from meshwright.costmodels.stage import (
     overlaps,
     virtual_stage_parameters,
 )
-from meshwright.costmodels.topology import with_link_factors
+from meshwright.costmodels.topology import costs_on_hosts, lies_apart, on_hosts
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.schedules import SCHEDULES
 from meshwright.simcore.training.costs import IterationCosts
@@ -40,16 +41,23 @@ __all__ = ["iteration_costs", "uniform_costs"]
 def iteration_costs(context: CostContext, plan: ParallelPlan) -> IterationCosts:
     """Return what one iteration of a plan costs, per virtual stage, ready to be simulated.
 
+    On a mixed cluster these are the costs of the slowest replica.
+
     Raises
     ------
     SpecError
         If the batch does not divide into the plan's micro-batches.
     """
+    if context.kinds:
+        # Plans on several kinds of node are made of plans on one: that module builds on this one.
+        from meshwright.costmodels.mixed import mixed_costs
+
+        return mixed_costs(context, [plan])[0]
     if plan.layer_groups:
         # Layer-wise plans are made of uniform ones: that module builds on this one.
         from meshwright.costmodels.layer_groups import layer_group_costs
 
-        return layer_group_costs(context, plan)
+        return layer_group_costs(on_hosts(context, plan), plan)
     return uniform_costs(context, [plan])[0]
 
 
@@ -63,6 +71,9 @@ def uniform_costs(context: CostContext, plans: Sequence[ParallelPlan]) -> list[I
     SpecError
         If the batch does not divide into a plan's micro-batches.
     """
+    if any(lies_apart(context, plan) for plan in plans):
+        # Every stage has links of its own: each is priced with these.
+        return costs_on_hosts(context, plans, uniform_costs)
     columns = PlanColumns.from_plans(plans, context.workload.global_batch_size)
     layouts = [_Layout(context, plan) for plan in plans]
     owner = np.repeat(np.arange(len(plans)), [layout.placement.size for layout in layouts])
@@ -149,7 +160,7 @@ def uniform_costs(context: CostContext, plans: Sequence[ParallelPlan]) -> list[I
     blocks = blocks_on_send(context, columns.vpp)
     fixed = fixed_time(context, columns)
     of_stages = np.split(steps, np.cumsum([plan.pp for plan in plans])[:-1])
-    costs = [
+    return [
         IterationCosts(
             num_stages=layout.plan.pp,
             num_chunks=layout.placement.shape[1],
@@ -164,9 +175,6 @@ def uniform_costs(context: CostContext, plans: Sequence[ParallelPlan]) -> list[I
         )
         for row, layout in enumerate(layouts)
     ]
-    if context.cluster.topology is not None:
-        return [with_link_factors(context, plan, each) for plan, each in zip(plans, costs, strict=True)]
-    return costs
 
 
 class _Layout:
@@ -254,15 +262,18 @@ def _joined(parts: Sequence[RankParameters]) -> RankParameters:
 
 def _send_times(context: CostContext, layouts: Sequence[_Layout], edges: PlanColumns) -> FloatColumn:
     """Return the send from each virtual stage to the next: 0 within a stage, and behind the last of a copy."""
-    crosses, stays = [], []
+    hops, stays = [], []
     for layout in layouts:
         plan, stage_of = layout.plan, layout.stage_of()
-        stride = plan.tp * plan.cp * plan.dp
-        crosses.append(edge_crosses_nodes(stage_of, stride, context.cluster.node.num_gpus))
+        hops.append(context.ranks.hops(plan, stage_of))
         is_same = stage_of == np.roll(stage_of, -1)
         ends_copy = (np.arange(stage_of.size) + 1) % (stage_of.size // layout.copies) == 0
         stays.append(ends_copy | (is_same & (plan.pp > 1)))
-    return np.where(np.concatenate(stays), 0.0, stage_send_time(context, edges, np.concatenate(crosses)))
+    joined = Hops(
+        crosses_nodes=np.concatenate([each.crosses_nodes for each in hops]),
+        slowdown=np.concatenate([each.slowdown for each in hops]),
+    )
+    return np.where(np.concatenate(stays), 0.0, stage_send_time(context, edges, joined))
 
 
 def _received(context: CostContext, send: FloatColumn) -> tuple[FloatColumn, FloatColumn]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.costmodels.collectives import collective_time, place_group
+from meshwright.costmodels.collectives import collective_time
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.memory import LayerActivations, MemoryColumns, layer_activations, stage_memory
 from meshwright.costmodels.micro_batch import micro_batch_times
@@ -283,7 +283,7 @@ def relayout_times(
     gather = collective_time(
         "all_gather",
         num_bytes,
-        place_group(larger * moved / copies, copies, context.cluster.node.num_gpus),
+        context.place_group(larger * moved / copies, copies),
         context.cluster,
         context.calibration,
         context.software.inter_node_efficiency,

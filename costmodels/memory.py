@@ -199,7 +199,15 @@ def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
 
 
 def plan_memory(context: CostContext, plan: ParallelPlan) -> MemoryColumns:
-    """Return the memory breakdown of every physical stage of one plan, shape ``(pp,)``."""
+    """Return the memory breakdown of every physical stage of one plan, shape ``(pp,)``.
+
+    On a mixed cluster that of the replica whose GPU a stage fills the most.
+    """
+    if context.kinds:
+        # Plans on several kinds of node are made of plans on one: that module builds on this one.
+        from meshwright.costmodels.mixed import mixed_memory
+
+        return mixed_memory(context, plan).memory
     if plan.layer_groups:
         # Layer-wise plans are made of uniform ones: that module builds on this one.
         from meshwright.costmodels.layer_groups import layer_group_memory

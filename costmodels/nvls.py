@@ -6,13 +6,15 @@ from typing import Literal
 
 from meshwright.errors import SpecError
 
-__all__ = ["NvlinkGeneration", "nvls_bus_bandwidth", "usable_nvlink_bandwidth"]
+__all__ = ["NvlinkGeneration", "in_switch_gain", "nvls_bus_bandwidth", "usable_nvlink_bandwidth"]
 
 NvlinkGeneration = Literal["hopper", "blackwell"]
 
 # NVIDIA/nccl, src/graph/tuning.cc (nvlsEfficiency) and topo.h (bandwidth of one NVLink, per direction [B/s]).
 _EFFICIENCY: dict[NvlinkGeneration, float] = {"hopper": 0.85, "blackwell": 0.74}
 _LINK_BANDWIDTH: dict[NvlinkGeneration, float] = {"hopper": 20.6e9, "blackwell": 40.1e9}
+# Generation of the switches that reduce, by kind of link.
+_REDUCING: dict[str, NvlinkGeneration] = {"nvlink4": "hopper", "nvlink5": "blackwell"}
 
 
 def usable_nvlink_bandwidth(generation: NvlinkGeneration, num_links: int) -> float:
@@ -43,4 +45,17 @@ def nvls_bus_bandwidth(generation: NvlinkGeneration, num_links: int, num_ranks: 
     if num_ranks < 2:
         raise SpecError(f"nvls: an all-reduce needs at least 2 ranks, not {num_ranks}")
     usable = usable_nvlink_bandwidth(generation, num_links)
-    return _EFFICIENCY[generation] * usable * 2.0 * (num_ranks - 1) / (num_ranks + 1)
+    return usable * _gain(generation, num_ranks)
+
+
+def in_switch_gain(link_kind: str, num_ranks: float) -> float:
+    """Return the bus bandwidth of an all-reduce in the switches over that of a ring; 0 for links that do not reduce.
+
+    ``link_kind`` is that of a spec: ``nvlink4``, ``nvlink5``, ...
+    """
+    generation = _REDUCING.get(link_kind)
+    return 0.0 if generation is None else _gain(generation, num_ranks)
+
+
+def _gain(generation: NvlinkGeneration, num_ranks: float) -> float:
+    return _EFFICIENCY[generation] * 2.0 * (num_ranks - 1.0) / (num_ranks + 1.0)

@@ -13,6 +13,9 @@ from meshwright.costmodels.flops import FlopsConvention, hardware_flops, model_f
 from meshwright.costmodels.interval import prediction_interval
 from meshwright.costmodels.iteration import iteration_costs
 from meshwright.costmodels.memory import MemoryColumns, plan_memory
+from meshwright.costmodels.mixed import StageMemory, gpus_of_kinds, mixed_memory
+from meshwright.costmodels.plan_columns import FloatColumn
+from meshwright.hardware_specs.specs import NodeSpec
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.training.iteration import IterationResult, simulate_iteration
 
@@ -36,9 +39,11 @@ class Prediction:
     interval_widths : Mapping[str, float]
         Half-width of the interval that each cause would have alone, as a share; they add up in squares.
     memory : MemoryColumns
-        Breakdown of every stage, shape ``(pp,)`` [B].
+        Breakdown of every stage, shape ``(pp,)``; on a mixed cluster on the GPU that the stage fills the most [B].
+    stage_usable_memory_bytes : FloatColumn
+        What the GPU of each stage reports as its capacity, shape ``(pp,)`` [B].
     peak_memory_bytes, usable_memory_bytes : float
-        Fullest rank, and what the device reports as its capacity [B].
+        Fullest rank, and what its device reports as its capacity [B].
     tokens_per_second_per_gpu : float
         Throughput [tokens/s].
     mfu, hfu : float
@@ -55,6 +60,7 @@ class Prediction:
     basis: CalibrationBasis
     interval_widths: Mapping[str, float]
     memory: MemoryColumns
+    stage_usable_memory_bytes: FloatColumn
     peak_memory_bytes: float
     usable_memory_bytes: float
     tokens_per_second_per_gpu: float
@@ -70,8 +76,10 @@ class Prediction:
 
     @property
     def fullest_stage(self) -> int:
-        """Stage whose ranks hold the most."""
-        return int(np.argmax(self.memory.total))
+        """Stage whose ranks hold the most of what their GPUs have."""
+        usable = self.stage_usable_memory_bytes
+        # Ties of rounding among equal GPUs go to the fuller stage, as they do without a division.
+        return int(np.argmax(self.memory.total if np.ptp(usable) == 0.0 else self.memory.total / usable))
 
     @property
     def memory_headroom(self) -> float:
@@ -88,29 +96,27 @@ def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "
         If the batch does not divide or the schedule cannot run the plan.
     """
     result = simulate_iteration(iteration_costs(context, plan), plan.schedule)
-    memory = plan_memory(context, plan)
     seconds = result.iteration_time
     workload, model = context.workload, context.model
     interval = prediction_interval(context, plan, seconds)
-    peak = context.gpu.peak(workload.precision) * plan.num_gpus * seconds
+    machines = _machines(context, plan)
+    memory = _memory(context, plan)
+    fullest = int(np.argmax(memory.needed / memory.usable))
+    peak = machines.peak_flops_per_second * seconds
     tokens_per_second = workload.num_tokens / seconds
-    node = context.cluster.node
-    num_nodes = plan.num_gpus / node.num_gpus
-    price = node.price_dollars_per_hour
-    if price is None and context.gpu.price_dollars_per_hour is not None:
-        price = context.gpu.price_dollars_per_hour * node.num_gpus
     dollars = None
-    if price is not None:
-        dollars = price / 3600.0 * num_nodes / tokens_per_second * _TOKENS_PER_TRILLION
+    if machines.dollars_per_hour is not None:
+        dollars = machines.dollars_per_hour / 3600.0 / tokens_per_second * _TOKENS_PER_TRILLION
     return Prediction(
         iteration=result,
         low=interval.low,
         high=interval.high,
         basis=interval.basis,
         interval_widths=interval.widths,
-        memory=memory,
-        peak_memory_bytes=float(memory.total.max()) * (1.0 + context.software.fragmentation),
-        usable_memory_bytes=context.gpu.memory_bytes,
+        memory=memory.memory,
+        stage_usable_memory_bytes=memory.usable,
+        peak_memory_bytes=float(memory.needed[fullest]),
+        usable_memory_bytes=float(memory.usable[fullest]),
         tokens_per_second_per_gpu=tokens_per_second / plan.num_gpus,
         mfu=model_flops(model, workload.num_tokens, workload.sequence_length, flops) / peak,
         hfu=sum(
@@ -128,7 +134,49 @@ def predict(context: CostContext, plan: ParallelPlan, flops: FlopsConvention = "
         )
         / peak,
         dollars_per_trillion_tokens=dollars,
-        joules_per_token=node.power_watts * num_nodes / tokens_per_second,
+        joules_per_token=machines.watts / tokens_per_second,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Machines:
+    """The share of the cluster that a plan uses: peak of its GPUs, power of its nodes and their rent."""
+
+    peak_flops_per_second: float
+    watts: float
+    dollars_per_hour: float | None
+
+
+def _machines(context: CostContext, plan: ParallelPlan) -> _Machines:
+    kinds = context.cluster.kinds
+    counts = gpus_of_kinds(context.cluster, plan) if context.kinds else (plan.num_gpus,)
+    used = [(kind, count) for kind, count in zip(kinds, counts, strict=True) if count]
+    precision = context.workload.precision
+    prices = [(_node_price(kind), count / kind.num_gpus) for kind, count in used]
+    return _Machines(
+        peak_flops_per_second=sum(kind.gpu.peak(precision) * count for kind, count in used),
+        watts=sum(kind.power_watts * (count / kind.num_gpus) for kind, count in used),
+        dollars_per_hour=None
+        if any(price is None for price, _ in prices)
+        else sum(price * nodes for price, nodes in prices if price is not None),
+    )
+
+
+def _node_price(node: NodeSpec) -> float | None:
+    """Return the rent of a node [$/h]; that of its GPUs where nobody names one for the whole."""
+    if node.price_dollars_per_hour is not None or node.gpu.price_dollars_per_hour is None:
+        return node.price_dollars_per_hour
+    return node.gpu.price_dollars_per_hour * node.num_gpus
+
+
+def _memory(context: CostContext, plan: ParallelPlan) -> StageMemory:
+    if context.kinds:
+        return mixed_memory(context, plan)
+    memory = plan_memory(context, plan)
+    return StageMemory(
+        memory=memory,
+        needed=memory.total * (1.0 + context.software.fragmentation),
+        usable=np.full(plan.pp, context.gpu.memory_bytes),
     )
 
 

@@ -204,11 +204,16 @@ def cluster_from_section(section: Section) -> ClusterSpec:
     if part is not None:
         from meshwright.hardware_specs.topology_reading import read_topology
 
-        topology = read_topology(part, count)
+        topology = read_topology(part, count, _read_node)
     section.close()
-    return ClusterSpec(
+    cluster = ClusterSpec(
         id=identity or f"{node.id}:{count}", node=node, num_nodes=count, fabric=fabric, topology=topology
     )
+    if identity or not cluster.is_mixed:
+        return cluster
+    counts = [cluster.kind_of_node.count(place) for place in range(len(cluster.kinds))]
+    parts = (f"{kind.id}:{held}" for kind, held in zip(cluster.kinds, counts, strict=True))
+    return replace(cluster, id="+".join(parts))
 
 
 def imported_cluster(
@@ -255,7 +260,15 @@ def imported_cluster(
         guesses.append("one node; say how many there are with --count")
     cluster = _uniform_cluster(spec, num_nodes)
     guesses.append(f"fabric {cluster.fabric.id}, as {spec.id} usually has")
-    return replace(cluster, topology=imported.topology), tuple(guesses)
+    topology = imported.topology
+    if imported.gpu_cells:
+        from meshwright.hardware_specs.importers.gpu_links import gpu_link_bandwidths
+        from meshwright.hardware_specs.topology import ClusterTopology
+
+        links, guess = gpu_link_bandwidths(imported.gpu_cells, spec)
+        topology = replace(topology or ClusterTopology(), gpu_links=links)
+        guesses.append(guess)
+    return replace(cluster, topology=topology), tuple(guesses)
 
 
 def _uniform_cluster(node: NodeSpec, count: int) -> ClusterSpec:

@@ -24,6 +24,7 @@ from meshwright.hardware_specs.yaml_nodes import (
 __all__ = ["parse_document", "parse_json", "read_document"]
 
 MAX_JSON_BYTES: Final = 50_000_000
+_NUMBERS = frozenset((int, float))
 
 
 def read_document(path: Path) -> Section:
@@ -105,7 +106,7 @@ def _node(value: object, name: str) -> Node:
     if isinstance(value, MappingNode):
         return value
     if isinstance(value, list):
-        if value and all(type(item) in (int, float) for item in value):
+        if value and set(map(type, value)) <= _NUMBERS:
             return NumbersNode(0, _finite(value, name))
         return SequenceNode(0, [_node(item, name) for item in value])
     if isinstance(value, str):

@@ -237,11 +237,15 @@ def topology_to_mapping(topology: ClusterTopology) -> dict[str, object]:
         }
     if topology.hosts:
         mapping["hosts"] = list(topology.hosts)
+    if topology.gpu_links is not None:
+        mapping["gpu_links_gigabytes_per_second"] = _rows(topology.gpu_links, GIGABYTE)
     return mapping
 
 
 def _island_mapping(island: IslandSpec) -> dict[str, object]:
     mapping: dict[str, object] = {"name": island.name, "nodes": island.num_nodes}
+    if island.node is not None:
+        mapping["node"] = node_to_mapping(island.node)
     if island.bandwidth is not None:
         mapping["bandwidth"] = exact_quantity(island.bandwidth, "bytes_per_second")
     if island.latency is not None:
@@ -249,5 +253,5 @@ def _island_mapping(island: IslandSpec) -> dict[str, object]:
     return mapping
 
 
-def _rows(matrix: NDArray[np.float64], unit: float) -> list[str]:
+def _rows(matrix: NDArray[np.float64] | tuple[tuple[float, ...], ...], unit: float) -> list[str]:
     return [" ".join(f"{value / unit:.6g}" for value in row) for row in matrix]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from meshwright.errors import SpecError, did_you_mean
@@ -211,9 +211,14 @@ class NodeSpec:
         _require_positive("power_watts", self.power_watts)
 
     @property
+    def nic_bandwidth(self) -> float:
+        """All NICs of the compute fabric together, per direction [B/s]."""
+        return self.num_nics * self.nic.bandwidth_bytes_per_second
+
+    @property
     def nic_bandwidth_per_gpu(self) -> float:
         """Compute-fabric bandwidth that each GPU owns when all send at once [B/s]."""
-        return self.num_nics * self.nic.bandwidth_bytes_per_second / self.num_gpus
+        return self.nic_bandwidth / self.num_gpus
 
     @property
     def host_link_bandwidth_per_gpu(self) -> float:
@@ -263,9 +268,25 @@ class FabricSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """``num_nodes`` nodes of one kind, joined by one fabric.
+    """``num_nodes`` nodes joined by one fabric.
 
-    ``topology`` says what lies between them where the fabric is not flat; None where it is, or nobody knows.
+    Parameters
+    ----------
+    id : str
+        Its name.
+    node : NodeSpec
+        What its nodes are; where islands of the topology name nodes of their own, what the first island is.
+    num_nodes : int
+        Nodes, of all islands.
+    fabric : FabricSpec
+        What joins them.
+    topology : ClusterTopology | None
+        What lies between them where the fabric is not flat; None where it is, or nobody knows.
+
+    Raises
+    ------
+    SpecError
+        If the topology is not one of so many nodes, or its islands hold nodes of unequally many GPUs.
     """
 
     id: str
@@ -276,8 +297,29 @@ class ClusterSpec:
 
     def __post_init__(self) -> None:
         _require_positive("num_nodes", self.num_nodes)
-        if self.topology is not None:
-            self.topology.check_fits(self.num_nodes)
+        if self.topology is None:
+            return
+        self.topology.check_fits(self.num_nodes)
+        links = self.topology.gpu_links
+        if links is not None and len(links) != self.node.num_gpus:
+            raise SpecError(
+                f"topology: gpu_links has {len(links)} GPUs, but {self.node.id} has {self.node.num_gpus}; give one row "
+                "for each GPU of a node"
+            )
+        for place, island in enumerate(self.topology.islands):
+            if island.node is None:
+                continue
+            if place == 0 and island.node != self.node:
+                raise SpecError(
+                    f"topology: the first island '{island.name}' is made of the cluster's own node {self.node.id}; "
+                    f"name {island.node.id} as the cluster's node, or list that island later"
+                )
+            if island.node.num_gpus != self.node.num_gpus:
+                raise SpecError(
+                    f"topology: island '{island.name}': {island.node.id} holds {island.node.num_gpus} GPUs and "
+                    f"{self.node.id} {self.node.num_gpus}; nodes of a mixed cluster must hold equally many: describe "
+                    f"the larger ones as several nodes of fewer GPUs and NICs (node: {{base: ID, num_gpus: ...}})"
+                )
 
     @property
     def num_gpus(self) -> int:
@@ -285,9 +327,82 @@ class ClusterSpec:
         return self.num_nodes * self.node.num_gpus
 
     @property
+    def kinds(self) -> tuple[NodeSpec, ...]:
+        """The kinds of nodes, in the order in which they first occur; one unless the cluster is mixed."""
+        islands = () if self.topology is None else self.topology.islands
+        kinds = [self.node]
+        for island in islands:
+            if island.node is not None and island.node not in kinds:
+                kinds.append(island.node)
+        return tuple(kinds)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its nodes are of several kinds."""
+        return self.topology is not None and len(self.kinds) > 1
+
+    @property
+    def kind_of_node(self) -> tuple[int, ...]:
+        """Place in :attr:`kinds` of what each node is, ``num_nodes`` long."""
+        kinds = self.kinds
+        if self.topology is None or len(kinds) == 1:
+            return (0,) * self.num_nodes
+        return tuple(
+            kinds.index(island.node or self.node)
+            for island in self.topology.islands
+            for _ in range(island.num_nodes)
+        )
+
+    @property
     def gpu(self) -> GpuSpec:
-        """The cluster's accelerator."""
+        """The cluster's accelerator.
+
+        Raises
+        ------
+        SpecError
+            If the cluster has several: what asks for one would take all for the first.
+        """
+        self.require_one_kind()
         return self.node.gpu
+
+    @property
+    def gpus(self) -> tuple[GpuSpec, ...]:
+        """The accelerators, one for each of :attr:`kinds`."""
+        return tuple(kind.gpu for kind in self.kinds)
+
+    def require_one_kind(self) -> None:
+        """Refuse a mixed cluster, on behalf of something that takes nodes of one kind only.
+
+        Raises
+        ------
+        SpecError
+            If the cluster is mixed.
+        """
+        if self.is_mixed:
+            raise SpecError(
+                f"cluster {self.id} mixes {' and '.join(kind.id for kind in self.kinds)}, and this works on one kind of "
+                f"node only; name a cluster of one of them, e.g. {self.kinds[0].id}:{self.kind_of_node.count(0)}"
+            )
+
+    def seen_as(self, kind: NodeSpec) -> ClusterSpec:
+        """Return the cluster as if every node were of one kind, each island joined by the links it has.
+
+        Costs of ranks on that kind are those on this cluster; a cluster of one kind is returned as it is.
+        """
+        if not self.is_mixed:
+            return self
+        assert self.topology is not None
+        islands = tuple(
+            replace(
+                island,
+                node=None,
+                bandwidth=(island.node or self.node).nic_bandwidth
+                if island.bandwidth is None
+                else island.bandwidth,
+            )
+            for island in self.topology.islands
+        )
+        return replace(self, node=kind, topology=replace(self.topology, islands=islands))
 
     @property
     def pair_links(self) -> LinkMatrix:
@@ -295,8 +410,7 @@ class ClusterSpec:
         from meshwright.hardware_specs.topology import ClusterTopology
 
         topology = self.topology or ClusterTopology()
-        bandwidth = self.node.num_nics * self.node.nic.bandwidth_bytes_per_second
-        return topology.pair_links(self.num_nodes, bandwidth, self.fabric.latency)
+        return topology.pair_links(self.num_nodes, self.node.nic_bandwidth, self.fabric.latency)
 
 
 def _require_positive(name: str, value: float, *, or_zero: bool = False) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.errors import SpecError
+
+if TYPE_CHECKING:
+    from meshwright.hardware_specs.specs import NodeSpec
 
 __all__ = ["ClusterTopology", "IslandSpec", "LinkMatrix", "TierSpec", "group_bottleneck"]
 
@@ -61,14 +65,17 @@ class IslandSpec:
         What its owners call it.
     num_nodes : int
         Consecutive nodes.
+    node : NodeSpec | None
+        What its nodes are; None is the cluster's node.
     bandwidth : float | None
-        Of one node into this fabric, per direction; None is the NICs of the cluster's node [B/s].
+        Of one node into this fabric, per direction; None is the NICs of its node [B/s].
     latency : float | None
         One way between two of its nodes; None is the cluster's fabric's [s].
     """
 
     name: str
     num_nodes: int
+    node: NodeSpec | None = field(default=None, hash=False)
     bandwidth: float | None = None
     latency: float | None = None
 
@@ -137,6 +144,9 @@ class ClusterTopology:
         Measured links; where given, they replace what tiers and islands say of pairs.
     hosts : tuple[str, ...]
         Names of the nodes, in order; empty where unknown.
+    gpu_links : tuple[tuple[float, ...], ...] | None
+        Between the GPUs of every node where pairs differ, per direction, one row per GPU; the diagonal is not read
+        [B/s].
     """
 
     tiers: tuple[TierSpec, ...] = ()
@@ -145,6 +155,7 @@ class ClusterTopology:
     island_latency: float | None = None
     matrix: LinkMatrix | None = None
     hosts: tuple[str, ...] = ()
+    gpu_links: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for below, above in zip(self.tiers, self.tiers[1:], strict=False):
@@ -164,6 +175,7 @@ class ClusterTopology:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0.0):
                 raise SpecError(f"topology: {name} must be above 0")
+        _check_gpu_links(self.gpu_links or ())
         repeated = {host for host in self.hosts if self.hosts.count(host) > 1}
         if repeated:
             raise SpecError(f"topology: host '{min(repeated)}' is named twice")
@@ -199,7 +211,7 @@ class ClusterTopology:
         num_nodes : int
             Nodes of the cluster.
         node_bandwidth : float
-            All NICs of one node, per direction [B/s].
+            All NICs of one node of the cluster's kind, per direction [B/s].
         fabric_latency : float
             One way between two nodes [s].
 
@@ -210,9 +222,11 @@ class ClusterTopology:
         """
         if self.matrix is not None:
             return self.matrix
-        bandwidth = np.full((num_nodes, num_nodes), node_bandwidth)
-        latency = np.full((num_nodes, num_nodes), fabric_latency)
         islands = self.island_of_node(num_nodes)
+        own = [node_bandwidth if each.node is None else each.node.nic_bandwidth for each in self.islands]
+        of_node = np.array(own or [node_bandwidth])[islands]
+        bandwidth = np.minimum.outer(of_node, of_node)
+        latency = np.full((num_nodes, num_nodes), fabric_latency)
         for number, island in enumerate(self.islands):
             inside = np.ix_(islands == number, islands == number)
             if island.bandwidth is not None:
@@ -232,6 +246,17 @@ class ClusterTopology:
             if self.island_latency is not None:
                 latency[across] = np.maximum(latency[across], self.island_latency)
         return LinkMatrix(bandwidth=bandwidth, latency=latency)
+
+
+def _check_gpu_links(links: tuple[tuple[float, ...], ...]) -> None:
+    for gpu, row in enumerate(links):
+        if len(row) != len(links):
+            raise SpecError(
+                f"topology: gpu_links must be square: GPU {gpu} has {len(row)} links of {len(links)}"
+            )
+        for peer, value in enumerate(row):
+            if peer != gpu and not (math.isfinite(value) and value > 0.0):
+                raise SpecError(f"topology: gpu_links from GPU {gpu} to GPU {peer} must be above 0")
 
 
 def group_bottleneck(links: LinkMatrix, nodes: Sequence[int]) -> float:

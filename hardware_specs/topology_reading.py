@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright.hardware_specs.specs import NodeSpec
 from meshwright.hardware_specs.topology import ClusterTopology, IslandSpec, LinkMatrix, TierSpec
 from meshwright.hardware_specs.yaml_document import Section
 
@@ -18,17 +20,22 @@ MAX_MATRIX_NODES: Final = 512
 GIGABYTE, MICROSECOND = 1e9, 1e-6
 
 
-def read_topology(section: Section, num_nodes: int) -> ClusterTopology:
+def read_topology(
+    section: Section, num_nodes: int, read_node: Callable[[Section], NodeSpec]
+) -> ClusterTopology:
     """Return the topology a mapping describes.
 
     Parameters
     ----------
     section : Section
-        ``tiers: [{name, nodes, oversubscription, latency}]``, ``islands: [{name, nodes, bandwidth, latency}]``,
-        ``island_bandwidth``, ``island_latency``, ``matrix: {bandwidth_gigabytes_per_second: [ROW, ...],
-        latency_microseconds: [ROW, ...]}`` with one text of numbers per node, ``hosts: [NAME, ...]``; all optional.
+        ``tiers: [{name, nodes, oversubscription, latency}]``, ``islands: [{name, nodes, node, bandwidth,
+        latency}]``, ``island_bandwidth``, ``island_latency``, ``matrix: {bandwidth_gigabytes_per_second: [ROW, ...],
+        latency_microseconds: [ROW, ...]}`` with one text of numbers per node, ``hosts: [NAME, ...]``,
+        ``gpu_links_gigabytes_per_second: [ROW, ...]`` with one text per GPU of a node; all optional.
     num_nodes : int
         Nodes of the cluster.
+    read_node : Callable[[Section], NodeSpec]
+        Returns the node under the key ``node`` of an island.
 
     Raises
     ------
@@ -37,7 +44,9 @@ def read_topology(section: Section, num_nodes: int) -> ClusterTopology:
     """
     tiers = tuple(_read_tier(each) for each in section.sections("tiers")) if section.has("tiers") else ()
     islands = (
-        tuple(_read_island(each) for each in section.sections("islands")) if section.has("islands") else ()
+        tuple(_read_island(each, read_node) for each in section.sections("islands"))
+        if section.has("islands")
+        else ()
     )
     matrix = section.optional_section("matrix")
     topology = ClusterTopology(
@@ -47,6 +56,7 @@ def read_topology(section: Section, num_nodes: int) -> ClusterTopology:
         island_latency=section.optional_quantity("island_latency", "seconds"),
         matrix=None if matrix is None else _read_matrix(matrix),
         hosts=section.texts("hosts"),
+        gpu_links=_read_gpu_links(section),
     )
     section.close()
     topology.check_fits(num_nodes)
@@ -64,10 +74,11 @@ def _read_tier(section: Section) -> TierSpec:
     return tier
 
 
-def _read_island(section: Section) -> IslandSpec:
+def _read_island(section: Section, read_node: Callable[[Section], NodeSpec]) -> IslandSpec:
     island = IslandSpec(
         name=section.text("name"),
         num_nodes=section.integer("nodes", minimum=1),
+        node=read_node(section) if section.has("node") else None,
         bandwidth=section.optional_quantity("bandwidth", "bytes_per_second"),
         latency=section.optional_quantity("latency", "seconds"),
     )
@@ -84,10 +95,17 @@ def _read_matrix(section: Section) -> LinkMatrix:
     return matrix
 
 
+def _read_gpu_links(section: Section) -> tuple[tuple[float, ...], ...] | None:
+    if not section.has("gpu_links_gigabytes_per_second"):
+        return None
+    rows = _read_rows(section, "gpu_links_gigabytes_per_second", GIGABYTE)
+    return tuple(tuple(row) for row in rows.tolist())
+
+
 def _read_rows(section: Section, key: str, unit: float) -> NDArray[np.float64]:
     rows = [text.split() for text in section.texts(key)]
     if any(len(row) != len(rows) for row in rows) or not rows:
-        raise section.error(key, f"must hold one text of {len(rows)} numbers for each of {len(rows)} nodes")
+        raise section.error(key, f"must hold one text of {len(rows)} numbers for each of {len(rows)} rows")
     try:
         return np.array(rows, dtype=np.float64) * unit
     except ValueError:

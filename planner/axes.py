@@ -32,9 +32,11 @@ __all__ = [
     "context_degrees",
     "divisors",
     "expert_axis",
+    "expert_blocks",
     "layout_axis",
     "micro_batch_axis",
     "offload_axis",
+    "overlap_degrees",
     "recompute_axis",
     "sequence_axis",
     "sharding_axis",
@@ -46,6 +48,8 @@ _SINGLE_CHUNK = ("gpipe", "1f1b", "zb_h1", "zb_h2", "dualpipe")
 # Shares of a stage's layers that full recompute may cover; 1 is all.
 _RECOMPUTE_SHARES = (0.25, 0.5, 0.75, 1.0)
 _OFFLOAD_SHARES = (0.25, 0.5, 0.75, 1.0)
+# Chunks of the expert exchange, as Tutel tries them (arXiv 2206.03382, section 3.3).
+_OVERLAP_DEGREES = (1, 2, 4, 8)
 # Fewer tokens per rank leave attention and products too small to be worth a sequence split.
 _LEAST_TOKENS_PER_RANK = 1024
 
@@ -107,6 +111,34 @@ def expert_axis(model: ModelSpec, ranks: int, tp: int) -> Axis:
         experts = divisors(model.moe.num_experts)
         grids = [(ep, etp) for etp in divisors(tp) for ep in experts if ranks % (ep * etp) == 0]
     return _axis(ep=[ep for ep, _ in grids], etp=[etp for _, etp in grids])
+
+
+def overlap_degrees(context: CostContext, named: Sequence[int | str | bool] | None) -> list[int]:
+    """Return the chunks in which experts and their exchange overlap, ascending: those named, else what may pay.
+
+    No export target writes more than one, so that more are tried unasked only where the workload says what routing
+    comes to on each ep, and with it what the exchange takes.
+    """
+    if context.model.moe is None:
+        return [1]
+    if named is not None:
+        return sorted({int(degree) for degree in named})
+    return list(_OVERLAP_DEGREES if context.workload.routing_by_ep else _OVERLAP_DEGREES[:1])
+
+
+def expert_blocks(experts: Axis, degrees: Sequence[int]) -> list[tuple[Axis, Axis]]:
+    """Return axes of experts and of overlap: grids without an exchange apart, as nothing overlaps there."""
+    exchanges = experts.columns["ep"].astype(np.int64) * experts.columns["etp"].astype(np.int64) > 1
+    if len(degrees) == 1 or not exchanges.any():
+        return [(experts, _axis(expert_overlap=degrees[:1]))]
+    return [
+        (
+            Axis(columns={name: values[kept] for name, values in experts.columns.items()}),
+            _axis(expert_overlap=own),
+        )
+        for kept, own in ((~exchanges, degrees[:1]), (exchanges, degrees))
+        if kept.any()
+    ]
 
 
 def sharding_axis(dp: int, cp: int, tp: int, gpus_per_node: int) -> Axis:

@@ -45,6 +45,7 @@ __all__ = [
     "Mask",
     "allowed_memory",
     "apply_constraints",
+    "constraint_sentences",
 ]
 
 # Column codes of the fields that are words.
@@ -346,6 +347,14 @@ RULES: tuple[Constraint, ...] = (
 )
 """Constraints that read a few columns each; those of memory, which read most, follow."""
 CONSTRAINTS: tuple[Constraint, ...] = (*RULES, MEMORY, HOST_MEMORY)
+
+
+_ISLANDS = "every stage, or every replica, lies on one island of a mixed cluster"
+
+
+def constraint_sentences() -> dict[str, str]:
+    """Return what every constraint demands, by the name under which reports count what it rejects."""
+    return {**{constraint.name: constraint.sentence for constraint in CONSTRAINTS}, "islands": _ISLANDS}
 
 
 def apply_constraints(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 
 from meshwright.costmodels.prediction import Prediction
@@ -15,6 +15,7 @@ __all__ = [
     "field_differences",
     "figure_differences",
     "memory_differences",
+    "section_differences",
     "speed_sentence",
     "term_differences",
 ]
@@ -54,25 +55,34 @@ class TermDifference:
 
 def field_differences(first: PlanDocument, second: PlanDocument) -> tuple[FieldDifference, ...]:
     """Return the fields of plan, model, cluster, workload and software that differ, in that order."""
-    sections = (
-        ("plan", first.plan, second.plan),
-        ("model", first.job.model, second.job.model),
-        ("cluster", first.job.cluster, second.job.cluster),
-        ("workload", first.job.workload, second.job.workload),
+    found = list(
+        section_differences(
+            (
+                ("plan", first.plan, second.plan),
+                ("model", first.job.model, second.job.model),
+                ("cluster", first.job.cluster, second.job.cluster),
+                ("workload", first.job.workload, second.job.workload),
+            )
+        )
     )
-    found = []
-    for section, one, other in sections:
-        mine, others = dict(_flat(one)), dict(_flat(other))
-        for key in (*mine, *(key for key in others if key not in mine)):
-            values = mine.get(key), others.get(key)
-            if values[0] != values[1] and not (section == "cluster" and key in _PRINTED_NAMES):
-                found.append(FieldDifference(section=section, key=key, first=values[0], second=values[1]))
     if first.job.software != second.job.software:
         found.append(
             FieldDifference(
                 section="job", key="software", first=first.job.software, second=second.job.software
             )
         )
+    return tuple(found)
+
+
+def section_differences(sections: Iterable[tuple[str, object, object]]) -> tuple[FieldDifference, ...]:
+    """Return the fields that differ of pairs of dataclasses or mappings, each pair with its name."""
+    found = []
+    for section, one, other in sections:
+        mine, others = dict(_flat(one)), dict(_flat(other))
+        for key in (*mine, *(key for key in others if key not in mine)):
+            values = mine.get(key), others.get(key)
+            if values[0] != values[1] and not (section.endswith("cluster") and key in _PRINTED_NAMES):
+                found.append(FieldDifference(section=section, key=key, first=values[0], second=values[1]))
     return tuple(found)
 
 

@@ -26,7 +26,7 @@ from meshwright.simcore.domain.plan import (
 )
 from meshwright.simcore.domain.workload import PRECISIONS, Precision, TrainingWorkload
 
-__all__ = ["JobFlags", "PlanRequest", "job_kind", "read_request"]
+__all__ = ["JobFlags", "PlanRequest", "read_request"]
 
 _DEFAULT_SOFTWARE = "megatron-core"
 # Allocators fragment and predictions err: a plan that fills the last gibibyte dies in its first hour.
@@ -41,6 +41,10 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "vocab_parallel": VOCAB_PARALLELS,
 }
 _FLAGS = ("activation_offload", "sequence_parallel")
+_OVERLAP_NOTE = (
+    "Overlap: experts and exchange in 2, 4 or 8 chunks (Tutel) are tried as well, which no export target writes; "
+    "--target, or 'constraints: expert_overlap: 1', plans without."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +101,7 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
         _check_kind(section)
     model, model_origin = model_of_request(section, flags.model)
     cluster, cluster_origin = cluster_of_request(section, flags.cluster)
-    workload, routing = _workload(section, flags)
+    workload, routing, max_token_drop = _workload(section, flags)
     job = TrainingJob(
         model=model,
         cluster=cluster,
@@ -126,7 +130,9 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
         section.close()
     notes: tuple[str, ...] = ()
     if routing is not None:
-        job, notes = _with_routing(job, routing)
+        job, notes = _with_routing(job, routing, max_token_drop)
+    if _tries_overlap(job, limits):
+        notes = (*notes, _OVERLAP_NOTE)
     return PlanRequest(
         job=job,
         objective=cast("Objective", objective),
@@ -134,17 +140,6 @@ def read_request(path: Path | None, flags: JobFlags) -> PlanRequest:
         origin={"model": model_origin, "cluster": cluster_origin},
         notes=notes,
     )
-
-
-def job_kind(path: Path) -> str:
-    """Return what a job file asks for: ``training`` or ``serving``.
-
-    Raises
-    ------
-    SpecError
-        If the file is no job of either kind: file, line and key.
-    """
-    return read_yaml(path).choice("kind", ("training", "serving"))
 
 
 def _check_kind(section: Section) -> None:
@@ -155,12 +150,13 @@ def _check_kind(section: Section) -> None:
         raise section.error("kind", "expected a training job, not a serving one")
 
 
-def _workload(section: Section | None, flags: JobFlags) -> tuple[TrainingWorkload, Path | None]:
-    """Return the workload, and the file of routing data that decides its imbalance."""
+def _workload(section: Section | None, flags: JobFlags) -> tuple[TrainingWorkload, Path | None, float | None]:
+    """Return the workload, the file of routing data that decides its imbalance, and what a capacity may drop."""
     part = section.optional_section("workload") if section else None
     batch, length = flags.global_batch_size, flags.sequence_length
     precision, routing = flags.precision, flags.routing
     options = WorkloadOptions()
+    max_token_drop = None
     if part is not None:
         options = workload_options(part)
         file_batch = part.optional_integer("global_batch_size", minimum=1)
@@ -175,6 +171,9 @@ def _workload(section: Section | None, flags: JobFlags) -> tuple[TrainingWorkloa
         stated = next((key for key in ("routing_imbalance", "routing_by_ep") if part.has(key)), None)
         if routing is not None and stated is not None:
             raise part.error(stated, "routing data decide the imbalance; leave out one of both")
+        max_token_drop = part.optional_number("max_token_drop")
+        if max_token_drop is not None:
+            _check_token_drop(part, max_token_drop, has_routing=routing is not None)
         part.close()
     if batch is None:
         raise SpecError(
@@ -188,17 +187,46 @@ def _workload(section: Section | None, flags: JobFlags) -> tuple[TrainingWorkloa
         precision=cast("Precision", precision or "bf16"),
         **options,
     )
-    return workload, routing
+    return workload, routing, max_token_drop
 
 
-def _with_routing(job: TrainingJob, path: Path) -> tuple[TrainingJob, tuple[str, ...]]:
+def _check_token_drop(part: Section, share: float, *, has_routing: bool) -> None:
+    if not 0.0 <= share < 1.0:
+        raise part.error("max_token_drop", f"is a share of the tokens, 0 to below 1, not {share:g}")
+    if not has_routing:
+        raise part.error(
+            "max_token_drop", "needs recorded routing to tell what a capacity drops; add 'routing:'"
+        )
+    if part.has("expert_capacity_factor"):
+        raise part.error(
+            "max_token_drop", "chooses the capacity factor; leave out it or expert_capacity_factor"
+        )
+
+
+def _with_routing(
+    job: TrainingJob, path: Path, max_token_drop: float | None
+) -> tuple[TrainingJob, tuple[str, ...]]:
     """Return the job with what a placement reaches on the routing data, and what to say of it."""
     # Few jobs bring routing data; the solvers behind it take a while to import.
     from meshwright.planner.routing_reach import reached_routing
 
     deduplicates = load_software(job.software).deduplicates_dispatch or "deepep" in job.features
-    reached = reached_routing(path, job.model, job.cluster, deduplicates_dispatch=deduplicates)
+    reached = reached_routing(
+        path,
+        job.model,
+        job.cluster,
+        deduplicates_dispatch=deduplicates,
+        max_token_drop=max_token_drop,
+        sequence_length=job.workload.sequence_length,
+    )
     return replace(job, workload=replace(job.workload, routing_by_ep=reached.by_ep)), reached.notes
+
+
+def _tries_overlap(job: TrainingJob, limits: SearchLimits) -> bool:
+    """Return whether the space holds, unasked, chunks of the expert exchange that no export target writes."""
+    is_bound = limits.target is not None or "expert_overlap" in limits.allowed
+    is_routed = job.model.moe is not None and bool(job.workload.routing_by_ep)
+    return is_routed and not is_bound and "expert_overlap" not in load_software(job.software).supports
 
 
 def _software(section: Section | None, flags: JobFlags) -> str:

@@ -1,4 +1,4 @@
-"""Model and cluster of a job: a flag, a name in the job file, or a mapping in it."""
+"""Kind, model and cluster of a job: a flag, a name in the job file, or a mapping in it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from pathlib import Path
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.catalog import cluster_from_section, resolve_cluster
 from meshwright.hardware_specs.specs import ClusterSpec
-from meshwright.hardware_specs.yaml_document import Section
+from meshwright.hardware_specs.yaml_document import Section, read_yaml
 from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.model_catalog import load_model, model_from_section
 
-__all__ = ["cluster_of_request", "model_of_request", "path_beside", "skip_key"]
+__all__ = ["cluster_of_request", "job_kind", "model_of_request", "path_beside", "skip_key"]
+
+
+def job_kind(path: Path) -> str:
+    """Return what a job file asks for: ``training`` or ``serving``.
+
+    Raises
+    ------
+    SpecError
+        If the file is no job of either kind: file, line and key.
+    """
+    return read_yaml(path).choice("kind", ("training", "serving"))
 
 
 def model_of_request(section: Section | None, flag: str | None) -> tuple[ModelSpec, str]:
@@ -36,8 +47,10 @@ def model_of_request(section: Section | None, flag: str | None) -> tuple[ModelSp
         raise _located(section, "model", error) from None
 
 
-def cluster_of_request(section: Section | None, flag: str | None) -> tuple[ClusterSpec, str]:
-    """Return the cluster of a job and what the user named it; ``flag`` wins over the file.
+def cluster_of_request(
+    section: Section | None, flag: str | None, key: str = "cluster"
+) -> tuple[ClusterSpec, str]:
+    """Return the cluster under a key of a job and what the user named it; ``flag`` wins over the file.
 
     Raises
     ------
@@ -45,17 +58,17 @@ def cluster_of_request(section: Section | None, flag: str | None) -> tuple[Clust
         If there is none, or it is unknown: file, line and key.
     """
     if flag is not None:
-        skip_key(section, "cluster")
+        skip_key(section, key)
         return resolve_cluster(flag), flag
-    if section is None or not section.has("cluster"):
-        raise SpecError("no cluster: name one as --cluster dgx-h100:8 (nodes), or 'cluster:' in the job file")
-    if section.is_section("cluster"):
-        return cluster_from_section(section.section("cluster")), "inline"
-    name = section.text("cluster")
+    if section is None or not section.has(key):
+        raise SpecError(f"no {key}: name one as --{key} dgx-h100:8 (nodes), or '{key}:' in the job file")
+    if section.is_section(key):
+        return cluster_from_section(section.section(key)), "inline"
+    name = section.text(key)
     try:
         return resolve_cluster(path_beside(section, name)), name
     except SpecError as error:
-        raise _located(section, "cluster", error) from None
+        raise _located(section, key, error) from None
 
 
 def skip_key(section: Section | None, key: str) -> None:

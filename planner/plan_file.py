@@ -62,6 +62,7 @@ _RARE_FIELDS = (
     "activation_offload",
     "layer_groups",
     "device_mapping",
+    "micro_batch_shares",
 )
 
 
@@ -86,7 +87,7 @@ def plan_document_text(document: PlanDocument, context: CostContext, prediction:
         "prediction": prediction_mapping(prediction),
         "software": job.software,
         **({"features": list(job.features)} if job.features else {}),
-        "calibration": dict(context.calibration.identity),
+        "calibration": dict(context.calibration_identity),
         "workload": _workload_mapping(job.workload),
         "origin": {
             **document.origin,
@@ -172,7 +173,7 @@ def read_plan(path: Path) -> PlanDocument:
 
 def _plan_mapping(plan: ParallelPlan) -> dict[str, object]:
     mapping = dataclasses.asdict(plan)
-    for key in ("layers_per_stage", "recompute_modules"):
+    for key in ("layers_per_stage", "recompute_modules", "micro_batch_shares"):
         mapping[key] = list(mapping[key])
     mapping["layer_groups"] = [_group_mapping(group) for group in plan.layer_groups]
     if plan.device_mapping is not None:
@@ -222,6 +223,7 @@ def _plan(section: Section) -> ParallelPlan:
     )
     fraction = section.optional_number("optimizer_offload_fraction")
     activation_offload = section.boolean("activation_offload", default=False)
+    shares = section.integers("micro_batch_shares") if section.has("micro_batch_shares") else ()
     groups = section.sections("layer_groups") if section.has("layer_groups") else ()
     layer_groups = tuple(_layer_group(group) for group in groups)
     mapped = section.optional_section("device_mapping")
@@ -250,6 +252,7 @@ def _plan(section: Section) -> ParallelPlan:
             activation_offload=activation_offload,
             layer_groups=layer_groups,
             device_mapping=device_mapping,
+            micro_batch_shares=shares,
         )
     except SpecError as error:
         raise section.error("", str(error)) from None

@@ -10,7 +10,7 @@ import numpy as np
 from meshwright.costmodels.context import CostContext
 from meshwright.errors import InfeasiblePlanError
 from meshwright.planner.choices import choices_left
-from meshwright.planner.constraints import CONSTRAINTS
+from meshwright.planner.constraints import constraint_sentences
 from meshwright.planner.export import EXPORTERS
 from meshwright.planner.feasibility import FeasiblePart, feasible_parts
 from meshwright.planner.objectives import world_sizes
@@ -30,16 +30,18 @@ def infeasible(
     job: TrainingJob, context: CostContext, limits: SearchLimits, rejections: Mapping[str, int]
 ) -> InfeasiblePlanError:
     """Return the error of a search without a feasible plan: counts per constraint and what would help."""
-    sentences = {constraint.name: constraint.sentence for constraint in CONSTRAINTS}
+    sentences = constraint_sentences()
     counts = "\n".join(
         f"  {count:>10,} rejected by {name} ({sentences[name]})"
         for name, count in rejections.items()
         if count
     )
-    relaxations = nearest_relaxations(job, context, limits)
+    relaxations = [] if context.kinds else nearest_relaxations(job, context, limits)
     advice = (
         "; ".join(relaxations)
         if relaxations
+        else "plan each kind of node alone to see what would help"
+        if context.kinds
         else f"nothing tried helps, neither {_MAX_GROWTH} times the nodes nor shorter sequences nor fewer constraints"
     )
     return InfeasiblePlanError(

@@ -12,14 +12,15 @@ from meshwright.costmodels.partition import boundary_layers
 from meshwright.costmodels.plan_columns import ALL_LAYERS, PlanColumns
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.planner.axes import (
-    Axis,
     context_axis,
     context_degrees,
     divisors,
     expert_axis,
+    expert_blocks,
     layout_axis,
     micro_batch_axis,
     offload_axis,
+    overlap_degrees,
     recompute_axis,
     sequence_axis,
     sharding_axis,
@@ -105,13 +106,13 @@ class SearchLimits:
 def space_blocks(
     context: CostContext, limits: SearchLimits, world_sizes: tuple[int, ...]
 ) -> Iterator[SpaceBlock]:
-    """Yield the whole space, one block per tp, cp, pp and dp.
+    """Yield the whole space, one block per tp, cp, pp and dp; where experts overlap, one more for those that cannot.
 
     Every factorisation of the world into tp, cp, pp and dp, with every grid of expert ranks; micro-batches that
     divide a replica's batch; every schedule with its chunks and its split of the layers; sequence parallelism;
     context parallel exchange; recompute; sharding, with HSDP groups of whole nodes and upwards; offload.
-    Combinations no framework can run are included: constraints reject and count them. Vocabulary parallelism,
-    overlapped experts and NVMe are tried where the limits name them.
+    Combinations no framework can run are included: constraints reject and count them. Vocabulary parallelism and
+    NVMe are tried where the limits name them, overlapped experts also where the routing is known.
 
     Parameters
     ----------
@@ -133,7 +134,7 @@ def space_blocks(
             f"model {model.name}: num_layers must be at most {_MAX_LAYERS}, not {model.num_layers}"
         )
     per_node = context.cluster.node.num_gpus
-    overlaps = limits.allowed.get("expert_overlap", (1,)) if model.moe is not None else (1,)
+    overlaps = overlap_degrees(context, limits.allowed.get("expert_overlap"))
     vocab_words = tuple(str(word) for word in limits.allowed.get("vocab_parallel", ("none",)))
     allows_nvme = any(
         "nvme" in limits.allowed.get(key, ()) for key in ("optimizer_offload", "parameter_offload")
@@ -146,7 +147,6 @@ def space_blocks(
                 for pp in divisors(world // (tp * cp)):
                     dp = world // (tp * cp * pp)
                     axes = {
-                        "experts": expert_axis(model, tp * cp * dp, tp),
                         "micro_batch": micro_batch_axis(workload.global_batch_size, dp),
                         "layout": layout_axis(context, pp, boundaries[tp], vocab_words),
                         "sequence": sequence_axis(tp),
@@ -154,14 +154,14 @@ def space_blocks(
                         "recompute": recompute,
                         "sharding": sharding_axis(dp, cp, tp, per_node),
                         "offload": offload,
-                        "overlap": Axis(columns={"expert_overlap": np.array([int(d) for d in overlaps])}),
                     }
-                    yield SpaceBlock(
-                        degrees={"tp": tp, "cp": cp, "pp": pp, "dp": dp},
-                        axes=axes,
-                        global_batch_size=workload.global_batch_size,
-                        num_layers=model.num_layers,
-                    )
+                    for experts, overlap in expert_blocks(expert_axis(model, tp * cp * dp, tp), overlaps):
+                        yield SpaceBlock(
+                            degrees={"tp": tp, "cp": cp, "pp": pp, "dp": dp},
+                            axes={"experts": experts, **axes, "overlap": overlap},
+                            global_batch_size=workload.global_batch_size,
+                            num_layers=model.num_layers,
+                        )
 
 
 def _boundaries(context: CostContext, world_sizes: tuple[int, ...]) -> dict[int, tuple[float, float]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+
+from rich.table import Table
 
 from meshwright.cli.render.console import make_table, stdout_console
 from meshwright.cli.render.explanation import interval_sentence
 from meshwright.cli.render.terms import byte_cells, difference_table, figure_cells, second_cells
 from meshwright.planner.difference import (
+    FieldDifference,
     TermDifference,
     field_differences,
     figure_differences,
@@ -20,7 +23,7 @@ from meshwright.planner.explanation import Explanation
 from meshwright.planner.plan_file import PlanDocument, prediction_mapping
 from meshwright.units import Kind, format_quantity
 
-__all__ = ["difference_mapping", "print_difference"]
+__all__ = ["difference_mapping", "fields_table", "print_difference"]
 
 # Quantities by a word in their key, the longer first.
 _KINDS: Mapping[str, Kind] = {
@@ -66,12 +69,7 @@ def print_difference(
     first, second = explained
     found = field_differences(*documents)
     if found:
-        table = make_table(
-            "What differs", (("", False), ("field", False), (names[0], True), (names[1], True))
-        )
-        for each in found:
-            table.add_row(each.section, each.key, _shown(each.key, each.first), _shown(each.key, each.second))
-        console.print(table)
+        console.print(fields_table(names, found))
     else:
         console.print("The plans and their jobs are the same.")
     times = term_differences(first, second)
@@ -83,6 +81,14 @@ def print_difference(
     console.print(f"Why: {speed_sentence(first, second)}", soft_wrap=True)
     for name, explanation in zip(names, explained, strict=True):
         console.print(f"{name}: {interval_sentence(explanation.prediction)}", soft_wrap=True)
+
+
+def fields_table(names: tuple[str, str], found: Sequence[FieldDifference]) -> Table:
+    """Return the table of fields that differ."""
+    table = make_table("What differs", (("", False), ("field", False), (names[0], True), (names[1], True)))
+    for each in found:
+        table.add_row(each.section, each.key, _shown(each.key, each.first), _shown(each.key, each.second))
+    return table
 
 
 def _shown(key: str, value: object) -> str:

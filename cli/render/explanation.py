@@ -19,6 +19,7 @@ from meshwright.cli.render.terms import (
 from meshwright.costmodels.prediction import Prediction
 from meshwright.planner.difference import memory_differences, speed_sentence, term_differences
 from meshwright.planner.explanation import Explanation, memory_reason, time_reason
+from meshwright.planner.kinds_text import machines_text, placement_sentence, stages_by_kind
 from meshwright.planner.plan_file import PlanDocument, prediction_mapping
 from meshwright.planner.reasons import degrees_text
 from meshwright.planner.whatif import Outcome
@@ -44,7 +45,7 @@ def explanation_mapping(
         "model": document.job.model.name,
         "cluster": document.job.cluster.id,
         "software": document.job.software,
-        "calibration": dict(context.calibration.identity),
+        "calibration": dict(context.calibration_identity),
         "plan": asdict(document.plan),
         "prediction": prediction_mapping(explanation.prediction),
         "interval_widths": dict(explanation.prediction.interval_widths),
@@ -53,6 +54,8 @@ def explanation_mapping(
         "time_reason": time_reason(explanation),
         "memory_reason": memory_reason(explanation),
     }
+    if document.job.cluster.is_mixed:
+        mapping["runs_on"] = stages_by_kind(document.job, document.plan)
     if variant is not None and outcome is not None:
         against: dict[str, object] = {"plan": asdict(variant), **outcome_mapping(outcome)}
         if outcome.explanation is not None:
@@ -94,7 +97,7 @@ def print_explanation(
     console = stdout_console()
     prediction, job = explanation.prediction, document.job
     console.print(
-        f"{job.model.name} on {document.plan.num_gpus} x {job.cluster.gpu.id}: {plan_phrase(document.plan)}",
+        f"{job.model.name} on {machines_text(job.cluster, document.plan)}: {plan_phrase(document.plan)}",
         style="bold",
         soft_wrap=True,
     )
@@ -104,6 +107,8 @@ def print_explanation(
         soft_wrap=True,
     )
     console.print(interval_sentence(prediction), soft_wrap=True)
+    if job.cluster.is_mixed:
+        console.print(placement_sentence(job, document.plan), soft_wrap=True)
     console.print(terms_table(explanation.breakdown))
     console.print(stage_bars(explanation.breakdown, console.width), soft_wrap=True)
     console.print(f"Why: {time_reason(explanation)}\n", soft_wrap=True)
@@ -112,8 +117,7 @@ def print_explanation(
     console.print(f"Memory: {memory_reason(explanation)}", soft_wrap=True)
     if variant is not None and outcome is not None:
         _print_variant(console, explanation, variant, outcome)
-    calibration = explanation.context.calibration
-    console.print(f"Calibration: {calibration.id} ({calibration.reason}).", soft_wrap=True)
+    console.print(f"Calibration: {explanation.context.calibration_text}.", soft_wrap=True)
 
 
 def _print_variant(

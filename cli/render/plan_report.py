@@ -9,12 +9,14 @@ from pathlib import Path
 from meshwright.cli.render.console import stdout_console
 from meshwright.cli.render.plans import FLOPS_WORDS, ranked_table
 from meshwright.costmodels.context import CostContext
-from meshwright.planner.constraints import CONSTRAINTS
+from meshwright.planner.constraints import constraint_sentences
 from meshwright.planner.job_file import PlanRequest
+from meshwright.planner.kinds_text import machines_text, placement_sentence, stages_by_kind
 from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_yaml, replace_file
 from meshwright.planner.plan_file import PlanDocument, plan_document_text, prediction_mapping
 from meshwright.planner.reasons import winning_reason
 from meshwright.planner.search.base import RankedPlan, SearchResult
+from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.layer_groups import layer_groups_text
 from meshwright.simcore.domain.plan import ParallelPlan
 
@@ -40,7 +42,7 @@ def report_mapping(
         "num_gpus": request.job.cluster.num_gpus,
         "software": request.job.software,
         "objective": request.objective,
-        "calibration": dict(context.calibration.identity),
+        "calibration": dict(context.calibration_identity),
         "flops_convention": flops,
         "search_seconds": seconds,
         "num_candidates": result.num_candidates,
@@ -50,22 +52,27 @@ def report_mapping(
         "rejections": dict(result.rejections),
         "notes": [*request.notes, *result.notes],
         "reason": winning_reason(result, request.objective),
-        "plans": _entries(result.ranked),
-        **_optional(result),
+        "plans": _entries(request.job, result.ranked),
+        **_optional(request, result),
     }
 
 
-def _entries(ranked: Sequence[RankedPlan]) -> list[dict[str, object]]:
+def _entries(job: TrainingJob, ranked: Sequence[RankedPlan]) -> list[dict[str, object]]:
     return [
-        {"plan": _degrees(entry.plan), "prediction": prediction_mapping(entry.prediction)} for entry in ranked
+        {
+            "plan": _degrees(entry.plan),
+            "prediction": prediction_mapping(entry.prediction),
+            **({"runs_on": stages_by_kind(job, entry.plan)} if job.cluster.is_mixed else {}),
+        }
+        for entry in ranked
     ]
 
 
-def _optional(result: SearchResult) -> dict[str, object]:
+def _optional(request: PlanRequest, result: SearchResult) -> dict[str, object]:
     """Return what a report only says where it was asked for or came about: Pareto front, a search cut short."""
     optional: dict[str, object] = {}
     if result.front:
-        optional["pareto_front"] = _entries(result.front)
+        optional["pareto_front"] = _entries(request.job, result.front)
     if result.cut is not None:
         optional["cut"] = {"num_unscored": result.cut.num_unscored, "bound_gap": result.cut.gap}
     return optional
@@ -111,14 +118,17 @@ def print_report(
     console = stdout_console()
     workload = job.workload
     title = (
-        f"{job.model.name} on {job.cluster.num_gpus} x {job.cluster.gpu.id}: global batch "
+        f"{job.model.name} on {machines_text(job.cluster)}: global batch "
         f"{workload.global_batch_size} x {workload.sequence_length} tokens, {workload.precision}, "
         f"{job.software}, objective {request.objective}"
     )
-    console.print(ranked_table(title, result.ranked, request.objective))
+    console.print(ranked_table(title, result.ranked, request.objective, folds_offload=True))
     for place, entry in enumerate(result.ranked, start=1):
         if entry.plan.layer_groups:
             console.print(f"Layers of {place}: {layer_groups_text(entry.plan)}.", soft_wrap=True)
+    if job.cluster.is_mixed:
+        for place, entry in enumerate(result.ranked, start=1):
+            console.print(f"{place}. {placement_sentence(job, entry.plan)}", soft_wrap=True)
     if result.front:
         title = "Pareto front of the simulated plans: iteration time, dollars, memory of the fullest rank"
         console.print(ranked_table(title, result.front, request.objective))
@@ -138,7 +148,7 @@ def print_report(
         soft_wrap=True,
     )
     if not quiet:
-        sentences = {constraint.name: constraint.sentence for constraint in CONSTRAINTS}
+        sentences = constraint_sentences()
         for name, count in result.rejections.items():
             if count and name in sentences:
                 console.print(f"  {name}: {sentences[name]}", style="dim", soft_wrap=True)
@@ -151,7 +161,7 @@ def print_report(
     idle = job.cluster.num_gpus - result.ranked[0].plan.num_gpus
     if idle and request.objective == "throughput":
         console.print(f"Note: the winner leaves {idle} of {job.cluster.num_gpus} GPUs idle.", soft_wrap=True)
-    console.print(f"Calibration: {context.calibration.id} ({context.calibration.reason}).", soft_wrap=True)
+    console.print(f"Calibration: {context.calibration_text}.", soft_wrap=True)
     console.print(
         f"Wrote {out}/1.yaml to {out}/{len(result.ranked)}.yaml and {out}/report.json. Next: "
         f"meshwright simulate {out}/1.yaml",

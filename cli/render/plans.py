@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.table import Table
 
@@ -50,15 +51,22 @@ _WORD_COLUMNS = ("cp", "offload", "recompute")
 _UNUSED = "-"
 
 
-def ranked_table(title: str, ranked: Sequence[RankedPlan], objective: Objective) -> Table:
+def ranked_table(
+    title: str, ranked: Sequence[RankedPlan], objective: Objective, *, folds_offload: bool = False
+) -> Table:
     """Return the table of the best plans, best first; with the objective's own figure when it is not time.
 
-    Context and expert parallelism, uneven stages and offload have a column where a plan uses them.
+    Context and expert parallelism, uneven stages and offload have a column where a plan uses them. With
+    ``folds_offload`` plans that differ from a better one in what they offload alone stand below the table.
     """
     figure = _OBJECTIVE_COLUMNS.get(objective)
     columns = _COLUMNS if figure is None else (*_COLUMNS, (figure, True))
+    variants = _offload_variants(ranked) if folds_offload else {}
+    folded = {place for places in variants.values() for place in places}
     rows = []
     for place, entry in enumerate(ranked, start=1):
+        if place in folded:
+            continue
         cells = (str(place), *plan_row(entry.plan, entry.prediction))
         rows.append(cells if figure is None else (*cells, _objective_cell(entry.prediction, objective)))
     shown = [
@@ -72,7 +80,34 @@ def ranked_table(title: str, ranked: Sequence[RankedPlan], objective: Objective)
         column.no_wrap = column.header not in _WORD_COLUMNS
     for place, row in enumerate(rows):
         table.add_row(*(row[index] for index in shown), style="bold green" if place == 0 else None)
+    if variants:
+        table.caption = "\n".join(_variants_text(ranked, place, variants[place]) for place in variants)
+        table.caption_justify = "left"
     return table
+
+
+def _offload_variants(ranked: Sequence[RankedPlan]) -> dict[int, list[int]]:
+    """Return, by the place of a plan, the later places of plans that differ from it in what they offload alone."""
+    first: dict[ParallelPlan, int] = {}
+    variants: dict[int, list[int]] = {}
+    for place, entry in enumerate(ranked, start=1):
+        at_rest = replace(
+            entry.plan,
+            optimizer_offload="none",
+            optimizer_offload_fraction=1.0,
+            parameter_offload="none",
+            activation_offload=False,
+        )
+        best = first.setdefault(at_rest, place)
+        if best != place:
+            variants.setdefault(best, []).append(place)
+    return variants
+
+
+def _variants_text(ranked: Sequence[RankedPlan], place: int, others: Sequence[int]) -> str:
+    best, last = (ranked[each - 1].prediction.iteration_time for each in (place, others[-1]))
+    names = ", ".join(str(each) for each in others)
+    return f"{names}: plan {place} with other offload, up to {last / best - 1.0:.2%} slower"
 
 
 def _objective_cell(prediction: Prediction, objective: Objective) -> str:
@@ -147,7 +182,9 @@ def _layers_cell(plan: ParallelPlan) -> str:
     layers = plan.layers_per_stage
     if len(layers) < 2 or layers == partition_layers(plan.num_layers, len(layers)):
         return _UNUSED
-    return f"{layers[0]}/{max(layers[1:-1], default=layers[0])}/{layers[-1]}"
+    return "/".join(
+        str(count) for count in (layers[0], *([max(layers[1:-1])] if layers[2:] else []), layers[-1])
+    )
 
 
 def memory_table(prediction: Prediction) -> Table:

@@ -31,7 +31,8 @@ def topology_summary(cluster: ClusterSpec) -> dict[str, object]:
             summary["bisection_bytes_per_second"] = num_nodes // 2 * bandwidth
         return summary
     links = cluster.pair_links
-    if cluster.num_gpus > 1:
+    # Flows of collectives run between nodes of one kind.
+    if cluster.num_gpus > 1 and not cluster.is_mixed:
         fabric, ranks = cluster_fabric(cluster), range(cluster.num_gpus)
         moved = 2.0 * (cluster.num_gpus - 1) / cluster.num_gpus * _ALL_REDUCE_BYTES
         summary["all_reduce_bus_bytes_per_second"] = {
@@ -59,8 +60,11 @@ def topology_lines(cluster: ClusterSpec) -> list[str]:
     bandwidth = float(str(summary["node_bandwidth_bytes_per_second"]))
     topology = cluster.topology
     lines = [
-        f"{cluster.num_nodes} x {cluster.node.id}: {cluster.node.num_gpus} GPUs, {cluster.node.num_nics} NICs, "
-        f"{_rate(bandwidth)} per node"
+        f"{count} x {kind.id}: {kind.num_gpus} GPUs{f' {kind.gpu.id}' if cluster.is_mixed else ''}, {kind.num_nics} NICs, "
+        f"{_rate(kind.nic_bandwidth)} per node"
+        for kind, count in zip(
+            cluster.kinds, np.bincount(cluster.kind_of_node, minlength=len(cluster.kinds)), strict=True
+        )
     ]
     passed = bandwidth
     for depth, tier in enumerate(topology.tiers if topology else (), 1):
@@ -71,8 +75,10 @@ def topology_lines(cluster: ClusterSpec) -> list[str]:
             f"{tier.oversubscription:g}: {_rate(passed)} per node beyond"
         )
     for island in topology.islands if topology else ():
-        inside = _rate(bandwidth if island.bandwidth is None else island.bandwidth)
-        lines.append(f"  island {island.name}: {island.num_nodes} nodes, {inside} per node inside")
+        kind = island.node or cluster.node
+        inside = _rate(kind.nic_bandwidth if island.bandwidth is None else island.bandwidth)
+        of_kind = f" of {kind.id}" if cluster.is_mixed else ""
+        lines.append(f"  island {island.name}: {island.num_nodes} nodes{of_kind}, {inside} per node inside")
     if topology and topology.island_bandwidth is not None:
         lines.append(f"  between islands: {_rate(topology.island_bandwidth)} per node")
     if topology and topology.matrix is not None:

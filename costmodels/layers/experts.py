@@ -44,11 +44,15 @@ def expert_load(context: CostContext, cases: LayerCases) -> FloatColumn:
     The stated imbalance of its ep without a capacity; with one, every expert's buffer is filled or padded to it (drop and
     pad, GShard, arXiv 2006.16668). One rank with all experts has every row whatever the routing.
     """
-    capacity = context.workload.expert_capacity_factor
-    if capacity is not None:
-        return np.full_like(cases.ep, capacity)
+    workload = context.workload
     degrees, places = np.unique(cases.ep, return_inverse=True)
-    stated = np.array([context.workload.imbalance_at(int(ep)) for ep in degrees])
+    capacities = [workload.capacity_at(int(ep)) for ep in degrees]
+    stated = np.array(
+        [
+            workload.imbalance_at(int(ep)) if capacity is None else capacity
+            for ep, capacity in zip(degrees, capacities, strict=True)
+        ]
+    )
     load: FloatColumn = stated[places].reshape(cases.ep.shape)
     return load
 
@@ -66,7 +70,8 @@ def expert_times(context: CostContext, cases: LayerCases) -> ExpertTimes:
     """Return the times of router, permutation and grouped products.
 
     A rank of an ep x etp grid computes ``etp * rows`` rows of its ``num_experts / ep`` experts, each ``1/etp``
-    wide: the same work whatever the grid, in fewer or more and in narrower or wider products.
+    wide: the same work whatever the grid, in fewer or more and in narrower or wider products. Each chunk of
+    ``expert_overlap`` fills tiles and reads weights by itself.
     """
     model = context.model
     moe = model.moe
@@ -76,8 +81,9 @@ def expert_times(context: CostContext, cases: LayerCases) -> ExpertTimes:
     num_local = moe.num_experts / cases.ep
     hidden = np.full_like(rows, float(model.hidden_size))
     width = moe.moe_ffn_hidden_size / cases.etp
-    tiled = num_local * np.ceil(np.maximum(rows / num_local, 1.0) / _TILE) * _TILE
-    padded = rows + _PADDING * np.maximum(0.0, tiled - rows)
+    chunk = rows / cases.expert_overlap
+    tiled = num_local * np.ceil(np.maximum(chunk / num_local, 1.0) / _TILE) * _TILE
+    padded = chunk + _PADDING * np.maximum(0.0, tiled - chunk)
     inner = (2.0 if model.is_gated_mlp else 1.0) * width
     is_trained = not context.is_lora
 
@@ -85,7 +91,7 @@ def expert_times(context: CostContext, cases: LayerCases) -> ExpertTimes:
         num_weights = num_local * out_width * in_width
         return product_times(context, padded, out_width, in_width, num_weights, is_trained=is_trained)
 
-    products = grouped(inner, hidden) + grouped(hidden, width)
+    products = (grouped(inner, hidden) + grouped(hidden, width)).repeated(cases.expert_overlap)
     tokens = sent / moe.top_k
     experts = np.full_like(rows, float(moe.num_experts))
     # Routers stay in 16 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.1).

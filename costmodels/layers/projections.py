@@ -50,6 +50,14 @@ class LinearTimes:
             weight_gradient=self.weight_gradient + other.weight_gradient,
         )
 
+    def repeated(self, times: FloatColumn) -> LinearTimes:
+        """Return them so many times over."""
+        return LinearTimes(
+            forward=self.forward * times,
+            input_gradient=self.input_gradient * times,
+            weight_gradient=self.weight_gradient * times,
+        )
+
 
 def projections(context: CostContext, cases: LayerCases, is_moe: bool) -> list[Projection]:
     """Return the matrices of one layer on one rank: attention's, and the dense or the shared experts' MLP.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from meshwright.costmodels.collectives import all_to_all_time, collective_time, place_group, send_time
+from meshwright.costmodels.collectives import all_to_all_time, collective_time, send_time
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.layers.cases import LayerCases
 from meshwright.costmodels.plan_columns import CpMethods, FloatColumn
@@ -53,13 +53,15 @@ def context_parallel_times(
     # Ring steps between neighbours of the outer group, ``tp * inner`` ranks apart.
     crosses = (cases.tp * cases.cp > per_node).astype(np.float64)
     # All-to-all inside leaves each rank the block of its whole inner group for 1/inner of the heads.
-    step = send_time(key_value_bytes, crosses, cluster, efficiency)
+    whole = context.place_group(cases.cp, cases.tp)
+    slowdown = np.where(crosses > 0.0, whole.ring.across, whole.ring.inside)
+    step = send_time(key_value_bytes, crosses, cluster, efficiency, slowdown)
     steps = outer - 1.0
     ring_forward = steps * np.maximum(step - forward / outer, 0.0)
     ring_backward = steps * np.maximum(2.0 * step - backward / outer, 0.0)
     ring_forward, ring_backward = (np.where(outer > 1.0, part, 0.0) for part in (ring_forward, ring_backward))
 
-    inside = place_group(inner, cases.tp, per_node)
+    inside = context.place_group(inner, cases.tp)
     swapped = sum(
         all_to_all_time(num_bytes, inside, cluster, calibration, efficiency)
         for num_bytes in (
@@ -67,7 +69,6 @@ def context_parallel_times(
             element * tokens * heads * value_dim,
         )
     )
-    whole = place_group(cases.cp, cases.tp, per_node)
     gathered_bytes = cases.cp * element * tokens * groups * (model.head_dim + value_dim)
     gather = collective_time("all_gather", gathered_bytes, whole, cluster, calibration, efficiency)
     scatter = collective_time("reduce_scatter", gathered_bytes, whole, cluster, calibration, efficiency)

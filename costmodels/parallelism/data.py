@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.costmodels.collectives import Collective, GroupPlacement, collective_time, place_group
+from meshwright.costmodels.collectives import Collective, GroupPlacement, collective_time
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.parameters import RankParameters
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, Schedules, Shardings
@@ -35,8 +35,6 @@ __all__ = [
 # Share of a bucketed reduction or gather that runs beside compute once a run switches the overlap on: all but
 # the first or last of about ten buckets (Megatron-Core's default share as well).
 _SWITCHED_ON = 0.9
-# Weights travel in 16 bits.
-_WEIGHT_BYTES = 2.0
 # Gather forward, gather backward, reduce backward: the ring latencies FSDP pays per layer.
 _FSDP_COLLECTIVES = {"forward": 1.0, "backward": 2.0}
 
@@ -202,7 +200,7 @@ def _group_sync_times(
     replica_reduce = timed("all_reduce", gradients / groups.shards.size, groups.across)
     # ZeRO-1 and 2 gather what was updated, ZeRO-3 all weights.
     gathered = np.where(columns.sharding >= Shardings.ZERO3, num_parameters, num_trained)
-    gather = timed("all_gather", _WEIGHT_BYTES * gathered, groups.shards)
+    gather = timed("all_gather", context.element_bytes * gathered, groups.shards)
     if software.broadcast_step_latency > 0:
         shards = groups.shards
         gather = gather + np.where(shards.num_nodes > 1, shards.size * software.broadcast_step_latency, 0.0)
@@ -266,21 +264,19 @@ def fsdp_times(
             collective, num_bytes, group, context.cluster, context.calibration, software.inter_node_efficiency
         )
 
-    gather_once = timed("all_gather", _WEIGHT_BYTES * parameters.dense, dense_group)
+    gather_once = timed("all_gather", context.element_bytes * parameters.dense, dense_group)
     scatter_once = timed("reduce_scatter", context.gradient_bytes * parameters.dense_trained, dense_group)
-    secondary = place_group(
-        np.maximum(rows.secondary_group, 1).astype(np.float64) * rows.cp,
-        rows.tp.astype(np.float64),
-        context.cluster.node.num_gpus,
+    secondary = context.place_group(
+        np.maximum(rows.secondary_group, 1).astype(np.float64) * rows.cp, rows.tp.astype(np.float64)
     )
     gather_again = np.where(
         rows.secondary_group > 0,
-        timed("all_gather", _WEIGHT_BYTES * parameters.dense, secondary),
+        timed("all_gather", context.element_bytes * parameters.dense, secondary),
         gather_once,
     )
     if has_experts:
         expert_group = _expert_groups(context, rows).shards
-        expert_gather = timed("all_gather", _WEIGHT_BYTES * parameters.expert, expert_group)
+        expert_gather = timed("all_gather", context.element_bytes * parameters.expert, expert_group)
         gather_once, gather_again = gather_once + expert_gather, gather_again + expert_gather
         scatter_once = scatter_once + timed(
             "reduce_scatter", context.gradient_bytes * parameters.expert_trained, expert_group
@@ -289,6 +285,9 @@ def fsdp_times(
     gather = np.where(is_gathered, gather_once[inverse], 0.0)
     again = np.where(is_gathered, gather_again[inverse], 0.0)
     scatter = scatter_once[inverse]
+    if context.gpu.architecture == "cpu":
+        # A processor that is its own device copies and sums itself, and computes nothing meanwhile.
+        forward_window, backward_window = np.zeros_like(gather), np.zeros_like(gather)
     forward = _exposed(gather, forward_window, software.fsdp_contention)
     backward = _exposed(again + scatter, backward_window, software.fsdp_contention)
     step = (shard_ranks(columns) - 1.0) * software.fsdp_step_latency
@@ -303,27 +302,24 @@ def _exposed(duration: FloatColumn, window: FloatColumn, contention: float) -> F
 
 
 def _dense_groups(context: CostContext, columns: PlanColumns) -> _Groups:
-    gpus_per_node = context.cluster.node.num_gpus
     tp = columns.tp.astype(np.float64)
     return _Groups(
-        replicas=place_group((columns.dp * columns.cp).astype(np.float64), tp, gpus_per_node),
-        shards=place_group(shard_ranks(columns), tp, gpus_per_node),
-        across=place_group(
+        replicas=context.place_group((columns.dp * columns.cp).astype(np.float64), tp),
+        shards=context.place_group(shard_ranks(columns), tp),
+        across=context.place_group(
             columns.dp / columns.sharding_group,
             (columns.tp * columns.cp * columns.sharding_group).astype(np.float64),
-            gpus_per_node,
         ),
     )
 
 
 def _expert_groups(context: CostContext, columns: PlanColumns) -> _Groups:
     """Return the same for routed experts: ranks ``ep * etp`` apart."""
-    gpus_per_node = context.cluster.node.num_gpus
     stride = (columns.ep * columns.etp).astype(np.float64)
     replicas = np.maximum(1.0, columns.tp * columns.cp * columns.dp / stride)
     shards = expert_shard_ranks(columns)
     return _Groups(
-        replicas=place_group(replicas, stride, gpus_per_node),
-        shards=place_group(shards, stride, gpus_per_node),
-        across=place_group(np.maximum(1.0, replicas / shards), stride * shards, gpus_per_node),
+        replicas=context.place_group(replicas, stride),
+        shards=context.place_group(shards, stride),
+        across=context.place_group(np.maximum(1.0, replicas / shards), stride * shards),
     )

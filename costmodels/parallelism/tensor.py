@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from meshwright.costmodels.collectives import Collective, collective_time, place_group
+from meshwright.costmodels.collectives import Collective, collective_time
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.plan_columns import FloatColumn
 
@@ -52,7 +52,7 @@ def tensor_parallel_time(
     software = context.software
     pairs = num_pairs if num_pairs is not None else (1.0 if context.model.has_parallel_block else 2.0)
     num_bytes = context.element_bytes * num_tokens * context.model.hidden_size
-    group = place_group(tp, np.ones_like(tp), context.cluster.node.num_gpus)
+    group = context.place_group(tp, np.ones_like(tp))
     efficiency = software.inter_node_efficiency
 
     def timed(collective: Collective, share: float) -> FloatColumn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from meshwright.costmodels.collectives import collective_time, place_group
+from meshwright.costmodels.collectives import collective_time
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.plan_columns import FloatColumn, PlanColumns, VocabParallels
 from meshwright.costmodels.roofline import stream_time
@@ -35,7 +35,7 @@ def vocab_parallel_time(
     exchange = collective_time(
         "all_reduce",
         2.0 * tokens * context.model.hidden_size,
-        place_group(pp, stride, context.cluster.node.num_gpus),
+        context.place_group(pp, stride),
         context.cluster,
         context.calibration,
         context.software.inter_node_efficiency,

@@ -56,7 +56,11 @@ def export_topology(cluster: ClusterSpec, target: str) -> str:
     if target not in EXPORTERS:
         raise SpecError(f"no topology exporter '{target}'{did_you_mean(target, EXPORTERS) or '.'}")
     exporter = EXPORTERS[target]
-    reasons = exporter.unsupported(cluster)
+    mixed = (
+        "it knows nodes of one kind, and the cluster mixes "
+        + " and ".join(kind.id for kind in cluster.kinds),
+    )
+    reasons = mixed if cluster.is_mixed else exporter.unsupported(cluster)
     if reasons:
         raise UnsupportedByTargetError(
             "\n".join(

@@ -32,6 +32,8 @@ class ImportedTopology:
         Switches, host names or measured links.
     num_nodes : int | None
         Nodes of the cluster.
+    gpu_cells : tuple[tuple[str, ...], ...]
+        What joins each pair of GPUs where pairs differ, ``NV4``, ``PIX``, ``SYS``, ...; empty where all are alike.
     guesses : tuple[str, ...]
         Everything that was guessed or could not be known, one sentence each.
     """
@@ -43,6 +45,7 @@ class ImportedTopology:
     node_guess: str | None = None
     topology: ClusterTopology | None = None
     num_nodes: int | None = None
+    gpu_cells: tuple[tuple[str, ...], ...] = ()
     guesses: tuple[str, ...] = ()
 
 

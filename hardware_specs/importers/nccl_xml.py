@@ -8,6 +8,7 @@ from typing import Final
 
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.importers.base import ImportedTopology
+from meshwright.hardware_specs.importers.gpu_links import are_unequal
 
 __all__ = ["read_nccl_xml", "recognises_nccl_xml"]
 
@@ -54,7 +55,8 @@ def read_nccl_xml(text: str, name: str) -> ImportedTopology:
         intra = "switch"
     else:
         intra = "mesh"
-        guesses.append("GPUs face each other without a switch: every pair is taken to have equal links")
+        if _peers(system) is None:
+            guesses.append("GPUs face each other without a switch: every pair is taken to have equal links")
     models = sorted({gpu.get("sm", "") for gpu in gpus})
     if len(models) > 1:
         raise SpecError(
@@ -77,8 +79,36 @@ def read_nccl_xml(text: str, name: str) -> ImportedTopology:
         num_nics=speeds.count(fastest) or None,
         nic_bandwidth=fastest * _MEGABIT or None,
         node_guess=guess,
+        gpu_cells=_peers(system) or (),
         guesses=tuple(guesses),
     )
+
+
+def _peers(system: ET.Element) -> tuple[tuple[str, ...], ...] | None:
+    """Return what joins each pair of GPUs, as ``nvidia-smi topo -m`` words it; None where all are alike or unknown."""
+    cpus: dict[str, int] = {}
+    counts: dict[str, dict[str, int]] = {}
+    for place, cpu in enumerate(system.iter("cpu")):
+        for pci in cpu.iter("pci"):
+            gpu = pci.find("gpu")
+            if gpu is None:
+                continue
+            links = {link.get("target", "").lower(): link.get("count", "") for link in gpu.iter("nvlink")}
+            if not all(count.isdecimal() for count in links.values()):
+                return None
+            cpus[pci.get("busid", "").lower()] = place
+            counts[pci.get("busid", "").lower()] = {target: int(count) for target, count in links.items()}
+
+    def cell(one: str, two: str) -> str:
+        if one == two:
+            return "X"
+        direct = counts[one].get(two, 0)
+        return f"NV{direct}" if direct else ("NODE" if cpus[one] == cpus[two] else "SYS")
+
+    cells = tuple(tuple(cell(one, two) for two in counts) for one in counts)
+    # GPUs are numbered in the order of the file; links to anything else lead to switches.
+    reaches_peers = all(target in counts for links in counts.values() for target in links)
+    return cells if reaches_peers and are_unequal(cells) else None
 
 
 def _speeds(system: ET.Element, name: str) -> list[float]:

@@ -7,6 +7,7 @@ from typing import Final
 
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.importers.base import ImportedTopology
+from meshwright.hardware_specs.importers.gpu_links import are_unequal
 
 __all__ = ["read_nvidia_smi", "recognises_nvidia_smi"]
 
@@ -77,8 +78,11 @@ def read_nvidia_smi(text: str, name: str) -> ImportedTopology:
     elif len(links) == 1:
         intra, most = "switch", links.pop()
     else:
-        intra, most = ("hybrid_cube_mesh" if 0 in links else "mesh"), max(links)
-        guesses.append("pairs of GPUs have different numbers of NVLinks: every pair is given the same")
+        # Bridges join two cards of a PCIe server; more NVLink neighbours are a mesh, complete or not.
+        neighbours = max(sum(cells[one][header.index(two)].startswith("NV") for two in gpus) for one in gpus)
+        partial = "pcie" if neighbours == 1 else "hybrid_cube_mesh"
+        intra, most = (partial if 0 in links else "mesh"), max(links)
+    gpu_cells = tuple(tuple(cells[one][header.index(two)] for two in gpus) for one in gpus)
     # Every GPU has its own NIC in the compute fabric; those near none carry storage and management.
     near = [nic for nic in nics if any(cells[gpu][header.index(nic)] in _NEAR for gpu in gpus)]
     if nics:
@@ -94,5 +98,6 @@ def read_nvidia_smi(text: str, name: str) -> ImportedTopology:
         intra_node=intra,  # type: ignore[arg-type]  # one of the literal's words
         num_nics=len(near) or None,
         node_guess=guess,
+        gpu_cells=gpu_cells if are_unequal(gpu_cells) else (),
         guesses=tuple(guesses),
     )

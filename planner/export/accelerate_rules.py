@@ -54,7 +54,7 @@ def experts_take_what_comes(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """Capacities and chunks belong to the model's code."""
     if plan.expert_overlap > 1:
         return f"expert_overlap {plan.expert_overlap} does not exist in Accelerate; use expert_overlap 1."
-    factor = job.workload.expert_capacity_factor
+    factor = job.workload.capacity_at(plan.ep)
     if job.model.moe is None or factor is None:
         return None
     return f"expert_capacity_factor {factor:g} does not exist in Accelerate; leave it out."

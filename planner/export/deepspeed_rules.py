@@ -127,7 +127,7 @@ def experts_take_what_comes(job: TrainingJob, plan: ParallelPlan) -> str | None:
             f"expert_overlap {plan.expert_overlap} is of Tutel's layers, which the training script builds; no key of "
             "ds_config.json sets it; use expert_overlap 1."
         )
-    factor = job.workload.expert_capacity_factor
+    factor = job.workload.capacity_at(plan.ep)
     if job.model.moe is None or factor is None:
         return None
     return (

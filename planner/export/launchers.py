@@ -102,7 +102,8 @@ def _kubernetes_files(
     required: tuple[tuple[str, str], ...],
     files: tuple[ExportFile, ...],
 ) -> tuple[ExportFile, ExportFile]:
-    vendor = job.cluster.gpu.vendor
+    # A job runs on GPUs of one vendor.
+    vendor = job.cluster.gpus[0].vendor
     resource = gpu_resource(vendor)
     if resource is None:
         raise UnsupportedByTargetError(

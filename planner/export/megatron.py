@@ -104,8 +104,8 @@ def megatron_environment(job: TrainingJob, plan: ParallelPlan) -> str:
             "# Megatron-FSDP overlaps its gathers with compute, which one hardware queue would serialize.",
             "unset CUDA_DEVICE_MAX_CONNECTIONS",
         ]
-    elif (plan.tp > 1 or plan.cp > 1) and not job.cluster.gpu.architecture.lower().startswith(
-        _NEEDS_NO_SINGLE_QUEUE
+    elif (plan.tp > 1 or plan.cp > 1) and not all(
+        gpu.architecture.lower().startswith(_NEEDS_NO_SINGLE_QUEUE) for gpu in job.cluster.gpus
     ):
         lines += [
             "# One hardware queue keeps communication ahead of the matrix multiply it overlaps; required here.",
@@ -118,14 +118,14 @@ def megatron_environment(job: TrainingJob, plan: ParallelPlan) -> str:
 
 def _expert_notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
     """Return what the prediction assumes of the router, which training has to bring about."""
-    workload = job.workload
+    workload, capacity = job.workload, job.workload.capacity_at(plan.ep)
     return (
         "The load-balancing loss and its coefficient are usual values; router scaling keeps Megatron's default.",
         "The prediction assumes that the busiest expert rank gets "
         f"{workload.imbalance_at(plan.ep):g} times the mean.",
         "Experts drop no tokens."
-        if workload.expert_capacity_factor is None
-        else f"Experts drop tokens beyond {workload.expert_capacity_factor:g} times their mean share.",
+        if capacity is None
+        else f"Experts drop tokens beyond {capacity:g} times their mean share.",
     )
 
 
@@ -166,7 +166,7 @@ def _notes(job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
         notes.append(
             "Megatron-FSDP with tp or cp leaves some overlap of tp communication unused on older GPUs."
         )
-    vendor = label(job.cluster.gpu.vendor)
+    vendor = label(job.cluster.gpus[0].vendor)
     if vendor.lower() != "nvidia":
         notes.append(f"On {vendor} GPUs use the vendor's fork of Megatron-LM, whose options may lag behind.")
     return tuple(notes)

@@ -134,8 +134,8 @@ def bridge_settings(job: TrainingJob, plan: ParallelPlan) -> dict[str, object]:
         settings |= {
             "model.expert_model_parallel_size": plan.ep,
             "model.expert_tensor_parallel_size": plan.etp,
-            "model.moe_expert_capacity_factor": workload.expert_capacity_factor,
-            "model.moe_pad_expert_input_to_capacity": workload.expert_capacity_factor is not None,
+            "model.moe_expert_capacity_factor": workload.capacity_at(plan.ep),
+            "model.moe_pad_expert_input_to_capacity": workload.capacity_at(plan.ep) is not None,
         }
     if plan.device_mapping is not None and plan.device_mapping.rank_order != RANK_ORDERS[0]:
         settings["dist.use_tp_pp_dp_mapping"] = True

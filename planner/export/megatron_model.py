@@ -54,7 +54,7 @@ def model_options(job: TrainingJob, plan: ParallelPlan) -> Options:
     options += [("--attention-dropout", "0.0"), ("--hidden-dropout", "0.0")]
     if model.moe is not None:
         options += _experts(model.moe, model.num_layers)
-        options += _capacity(job.workload.expert_capacity_factor)
+        options += _capacity(job.workload.capacity_at(plan.ep))
     if model.num_mtp_layers:
         options.append(("--mtp-num-layers", str(model.num_mtp_layers)))
     return options

@@ -145,6 +145,28 @@ def layers_run_alike(job: TrainingJob, plan: ParallelPlan) -> str | None:
     )
 
 
+def replicas_run_alike(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Released frameworks run as many micro-batches on every data parallel rank and average their gradients as equals."""
+    if not plan.micro_batch_shares:
+        return None
+    return (
+        f"micro_batch_shares give replicas {min(plan.micro_batch_shares)} to {max(plan.micro_batch_shares)} "
+        "micro-batches, and the target runs equally many on every replica; take a plan with stages on islands, or with "
+        "equal shares."
+    )
+
+
+def gpus_share_a_vendor(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """One collective library drives all ranks of a job."""
+    vendors = sorted({gpu.vendor for gpu in job.cluster.gpus})
+    if len(vendors) == 1:
+        return None
+    return (
+        f"the cluster mixes GPUs of {' and '.join(label(vendor) for vendor in vendors)}, whose collective libraries do "
+        "not talk to each other; plan each vendor's nodes alone."
+    )
+
+
 def settings_take_effect(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """A setting that another one switches off is a slip; written out it would vanish without a word."""
     if plan.cp == 1 and plan.cp_method != "ring":
@@ -199,16 +221,17 @@ def inner_stages_hold_layers(job: TrainingJob, plan: ParallelPlan) -> str | None
 
 def fp8_runs_on_the_gpu(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """Each fp8 format needs a generation of tensor cores; the library says so in the first step."""
-    precision, gpu = job.workload.precision, job.cluster.gpu
+    precision = job.workload.precision
     generations = _FP8_GENERATIONS.get(precision)
-    if generations is None or gpu.vendor.lower() != "nvidia":
-        return None
-    if gpu.architecture.lower().startswith(generations):
-        return None
-    return (
-        f"precision '{precision}' does not run on {label(gpu.architecture)} GPUs (it needs {', '.join(generations)}); "
-        "use 'bf16'."
-    )
+    for gpu in job.cluster.gpus:
+        if generations is None or gpu.vendor.lower() != "nvidia":
+            continue
+        if not gpu.architecture.lower().startswith(generations):
+            return (
+                f"precision '{precision}' does not run on {label(gpu.architecture)} GPUs (it needs "
+                f"{', '.join(generations)}); use 'bf16'."
+            )
+    return None
 
 
 def expert_axes_need_experts(job: TrainingJob, plan: ParallelPlan) -> str | None:
@@ -226,6 +249,8 @@ def expert_axes_need_experts(job: TrainingJob, plan: ParallelPlan) -> str | None
 
 COMMON_RULES: tuple[Rule, ...] = (
     layers_run_alike,
+    replicas_run_alike,
+    gpus_share_a_vendor,
     settings_take_effect,
     stages_hold_every_layer,
     ranks_fill_whole_nodes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from meshwright.planner.export.scripts import label
 from meshwright.planner.export.serving_rules import pool_name
+from meshwright.planner.serving.acceptance_keys import acceptance_text
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
 
 __all__ = ["TARGET_OF_ENGINE", "accuracy_notes", "engine_is", "pool_title", "serving_notes", "word_of"]
@@ -53,10 +54,19 @@ def serving_notes(job: ServingJob, plan: ServingPlan, version: str) -> tuple[str
     for pool in plan.pools:
         if pool.gpu is not None:
             notes.append(f"The {pool_name(pool)} runs on {label(pool.gpu)} GPUs.")
+        if pool.redundant_experts:
+            notes.append(
+                f"The {pool_name(pool)} holds {pool.redundant_experts} redundant experts, which the engine places by itself "
+                f"from the routing it sees; 'meshwright place' writes a placement for a recorded one."
+            )
+        if pool.expert_imbalance is not None:
+            notes.append(
+                f"The prediction of the {pool_name(pool)} assumes that its most loaded expert rank gets "
+                f"{pool.expert_imbalance:.3g} times the mean, as a placement of the recorded routing reaches."
+            )
         if pool.num_speculative_tokens:
             notes.append(
-                f"The prediction of the {pool_name(pool)} assumes that a drafted token is accepted with chance "
-                f"{pool.acceptance_rate:g}."
+                f"The prediction of the {pool_name(pool)} assumes that {acceptance_text(pool.acceptance)}."
             )
     return tuple(notes)
 

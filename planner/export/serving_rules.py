@@ -10,8 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from meshwright.planner.export.rules import divisors, nearest, nearest_multiples, server_size
-from meshwright.planner.export.serving_requests import longest_request, max_model_length
-from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
+from meshwright.planner.serving.request_lengths import longest_request, max_model_length
+from meshwright.simcore.domain.serving import (
+    ServingJob,
+    ServingPlan,
+    ServingPool,
+    expert_slots_reason,
+    pools_by_cluster,
+)
 
 __all__ = [
     "COMMON_POOL_RULES",
@@ -48,17 +54,19 @@ def broken_pool_rules(
 
 def plan_fits_cluster(job: ServingJob, plan: ServingPlan) -> str | None:
     """The pools together must fit the cluster."""
-    if plan.num_gpus <= job.cluster.num_gpus:
-        return None
-    return (
-        f"the pools take {plan.num_gpus} GPUs but the cluster has {job.cluster.num_gpus}; "
-        "lower num_replicas or add nodes."
-    )
+    for pools, cluster in pools_by_cluster(job, plan):
+        needed = sum(pool.num_gpus for pool in pools)
+        if needed > cluster.num_gpus:
+            return (
+                f"the pools take {needed} GPUs but the cluster has {cluster.num_gpus}; "
+                "lower num_replicas or add nodes."
+            )
+    return None
 
 
 def replicas_fill_servers(job: ServingJob, plan: ServingPlan, pool: ServingPool) -> str | None:
     """A replica larger than a server fills whole servers."""
-    size, gpus = server_size(job.cluster), pool.gpus_per_replica
+    size, gpus = server_size(job.cluster_of(pool.role)), pool.gpus_per_replica
     if gpus <= size or gpus % size == 0:
         return None
     return (
@@ -137,6 +145,9 @@ def expert_axes_fit(job: ServingJob, plan: ServingPlan, pool: ServingPool) -> st
             f"moe_tp {pool.moe_tp} x ep {pool.ep} must be the {ranks} ranks of tp {pool.tp} x attention_dp "
             f"{pool.attention_dp}; use moe_tp {ranks} and ep 1, or moe_tp 1 and ep {ranks}."
         )
+    if pool.redundant_experts:
+        reason = expert_slots_reason(moe.num_experts, pool)
+        return None if reason is None else f"{reason}."
     if moe.num_experts % pool.ep:
         valid = [size for size in divisors(moe.num_experts) if ranks % size == 0]
         return (

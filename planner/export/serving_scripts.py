@@ -47,7 +47,7 @@ class ReplicaShape:
 
 def replica_shape(job: ServingJob, pool: ServingPool) -> ReplicaShape:
     """Return how a replica of the pool sits on servers of the cluster."""
-    size, gpus = server_size(job.cluster), pool.gpus_per_replica
+    size, gpus = server_size(job.cluster_of(pool.role)), pool.gpus_per_replica
     if gpus > size:
         return ReplicaShape(num_servers=gpus // size, gpus_per_server=size, replicas_per_server=1)
     return ReplicaShape(num_servers=1, gpus_per_server=gpus, replicas_per_server=size // gpus)

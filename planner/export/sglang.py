@@ -20,7 +20,6 @@ from meshwright.planner.export.serving_base import (
     serving_notes,
     word_of,
 )
-from meshwright.planner.export.serving_requests import max_model_length
 from meshwright.planner.export.serving_rules import (
     COMMON_POOL_RULES,
     broken_pool_rules,
@@ -32,6 +31,7 @@ from meshwright.planner.export.serving_scripts import (
     router_file,
     serving_file,
 )
+from meshwright.planner.serving.request_lengths import max_model_length
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
 
 __all__ = ["SglangExporter", "sglang_arguments", "sglang_reasons"]
@@ -70,7 +70,7 @@ class SglangExporter:
     target_version = VERSION
     expresses: Mapping[str, str] = MappingProxyType(
         {
-            "parallel": "tp, pp, attention_dp, ep, moe_tp",
+            "parallel": "tp, pp, attention_dp, ep, moe_tp, redundant experts",
             "replicas": "several on a server, or one over several servers",
             "pools": "aggregated; prefill and decode (NIXL)",
             "policy": "prefill_first, chunked_prefill (mixed chunks, without drafts)",
@@ -162,6 +162,8 @@ def _parallel(job: ServingJob, pool: ServingPool) -> list[tuple[str, ...]]:
         options.append(("--attn-dp-size", str(pool.attention_dp)))
     if job.model.moe is not None:
         options.append(("--ep-size", str(pool.ep)))
+    if pool.redundant_experts:
+        options += [("--ep-num-redundant-experts", str(pool.redundant_experts)), ("--enable-eplb",)]
     return options
 
 

@@ -20,7 +20,6 @@ from meshwright.planner.export.serving_base import (
     serving_notes,
     word_of,
 )
-from meshwright.planner.export.serving_requests import max_model_length
 from meshwright.planner.export.serving_rules import (
     COMMON_POOL_RULES,
     broken_pool_rules,
@@ -33,6 +32,7 @@ from meshwright.planner.export.serving_scripts import (
     replica_shape,
     serving_file,
 )
+from meshwright.planner.serving.request_lengths import max_model_length
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
 
 __all__ = ["TensorrtLlmExporter", "tensorrt_llm_options", "tensorrt_llm_reasons"]
@@ -65,7 +65,7 @@ class TensorrtLlmExporter:
     target_version = VERSION
     expresses: Mapping[str, str] = MappingProxyType(
         {
-            "parallel": "tp, pp, ep, moe_tp; attention_dp with tp 1",
+            "parallel": "tp, pp, ep, moe_tp; attention_dp with tp 1; redundant experts with attention_dp",
             "replicas": "one aggregated; several prefill and decode; over several servers by Slurm",
             "pools": "aggregated; prefill and decode",
             "policy": "inflight, chunked_prefill",
@@ -121,6 +121,7 @@ def tensorrt_llm_reasons(job: ServingJob, plan: ServingPlan) -> tuple[str, ...]:
     pool_rules = (
         *COMMON_POOL_RULES,
         _attention_data_parallel_takes_all,
+        _copies_need_attention_dp,
         _policy_exists,
         step_holds_a_prompt,
         _block_is_a_power_of_two,
@@ -152,6 +153,13 @@ def tensorrt_llm_options(job: ServingJob, plan: ServingPlan, pool: ServingPool) 
     }
     if job.model.moe is not None:
         options |= {"moe_expert_parallel_size": pool.ep, "moe_tensor_parallel_size": pool.moe_tp}
+        if pool.redundant_experts:
+            slots = job.model.moe.num_experts + pool.redundant_experts
+            # WIDEEP is the backend that has slots for copies; it moves two layers' experts per iteration.
+            options["moe_config"] = {
+                "backend": "WIDEEP",
+                "load_balancer": {"num_slots": slots, "layer_updates_per_iter": 2},
+            }
     options |= {
         "max_batch_size": pool.max_num_sequences,
         "max_num_tokens": pool.max_num_batched_tokens,
@@ -318,6 +326,16 @@ def _attention_data_parallel_takes_all(job: ServingJob, plan: ServingPlan, pool:
     return (
         f"attention_dp {pool.attention_dp} with tp {pool.tp}: TensorRT-LLM's attention data parallelism takes all "
         f"{ranks} ranks; use attention_dp {ranks} with tp 1, or attention_dp 1 with tp {ranks}."
+    )
+
+
+def _copies_need_attention_dp(job: ServingJob, plan: ServingPlan, pool: ServingPool) -> str | None:
+    """The WIDEEP backend asserts attention data parallelism and whole experts (fused_moe_wide_ep.py)."""
+    if not pool.redundant_experts or (pool.attention_dp > 1 and pool.moe_tp == 1):
+        return None
+    return (
+        f"redundant_experts {pool.redundant_experts} need TensorRT-LLM's WIDEEP backend, which runs with attention_dp and "
+        f"moe_tp 1, not attention_dp {pool.attention_dp} and moe_tp {pool.moe_tp}."
     )
 
 

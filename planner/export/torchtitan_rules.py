@@ -148,7 +148,7 @@ def experts_take_what_comes(job: TrainingJob, plan: ParallelPlan) -> str | None:
             f"expert_overlap {plan.expert_overlap} cuts a layer's tokens in chunks, which torchtitan does not; "
             "use expert_overlap 1."
         )
-    factor = job.workload.expert_capacity_factor
+    factor = job.workload.capacity_at(plan.ep)
     if job.model.moe is None or factor is None:
         return None
     return f"expert_capacity_factor {factor:g} does not exist in torchtitan, which drops no tokens; leave it out."

@@ -21,7 +21,6 @@ from meshwright.planner.export.serving_base import (
     serving_notes,
     word_of,
 )
-from meshwright.planner.export.serving_requests import max_model_length
 from meshwright.planner.export.serving_rules import (
     COMMON_POOL_RULES,
     broken_pool_rules,
@@ -35,6 +34,7 @@ from meshwright.planner.export.serving_scripts import (
     router_file,
     serving_file,
 )
+from meshwright.planner.serving.request_lengths import max_model_length
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
 
 __all__ = ["VllmExporter", "vllm_arguments", "vllm_reasons"]
@@ -73,7 +73,7 @@ class VllmExporter:
     target_version = VERSION
     expresses: Mapping[str, str] = MappingProxyType(
         {
-            "parallel": "tp, pp, attention_dp; ep over all ranks of a stage or not at all (moe_tp)",
+            "parallel": "tp, pp, attention_dp; ep over all ranks of a stage or not at all (moe_tp); redundant experts",
             "replicas": "several on a server, or one over several servers",
             "pools": "aggregated; prefill and decode (NIXL), decode with pp 1",
             "policy": "chunked_prefill, orca",
@@ -136,6 +136,9 @@ def vllm_arguments(job: ServingJob, plan: ServingPlan, pool: ServingPool) -> tup
     if pool.ep > 1:
         # No option gives the size: it is tp x data parallel size.
         parallel.append(("--enable-expert-parallel",))
+    if pool.redundant_experts:
+        copies = {"num_redundant_experts": pool.redundant_experts}
+        parallel += [("--enable-eplb",), ("--eplb-config", json.dumps(copies))]
     model: list[tuple[str, ...]] = [("--dtype", str(_DTYPE[plan.precision]))]
     if plan.precision == "fp8":
         model.append(("--quantization", "fp8"))
@@ -266,7 +269,7 @@ def _experts_whole_or_split(job: ServingJob, plan: ServingPlan, pool: ServingPoo
 
 def _data_parallel_fills_servers(job: ServingJob, plan: ServingPlan, pool: ServingPool) -> str | None:
     """Every server holds equally many whole data parallel ranks, or a data parallel rank whole servers."""
-    size, rank = server_size(job.cluster), pool.tp * pool.pp
+    size, rank = server_size(job.cluster_of(pool.role)), pool.tp * pool.pp
     if replica_shape(job, pool).num_servers == 1 or size % rank == 0 or rank % size == 0:
         return None
     return (

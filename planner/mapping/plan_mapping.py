@@ -1,46 +1,102 @@
-"""Place the ranks of plans on hosts with unequal links, and rank the plans by what that makes of them."""
+"""Place the ranks of plans on hosts and GPUs with unequal links, and rank the plans by what that makes of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from meshwright.costmodels.context import CostContext
-from meshwright.costmodels.iteration import iteration_costs
 from meshwright.costmodels.prediction import predict
-from meshwright.costmodels.topology import flat_bandwidth
+from meshwright.costmodels.topology import gpu_slowdown, host_slowdown, on_best_hosts
+from meshwright.planner.export import EXPORTERS
+from meshwright.planner.mapping.contended import ContendedTimes
+from meshwright.planner.mapping.gpu_order import GpuOrder, search_gpu_order
+from meshwright.planner.mapping.plan_traffic import plan_traffic
 from meshwright.planner.mapping.problem import MappingProblem
 from meshwright.planner.mapping.search import MappingResult, search_order
-from meshwright.planner.search.base import RankedPlan, SearchRequest, SearchResult
-from meshwright.simcore.domain.device_mapping import DeviceMapping
+from meshwright.planner.search.base import Progress, RankedPlan, Search, SearchRequest, SearchResult
+from meshwright.planner.search.non_dominated import non_dominated
+from meshwright.simcore.domain.device_mapping import RANK_ORDERS, DeviceMapping, RankOrder
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["MappedPlan", "map_plan", "with_mapped_plans"]
+__all__ = ["MappedPlan", "has_choice", "map_plan", "rank_orders", "search_mapped"]
+
+# Plans that a search hands over to be mapped, at least: one that only wins on other hosts is among them.
+_MOST_MAPPED = 20
+# Host orders of a plan that is mapped among many are searched with this share of the usual effort; the winner again.
+_FIRST_EFFORT = 0.01
+# Contention that lengthens the iteration by a smaller share is not worth a word.
+_NOTICED = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MappedPlan:
-    """A plan on the best hosts found for it.
+    """A plan on the best hosts, GPUs and in the best order of ranks found for it.
 
     Parameters
     ----------
     plan : ParallelPlan
-        With its device mapping; as given where no other order is faster or none was searched.
-    search : MappingResult | None
-        What was searched; None where the plan does not fill whole hosts stage by stage, or its hosts are all alike.
+        With its device mapping; as given where no other is faster.
+    seconds, given_seconds : float
+        Iteration time of this plan, and as it was given [s].
+    hosts : MappingResult | None
+        What was searched of host orders, in the plan's order of ranks; None where nothing depends on them.
+    gpus : GpuOrder | None
+        The same of GPU orders.
+    orders : tuple[RankOrder, ...]
+        Orders of ranks that were tried.
+    tried : tuple[ParallelPlan, ...]
+        Placements to choose from: this plan, then as given, in the hosts' own order and as mapped for each order of ranks.
+    contended : float | None
+        Iteration time with contention; None where it was not simulated [s].
     """
 
     plan: ParallelPlan
-    search: MappingResult | None
+    seconds: float
+    given_seconds: float
+    hosts: MappingResult | None
+    gpus: GpuOrder | None
+    orders: tuple[RankOrder, ...]
+    tried: tuple[ParallelPlan, ...] = ()
+    contended: float | None = None
+
+    @property
+    def known_seconds(self) -> float:
+        """Iteration time with contention where it was simulated, else without [s]."""
+        return self.seconds if self.contended is None else self.contended
 
 
-def map_plan(context: CostContext, plan: ParallelPlan, *, seed: int = 0, effort: float = 1.0) -> MappedPlan:
-    """Return a plan with the host order under which its sends and gradient reductions take least.
+def has_choice(context: CostContext) -> bool:
+    """Return whether hosts or GPUs of a cluster differ in their links, so that it matters who runs what."""
+    if context.cluster.topology is None:
+        return False
+    return bool((host_slowdown(context) > 1.0).any()) or gpu_slowdown(context.cluster) is not None
 
-    The traffic is what the cost models say of it over the flat fabric: sends that the schedule waits for, once forward
-    and once back for every group of as many micro-batches as stages, and the part of gradient reduction and weight
-    gather that nothing hides.
+
+def rank_orders(request: SearchRequest, plan: ParallelPlan) -> tuple[RankOrder, ...]:
+    """Return the orders of ranks a plan may have: Megatron's other one only where the export target can express it."""
+    target = request.limits.target
+    if plan.pp == 1 or plan.dp == 1 or plan.layer_groups or target is None:
+        return RANK_ORDERS[:1]  # type: ignore[return-value]  # words of the literal
+    turned = replace(plan, device_mapping=DeviceMapping(rank_order=RANK_ORDERS[1]))  # type: ignore[arg-type]
+    refused = EXPORTERS[target].unsupported(request.job, turned)
+    return RANK_ORDERS[:1] if refused else RANK_ORDERS  # type: ignore[return-value]
+
+
+def map_plan(
+    context: CostContext,
+    plan: ParallelPlan,
+    *,
+    orders: Sequence[RankOrder] = (RANK_ORDERS[0],),  # type: ignore[assignment]  # a word of the literal
+    seed: int = 0,
+    effort: float = 1.0,
+) -> MappedPlan:
+    """Return a plan with the order of hosts, GPUs and ranks under which its iteration takes least.
+
+    What each communication is worth is asked of the simulator (:mod:`meshwright.planner.mapping.plan_traffic`), orders
+    are searched under these weights, and the best of each order of ranks is simulated.
 
     Parameters
     ----------
@@ -48,88 +104,229 @@ def map_plan(context: CostContext, plan: ParallelPlan, *, seed: int = 0, effort:
         Job; its cluster has a topology, or nothing is to be chosen.
     plan : ParallelPlan
         Any plan.
+    orders : Sequence[RankOrder]
+        Orders of ranks to try.
     seed, effort : int, float
-        As in :func:`meshwright.planner.mapping.search.search_order`.
+        As in :func:`meshwright.planner.mapping.search.search_order`; the orders of ranks share the effort.
     """
-    cluster = context.cluster
-    grid = _host_grid(plan, cluster.node.num_gpus)
-    if cluster.topology is None or grid is None or cluster.num_nodes < 2:
-        return MappedPlan(plan=plan, search=None)
-    links = cluster.pair_links
-    off_diagonal = ~np.eye(cluster.num_nodes, dtype=bool)
-    if np.ptp(links.bandwidth[off_diagonal]) == 0.0:
-        return MappedPlan(plan=plan, search=None)
-    flat = replace(context, cluster=replace(cluster, topology=None))
-    costs = iteration_costs(flat, plan)
-    bandwidth = flat_bandwidth(context)
-    num_waits = 2.0 * max(1, costs.num_micro_batches // costs.num_stages)
-    exposed = (1.0 - costs.gradient_reduce_overlap) * costs.gradient_reduce_time.max(initial=0.0) + (
-        1.0 - costs.parameter_gather_overlap
-    ) * costs.parameter_gather_time.max(initial=0.0)
-    problem = MappingProblem(
-        # A plan is never faster than over the flat fabric, so faster links are worth nothing.
-        bandwidth=np.minimum(np.where(off_diagonal, links.bandwidth, bandwidth), bandwidth),
-        num_stages=grid[0],
-        hosts_per_stage=grid[1],
-        pipeline_bytes=num_waits * float(costs.send_time.max(initial=0.0)) * bandwidth,
-        ring_bytes=float(exposed) * bandwidth,
+    given = predict(context, plan).iteration_time
+    best = MappedPlan(
+        plan=plan, seconds=given, given_seconds=given, hosts=None, gpus=None, orders=tuple(orders)
     )
-    found = search_order(problem, seed=seed, effort=effort)
-    if found.cost >= found.identity_cost:
-        return MappedPlan(plan=plan, search=found)
-    num_nodes = grid[0] * grid[1]
-    order = tuple(int(host) for host in found.order[:num_nodes])
-    return MappedPlan(plan=replace(plan, device_mapping=DeviceMapping(host_order=order)), search=found)
+    tried = [plan, *(_natural(plan, order) for order in orders)]
+    if not has_choice(context) or context.kinds:
+        return replace(best, tried=(plan,))
+    for order in orders:
+        mapped = _mapped(context, plan, order, seed, effort / len(orders))
+        tried.append(mapped.plan)
+        # What was searched is told even where nothing was gained.
+        if mapped.seconds < best.seconds or (best.hosts is None and best.gpus is None):
+            is_faster = mapped.seconds < best.seconds
+            kept = best.plan if not is_faster else mapped.plan
+            best = replace(
+                mapped,
+                plan=kept,
+                seconds=min(given, mapped.seconds),
+                given_seconds=given,
+                orders=tuple(orders),
+            )
+    return replace(best, tried=tuple(dict.fromkeys((best.plan, *tried))))
 
 
-def with_mapped_plans(
-    request: SearchRequest, result: SearchResult, *, seed: int = 0, effort: float = 1.0
+def _natural(plan: ParallelPlan, order: RankOrder) -> ParallelPlan:
+    """Return the plan on hosts and GPUs in their own order."""
+    mapping = DeviceMapping(rank_order=order)
+    return replace(plan, device_mapping=None if mapping == DeviceMapping() else mapping)
+
+
+def _mapped(
+    context: CostContext, plan: ParallelPlan, order: RankOrder, seed: int, effort: float
+) -> MappedPlan:
+    """Return the plan on the best hosts and GPUs in one order of ranks."""
+    turned = _natural(plan, order)
+    traffic = plan_traffic(context, turned)
+    slowdown = host_slowdown(context)
+    num_nodes = -(-plan.num_gpus // context.cluster.node.num_gpus)
+    across = tuple(each.between_hosts(slowdown) for each in traffic if each.where == "across")
+    hosts = gpus = None
+    if across and (slowdown > 1.0).any():
+        problem = MappingProblem(num_hosts=len(slowdown), num_slots=num_nodes, traffic=across)
+        hosts = search_order(problem, seed=seed, effort=effort)
+    between_gpus = gpu_slowdown(context.cluster)
+    if between_gpus is not None:
+        gpus = search_gpu_order(between_gpus, traffic, seed)
+    is_ordered = hosts is not None and hosts.cost < hosts.identity_cost
+    is_permuted = gpus is not None and gpus.cost < gpus.identity_cost
+    mapping = DeviceMapping(
+        host_order=tuple(int(host) for host in hosts.order[:num_nodes]) if is_ordered and hosts else (),
+        gpu_orders=(gpus.order[: plan.num_gpus],) if is_permuted and gpus else (),
+        rank_order=order,
+    )
+    placed = replace(turned, device_mapping=None if mapping == DeviceMapping() else mapping)
+    seconds = predict(context, placed).iteration_time
+    return MappedPlan(
+        plan=placed, seconds=seconds, given_seconds=seconds, hosts=hosts, gpus=gpus, orders=(order,)
+    )
+
+
+def search_mapped(
+    search: Search, request: SearchRequest, progress: Progress, *, seed: int = 0, effort: float = 1.0
 ) -> SearchResult:
-    """Return what a search found, its best plans mapped onto the hosts and ranked anew.
+    """Return the best plans of a search, each on the hosts that suit it.
 
-    Without a topology the result is returned as it is. ``effort`` is shared by the plans.
+    On unequal links the search sees every plan at what it costs at least, whatever hosts it is given, so that no
+    order of the hosts in the user's list decides which plans are met. The best of these are mapped in their order
+    and simulated on their hosts, until none that is left can win. Where the fabric is described, the plans that lead
+    then, each as mapped and in the hosts' own order, are ranked by their time with contention.
+
+    Parameters
+    ----------
+    search : Search
+        Finds plans.
+    request : SearchRequest
+        What to search.
+    progress : Progress
+        Told how far it is.
+    seed, effort : int, float
+        Of the mapping; see :func:`map_plan`.
     """
     context = request.context
-    if context.cluster.topology is None or not result.ranked:
-        return result
-    share = effort / len(result.ranked)
-    mapped = [(ranked, map_plan(context, ranked.plan, seed=seed, effort=share)) for ranked in result.ranked]
-    if all(each.search is None for _, each in mapped):
-        note = "host order: every order of these hosts is as good"
-        return replace(result, notes=(*result.notes, note))
-    plans = [_ranked(request, ranked, each) for ranked, each in mapped]
-    order = sorted(range(len(plans)), key=lambda place: plans[place].prediction.iteration_time)
-    if request.objective != "throughput":
-        # Dollars and joules of plans on equally many GPUs follow their time; others keep their place.
-        order = list(range(len(plans)))
-    best = order[0]
-    search = mapped[best][1].search
-    notes = result.notes
-    if search is not None:
-        before = result.ranked[best].prediction.iteration_time
-        notes = (
-            *notes,
-            f"host order of the winner: {before:.4g} s in the order given, "
-            f"{plans[best].prediction.iteration_time:.4g} s as mapped; exposed transfers within "
-            f"{search.gap:.0%} of the bound of all orders",
+    if not has_choice(context) or context.kinds:
+        return search.run(request, progress)
+    may_turn = request.limits.target is not None
+    optimistic = on_best_hosts(context, may_turn=may_turn)
+    found = search.run(
+        replace(request, context=optimistic, num_plans=max(_MOST_MAPPED, request.num_plans)), progress
+    )
+    return _Mapping(request, progress, seed, effort).result(found)
+
+
+# A plan as the search found it, and on its hosts.
+_Entry = tuple[RankedPlan, MappedPlan]
+
+
+class _Mapping:
+    """Maps what a search found."""
+
+    def __init__(self, request: SearchRequest, progress: Progress, seed: int, effort: float) -> None:
+        self.request, self.progress = request, progress
+        self.seed, self.effort = seed, effort
+        self.contended = ContendedTimes(request.context) if ContendedTimes.is_known(request.context) else None
+
+    def result(self, found: SearchResult) -> SearchResult:
+        """Return the plans on their hosts, best first, and what is known of those that were not mapped."""
+        request = self.request
+        entries: list[_Entry] = []
+        left: float | None = None
+        for place, ranked in enumerate(found.ranked):
+            least = self._value(ranked.plan, ranked.prediction.iteration_time)
+            values = sorted(self._value(mapped.plan, mapped.seconds) for _, mapped in entries)
+            if len(values) >= request.num_plans and least >= values[request.num_plans - 1]:
+                left = least
+                break
+            self.progress("mapping plans", place + 1, len(found.ranked))
+            entries.append((ranked, self._map(ranked.plan, _FIRST_EFFORT)))
+        if left is None and len(found.ranked) >= _MOST_MAPPED:
+            last = found.ranked[-1]
+            left = self._value(last.plan, last.prediction.iteration_time)
+        entries = self._ranked(entries)
+        winner, mapped = entries[0]
+        again = self._settled(self._map(winner.plan, 1.0))
+        best = min(mapped, again, key=lambda each: each.known_seconds)
+        entries[0] = (winner, best)
+        placed = tuple(self._entry(each, on_hosts) for each, on_hosts in entries[: request.num_plans])
+        degrees = _degrees(best.plan)
+        rival = next((each for each in entries if _degrees(each[1].plan) != degrees), None)
+        value = self._value(best.plan, best.known_seconds)
+        return replace(
+            found,
+            ranked=placed,
+            rival=None if rival is None else self._entry(rival[0], self._settled(rival[1])),
+            is_certified=found.is_certified and (left is None or value <= left),
+            notes=(*found.notes, _note(best, winner.prediction.iteration_time, value, left)),
+            front=self._front(found),
         )
-    return replace(result, ranked=tuple(plans[place] for place in order), notes=notes)
+
+    def _ranked(self, entries: list[_Entry]) -> list[_Entry]:
+        """Return plans best first, those that are asked for with contention where the fabric is described."""
+        wanted, waiting = self.request.num_plans, sorted(entries, key=self._key)
+        leading: list[_Entry] = []
+        while waiting and self.contended is not None:
+            # Contention makes no plan faster: one behind so many that have met it stays behind them.
+            if len(leading) >= wanted and self._key(waiting[0]) >= self._key(leading[wanted - 1]):
+                break
+            ranked, mapped = waiting.pop(0)
+            self.progress("simulating contention", len(leading) + 1, len(entries))
+            leading = sorted([*leading, (ranked, self._settled(mapped))], key=self._key)
+        return leading + waiting
+
+    def _settled(self, mapped: MappedPlan) -> MappedPlan:
+        """Return the plan on those of the hosts tried that contention leaves fastest."""
+        if self.contended is None or mapped.contended is not None:
+            return mapped
+        best = self.contended.fastest(mapped.tried)
+        seconds = predict(self.request.context, best).iteration_time
+        return replace(mapped, plan=best, seconds=seconds, contended=self.contended.seconds(best))
+
+    def _map(self, plan: ParallelPlan, share: float) -> MappedPlan:
+        orders = rank_orders(self.request, plan)
+        return map_plan(self.request.context, plan, orders=orders, seed=self.seed, effort=self.effort * share)
+
+    def _entry(self, ranked: RankedPlan, mapped: MappedPlan) -> RankedPlan:
+        prediction = predict(self.request.context, mapped.plan, self.request.flops)
+        return replace(ranked, plan=mapped.plan, prediction=prediction)
+
+    def _front(self, found: SearchResult) -> tuple[RankedPlan, ...]:
+        """Return the plans of the front that still stand on it on their hosts, fastest first."""
+        if not found.front:
+            return ()
+        entries = [
+            self._entry(each, self._settled(self._map(each.plan, _FIRST_EFFORT))) for each in found.front
+        ]
+        values = np.array(
+            [
+                (
+                    each.prediction.iteration_time,
+                    each.prediction.iteration_time * each.plan.num_gpus,
+                    each.prediction.peak_memory_bytes,
+                )
+                for each in entries
+            ]
+        )
+        kept = non_dominated(np.zeros(len(entries), dtype=np.int64), values)
+        return tuple(entries[row] for row in sorted(kept.tolist(), key=lambda row: values[row, 0]))
+
+    def _key(self, entry: _Entry) -> float:
+        return self._value(entry[1].plan, entry[1].known_seconds)
+
+    def _value(self, plan: ParallelPlan, seconds: float) -> float:
+        return seconds if self.request.objective == "throughput" else seconds * plan.num_gpus
 
 
-def _ranked(request: SearchRequest, ranked: RankedPlan, mapped: MappedPlan) -> RankedPlan:
-    if mapped.plan is ranked.plan:
-        return ranked
-    prediction = predict(request.context, mapped.plan, request.flops)
-    if prediction.iteration_time >= ranked.prediction.iteration_time:
-        return ranked
-    return replace(ranked, plan=mapped.plan, prediction=prediction)
+def _degrees(plan: ParallelPlan) -> tuple[int, int, int]:
+    return plan.tp, plan.pp, plan.dp
 
 
-def _host_grid(plan: ParallelPlan, gpus_per_node: int) -> tuple[int, int] | None:
-    """Return stages and hosts of each as hosts see them; None where a host holds a part of a stage and more."""
-    ranks = plan.tp * plan.cp * plan.dp
-    if ranks % gpus_per_node == 0:
-        return plan.pp, ranks // gpus_per_node
-    if gpus_per_node % ranks == 0 and plan.num_gpus % gpus_per_node == 0:
-        return plan.num_gpus // gpus_per_node, 1
-    return None
+def _note(best: MappedPlan, least: float, value: float, left: float | None) -> str:
+    """Return what mapping did to the winner, what it cannot do, and what was not mapped.
+
+    ``least`` is the winner's time on hosts as good as any, ``value`` and ``left`` are objectives of the winner and of the
+    plans that were not mapped.
+    """
+    parts = [
+        f"{best.given_seconds:.4g} s in the order given, {best.seconds:.4g} s as mapped, "
+        f"at least {least:.4g} s on any hosts ({1.0 - least / best.seconds:.1%} gap)"
+    ]
+    if best.contended is not None and best.contended > best.seconds * (1.0 + _NOTICED):
+        parts.append(f"{best.contended:.4g} s once communications meet on shared links")
+    if best.hosts is not None:
+        tried = "all" if best.hosts.is_exact else f"{best.hosts.num_evaluations:,}"
+        parts.append(f"{tried} host orders priced")
+    if best.gpus is not None:
+        parts.append("all GPU orders priced" if best.gpus.is_exact else "GPU orders climbed")
+    if len(best.orders) > 1:
+        mapping = best.plan.device_mapping or DeviceMapping()
+        parts.append(f"rank order {mapping.rank_order}, the better of {len(best.orders)}")
+    if left is not None and left < value:
+        parts.append(f"a plan that was not mapped may be up to {1.0 - left / value:.1%} better")
+    return f"hosts of the winner: {'; '.join(parts)}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from meshwright.planner.mapping.annealing import anneal_order
 from meshwright.planner.mapping.bounds import order_bound
-from meshwright.planner.mapping.problem import IntArray, MappingProblem, order_cost
+from meshwright.planner.mapping.problem import KINDS, IntArray, MappingProblem, order_cost
 
 __all__ = ["MappingResult", "search_order"]
 
@@ -68,8 +68,8 @@ def search_order(problem: MappingProblem, *, seed: int = 0, effort: float = 1.0)
     """
     identity = np.arange(problem.num_hosts, dtype=np.int64)
     identity_cost = order_cost(problem, identity)
-    if problem.num_hosts <= _MOST_ENUMERATED:
-        order, cost, count = _enumerated(problem)
+    if problem.num_hosts <= _MOST_ENUMERATED or not problem.traffic:
+        order, cost, count = _enumerated(problem) if problem.traffic else (identity, 0.0, 1)
         return MappingResult(
             order=order,
             cost=cost,
@@ -78,26 +78,10 @@ def search_order(problem: MappingProblem, *, seed: int = 0, effort: float = 1.0)
             num_evaluations=count,
             is_exact=True,
         )
-    per_move = 5.0 * (problem.num_stages + problem.hosts_per_stage)
-    moves = int(min(_MOST_MOVES, effort * _WORK / per_move))
-    hop, ring = problem.hop_time, problem.ring_time
+    moves = int(min(_MOST_MOVES, effort * _WORK / _loads_per_move(problem)))
     best, best_cost = identity, identity_cost
     for restart in range(_RESTARTS):
-        order, found = identity.copy(), identity.copy()
-        cost = anneal_order(
-            hop,
-            ring,
-            problem.num_stages,
-            problem.hosts_per_stage,
-            order,
-            found,
-            np.zeros(problem.hosts_per_stage),
-            np.zeros(problem.num_stages),
-            moves // _RESTARTS,
-            _FIRST_TEMPERATURE,
-            _LAST_TEMPERATURE,
-            seed * _RESTARTS + restart,
-        )
+        cost, found = _annealed(problem, identity, moves // _RESTARTS, seed * _RESTARTS + restart)
         if cost < best_cost:
             best, best_cost = found, cost
     return MappingResult(
@@ -110,11 +94,49 @@ def search_order(problem: MappingProblem, *, seed: int = 0, effort: float = 1.0)
     )
 
 
+def _loads_per_move(problem: MappingProblem) -> float:
+    """Return about how many numbers one priced swap reads: the members of the groups of two slots, and all groups."""
+    flat = problem.flat
+    lengths = np.diff(flat.group_start).astype(np.float64)
+    squares = np.repeat(flat.kind == KINDS.index("exchange"), np.diff(flat.traffic_start))
+    reads = np.where(squares, lengths**2, lengths)
+    per_slot = float(reads[flat.slot_groups].sum()) / problem.num_hosts
+    return 2.0 * (2.0 * per_slot + len(lengths))
+
+
+def _annealed(problem: MappingProblem, order: IntArray, num_moves: int, seed: int) -> tuple[float, IntArray]:
+    """Return the best order met from a start, and its cost; the start's own without moves."""
+    flat = problem.flat
+    found = order.copy()
+    values = np.zeros((2, len(flat.group_start) - 1))
+    cost = anneal_order(
+        flat.time,
+        flat.kind,
+        flat.traffic_start,
+        flat.group_start,
+        flat.group_slots,
+        flat.group_weight,
+        flat.slot_start,
+        flat.slot_groups,
+        order.copy(),
+        found,
+        values[0],
+        values[1],
+        num_moves,
+        _FIRST_TEMPERATURE,
+        _LAST_TEMPERATURE,
+        seed,
+    )
+    return float(cost), found
+
+
 def _enumerated(problem: MappingProblem) -> tuple[IntArray, float, int]:
+    """Return the best of all orders of the hosts on the slots; idle hosts stand last in their own order."""
+    hosts = range(problem.num_hosts)
     best, best_cost, count = np.arange(problem.num_hosts), np.inf, 0
-    for each in permutations(range(problem.num_hosts)):
-        order = np.array(each, dtype=np.int64)
-        cost = order_cost(problem, order)
+    for used in permutations(hosts, problem.num_slots):
+        order = np.array([*used, *(host for host in hosts if host not in used)], dtype=np.int64)
+        cost, _ = _annealed(problem, order, 0, 0)
         count += 1
         if cost < best_cost:
             best, best_cost = order, cost

@@ -43,6 +43,8 @@ class ExhaustiveSearch:
     def run(self, request: SearchRequest, progress: Progress) -> SearchResult:
         """Return the best plans; see :class:`meshwright.planner.search.base.Search`.
 
+        Those of mixed clusters are :class:`meshwright.planner.search.mixed.MixedSearch`'s.
+
         Raises
         ------
         SpecError
@@ -50,6 +52,11 @@ class ExhaustiveSearch:
         InfeasiblePlanError
             If no plan satisfies every constraint.
         """
+        if request.context.kinds:
+            # It searches each kind of node with this one.
+            from meshwright.planner.search.mixed import MixedSearch
+
+            return MixedSearch(self).run(request, progress)
         return _Run(request, progress).result()
 
 

@@ -46,13 +46,15 @@ class LayerwiseSearch:
         Raises
         ------
         SpecError
-            If an export target is asked for, which no layer-wise plan suits, or the layers of the model differ.
+            If an export target is asked for, which no layer-wise plan suits, the layers of the model differ, or the
+            cluster is mixed.
         """
         if request.limits.target is not None:
             raise SpecError(
                 f"constraints.target '{request.limits.target}' cannot express layer-wise plans, nor can any other "
                 "target: leave out the target, or search uniform plans (--search exhaustive)"
             )
+        request.context.cluster.require_one_kind()
         require_equal_layers(request.context)
         started = time.monotonic()
         # Of limited time uniform plans get half.

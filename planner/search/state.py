@@ -59,7 +59,7 @@ def request_digest(request: SearchRequest, num_plans: int) -> str:
         context.software,
         context.attention_kernel,
         sorted(context.features),
-        dict(context.calibration.identity),
+        dict(context.calibration_identity),
         num_plans,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -88,6 +88,10 @@ class ParallelPlan:
         Megatron SP: activations outside the matrices are split over tp too. Needs tp > 1.
     micro_batch_size : int
         Sequences per micro-batch and replica.
+    micro_batch_shares : tuple[int, ...]
+        Micro-batches of each data parallel replica, in the order of their ranks, so that replicas on fast and on slow
+        GPUs finish together; together with ``micro_batch_size`` they make up the global batch. Empty when all replicas
+        take equally many. Needs sharding none or zero1: the others synchronise on every micro-batch.
     schedule : ScheduleName
         Pipeline schedule; ``none`` when pp is 1.
     recompute : Recompute
@@ -150,6 +154,7 @@ class ParallelPlan:
     layers_per_stage: tuple[int, ...]
     layer_groups: tuple[LayerGroup, ...] = ()
     device_mapping: DeviceMapping | None = None
+    micro_batch_shares: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for axis in ("dp", "tp", "pp", "vpp", "cp", "ep", "etp", "expert_overlap", "micro_batch_size"):
@@ -198,6 +203,7 @@ class ParallelPlan:
         if self.sharding_group is not None and (self.sharding_group < 1 or self.dp % self.sharding_group):
             raise SpecError(f"plan.sharding_group {self.sharding_group} must divide dp {self.dp}")
         self._check_levers()
+        self._check_shares()
         check_layer_groups(self)
 
     def _check_levers(self) -> None:
@@ -231,6 +237,22 @@ class ParallelPlan:
                 f"weights layer by layer (sharding is '{self.sharding}')"
             )
 
+    def _check_shares(self) -> None:
+        """Check the micro-batches of unequal replicas."""
+        shares = self.micro_batch_shares
+        if not shares:
+            return
+        if len(shares) != self.dp or min(shares) < 1:
+            raise SpecError(
+                f"plan.micro_batch_shares names the micro-batches of {len(shares)} replicas, at least {min(shares)}; "
+                f"give dp {self.dp} replicas 1 or more each, or leave it out"
+            )
+        if self.sharding not in ("none", "zero1"):
+            raise SpecError(
+                f"plan.micro_batch_shares does not go with sharding '{self.sharding}', whose replicas exchange on every "
+                "micro-batch and must run equally many; use none or zero1"
+            )
+
     @property
     def num_gpus(self) -> int:
         """World size: ``tp * cp * dp * pp``."""
@@ -247,13 +269,21 @@ class ParallelPlan:
         return sum(self.layers_per_stage)
 
     def num_micro_batches(self, global_batch_size: int) -> int:
-        """Return the micro-batches each pipeline runs per iteration.
+        """Return the micro-batches each pipeline runs per iteration; of unequal replicas the most.
 
         Raises
         ------
         SpecError
-            If the batch does not divide into ``dp * micro_batch_size`` sequences.
+            If the batch does not divide into ``dp * micro_batch_size`` sequences, or is not what the shares add up to.
         """
+        if self.micro_batch_shares:
+            total = sum(self.micro_batch_shares) * self.micro_batch_size
+            if total != global_batch_size:
+                raise SpecError(
+                    f"plan.micro_batch_shares x micro_batch_size add up to {sum(self.micro_batch_shares)} x "
+                    f"{self.micro_batch_size} = {total} sequences, but global_batch_size is {global_batch_size}"
+                )
+            return max(self.micro_batch_shares)
         per_step = self.dp * self.micro_batch_size
         if global_batch_size % per_step:
             lower = global_batch_size // per_step * per_step

@@ -38,11 +38,14 @@ class ExpertRouting:
         Tokens of the most loaded rank over the mean, 1 to ep.
     remote_nodes_per_token : float | None
         Nodes other than its own that a token reaches where the ranks fill nodes in order; None where unknown.
+    capacity_factor : float | None
+        On this ep experts take at most this many times their mean share and drop the rest; None drops nothing.
     """
 
     ep: int
     imbalance: float
     remote_nodes_per_token: float | None = None
+    capacity_factor: float | None = None
 
     def __post_init__(self) -> None:
         if self.ep < 2:
@@ -57,6 +60,12 @@ class ExpertRouting:
             raise SpecError(
                 f"workload.routing_by_ep: the remote nodes per token of ep {self.ep} are 0 to below {self.ep}, not "
                 f"{remote:g}"
+            )
+        capacity = self.capacity_factor
+        if capacity is not None and not 0.0 < capacity <= _MAX_IMBALANCE:
+            raise SpecError(
+                f"workload.routing_by_ep: the capacity factor of ep {self.ep} must lie above 0 and up to "
+                f"{_MAX_IMBALANCE:g}, not {capacity:g}"
             )
 
 
@@ -77,7 +86,8 @@ class TrainingWorkload:
     routing_by_ep : tuple[ExpertRouting, ...]
         In its place, what routing comes to on each number of expert parallel ranks, ascending; empty when unknown.
     expert_capacity_factor : float | None
-        Experts take at most this many times their mean share and drop the rest; None drops nothing.
+        Experts take at most this many times their mean share and drop the rest, whatever ep; None leaves it to
+        ``routing_by_ep``.
     lora_rank : int | None
         Fine-tunes low-rank adapters of this rank beside every frozen matrix (Hu et al. 2021, arXiv 2106.09685);
         None trains all weights.
@@ -142,6 +152,12 @@ class TrainingWorkload:
     def remote_nodes_at(self, ep: int) -> float | None:
         """Return the nodes other than its own that a token reaches with ``ep`` ranks; None where unknown."""
         return next((each.remote_nodes_per_token for each in self.routing_by_ep if each.ep == ep), None)
+
+    def capacity_at(self, ep: int) -> float | None:
+        """Return the capacity factor of the experts with ``ep`` ranks; None where nothing is dropped."""
+        if self.expert_capacity_factor is not None:
+            return self.expert_capacity_factor
+        return next((each.capacity_factor for each in self.routing_by_ep if each.ep == ep), None)
 
     @property
     def num_tokens(self) -> int:

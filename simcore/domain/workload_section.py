@@ -25,7 +25,7 @@ def routing_by_ep_of_section(workload: Section) -> tuple[ExpertRouting, ...]:
 
 
 def routing_by_ep_mappings(entries: tuple[ExpertRouting, ...]) -> list[dict[str, object]]:
-    """Return the list as plain data; traffic that is unknown is left out."""
+    """Return the list as plain data; what is unknown or unlimited is left out."""
     return [{key: value for key, value in asdict(each).items() if value is not None} for each in entries]
 
 
@@ -33,8 +33,11 @@ def _entry(section: Section) -> ExpertRouting:
     ep = section.integer("ep", minimum=2)
     imbalance = section.number("imbalance")
     remote = section.optional_number("remote_nodes_per_token")
+    capacity = section.optional_number("capacity_factor")
     section.close()
     try:
-        return ExpertRouting(ep=ep, imbalance=imbalance, remote_nodes_per_token=remote)
+        return ExpertRouting(
+            ep=ep, imbalance=imbalance, remote_nodes_per_token=remote, capacity_factor=capacity
+        )
     except SpecError as error:
         raise section.error("", str(error)) from None

@@ -52,7 +52,7 @@ def test_a_device_is_shown_with_errors_collectives_constants_and_provenance(mesh
         "rows, sha256 ",
     ):
         assert part in outcome.stdout
-    # A product of both kinds has a residual too.
+    # Experts have a residual too.
     assert not [
         line for line in outcome.stdout.splitlines() if "moe." in line and line.rstrip().endswith("none")
     ]

@@ -214,7 +214,9 @@ def test_a_bad_trace_is_one_message_and_nothing_written(meshwright, plan_file, f
         (("--rate", "2 /s", "--slo", "ttft_p98=2s"), 2, "did you mean"),
         (("--rate", "2 /s", "--slo", "ttft_p95"), 2, "is not NAME=TIME"),
         (("--rate", "2 /s", "--global-batch-size", 4), 2, "--global-batch-size goes with training jobs"),
-        (("--rate", "2 /s", "--pareto", "--target", "vllm"), 2, "go with training jobs"),
+        (("--rate", "2 /s", "--pareto", "--max-seconds", 1), 2, "go with training jobs"),
+        (("--rate", "2 /s", "--target", "sglang"), 2, "sglang serves engine sglang, not vllm"),
+        (("--rate", "2 /s", "--prefill-cluster", "dgx-h300:1"), 2, "unknown node 'dgx-h300'"),
         (("--rate", "2 /s", "--objective", "energy"), 2, "objective: unknown value 'energy'"),
     ],
 )
@@ -250,6 +252,12 @@ def test_serving_flags_need_a_serving_job(meshwright, job):
             3,
             "do not fit; beside the weights a rank holds",
         ),
+        (
+            "block_size: 16",
+            "block_size: 16\n    kv_cache_tokens: 64",
+            3,
+            "does not fit the KV cache of 64 tokens of one engine; split the model",
+        ),
         ("precision: bf16", "precision: nvfp4", 2, "h100-sxm-80 has no units for nvfp4"),
     ],
 )
@@ -284,3 +292,68 @@ def test_files_of_others_are_never_replaced(meshwright, plan_file, folder):
     assert (folder / "results" / "requests.csv").read_text() == "mine\n"
     assert not (folder / "results" / "metrics.json").exists()
     assert meshwright("simulate", plan_file, "--out", "results", "--force").code == 0
+
+
+def test_two_plans_are_compared_term_by_term(meshwright, planned, plan_file, folder):
+    other = folder / "other.yaml"
+    other.write_text(plan_file.read_text().replace("max_num_sequences: ", "max_num_sequences: 1"))
+    report = json.loads(meshwright("diff", plan_file, other, "--json").stdout)
+    assert {each["key"] for each in report["fields"]} == {"max_num_sequences"}
+    terms = {each["name"]: each for each in report["latency_seconds"]}
+    parts = [each["first"] for name, each in terms.items() if name.startswith("TTFT: ")]
+    assert sum(parts) == pytest.approx(terms["TTFT mean"]["first"])
+    printed = meshwright("diff", plan_file, planned[0] / "2.yaml").stdout
+    for words in (
+        "What differs",
+        "TTFT: interference",
+        ": kv cache",
+        "J per output token",
+        "Why: ",
+    ):
+        assert words in printed
+    same = meshwright("diff", plan_file, plan_file).stdout
+    assert "The plans and their jobs are the same." in same
+    assert "the first token takes as long; each further token takes as long." in same
+
+
+def test_whatif_serves_the_plan_on_changed_machines(meshwright, plan_file):
+    report = json.loads(
+        meshwright("whatif", plan_file, "--set", "gpu.memory_bandwidth=8TB/s", "--json").stdout
+    )
+    tpot = next(each for each in report["latency_seconds"] if each["name"] == "TPOT mean")
+    # Decoding a small batch reads the weights: at most as much quicker as the memory is.
+    assert 3.35 / 8 <= tpot["second"] / tpot["first"] < 0.8
+    assert [each["key"] for each in report["fields"]] == ["node.gpu.memory_bandwidth_bytes_per_second"]
+    less = json.loads(meshwright("whatif", plan_file, "--set", "gpu.memory=40GiB", "--json").stdout)
+    for each in less["memory_bytes"]:
+        assert each["change"] < 0.0 if "kv cache" in each["name"] else each["change"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--set", "gpu.memory=12GiB"), 3, "does not fit on h100-sxm-80"),
+        (("--set", "workload.lora_rank=8"), 2, "asked about machines only"),
+        ((), 2, "a serving plan needs --set KEY=VALUE"),
+        (("--list",), 2, "--list: not for serving plans"),
+    ],
+)
+def test_a_change_that_cannot_be_served_is_one_message(meshwright, plan_file, arguments, code, says):
+    outcome = meshwright("whatif", plan_file, *arguments)
+    assert (outcome.code, outcome.stdout) == (code, "")
+    assert says in outcome.stderr
+
+
+def test_plans_of_two_kinds_are_not_compared(meshwright, plan_file, flat_plan, folder):
+    training = folder / "training.yaml"
+    training.write_text(flat_plan)
+    outcome = meshwright("diff", training, plan_file)
+    assert outcome.code == 2
+    assert "is a serving plan and" in outcome.stderr
+
+
+def test_failed_requests_of_a_trace_are_left_out_with_a_note(meshwright, plan_file, folder):
+    (folder / "burst.csv").write_text("Timestamp,Request tokens,Response tokens\n0,90,9\n1,80,0\n2,70,7\n")
+    printed = meshwright("simulate", plan_file, "--requests", "burst.csv").stdout
+    assert "2 requests in" in printed
+    assert "Note: 1 recorded request without an answer (failed) left out." in printed

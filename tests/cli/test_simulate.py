@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -276,3 +277,73 @@ def test_a_mistake_in_a_jitter_flag(meshwright, pipeline_plan, folder, arguments
     assert outcome.stderr.count("error:") == 1
     assert says in outcome.stderr
     assert list(folder.iterdir()) == []
+
+
+INTERLEAVED = Path(__file__).parents[2] / "examples" / "llama-3-70b-interleaved.plan.yaml"
+
+
+def test_contention_is_said_link_by_link(meshwright, folder):
+    outcome = meshwright(
+        "simulate", INTERLEAVED, "--contention", "--out", "result", "--timeline", "step.json"
+    )
+    assert outcome.code == 0, outcome.stderr
+    for words in ("with contention", "Links asked for more", "rail up", "Communication slowed most"):
+        assert words in outcome.stdout
+    found = json.loads((folder / "result" / "result.json").read_text())
+    contention = found["contention"]
+    assert contention["iteration_time_without_contention_seconds"] == pytest.approx(
+        found["iteration_time_seconds"]
+    )
+    assert 0.0 < contention["slowdown"] < 0.01
+    assert contention["links"][0]["links_alike"] == 16
+    assert all(
+        each["contended_seconds"] >= each["alone_seconds"] * 0.999 for each in contention["communications"]
+    )
+    # The trace shows the iteration that was asked for.
+    slices = [e for e in json.loads((folder / "step.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    end = max(event["ts"] + event["dur"] for event in slices) * 1e-6
+    assert end > contention["iteration_time_without_contention_seconds"] - 0.1
+
+
+def test_one_node_has_no_contention(meshwright, pipeline_plan):
+    outcome = meshwright("simulate", pipeline_plan, "--contention")
+    assert outcome.code == 0, outcome.stderr
+    assert "No link is ever asked for more than it carries." in outcome.stdout
+
+
+def test_faults_other_jobs_and_checkpoints_add_up(meshwright):
+    def slowdown(*flags):
+        outcome = meshwright("simulate", INTERLEAVED, "--json", *flags)
+        assert outcome.code == 0, outcome.stderr
+        return json.loads(outcome.stdout)["contention"]["slowdown"]
+
+    plain = slowdown("--contention")
+    slow = slowdown("--slow-link", "rail up 3=50%")
+    busy = slowdown("--slow-link", "rail up 3=50%", "--background", "rail up=30%")
+    written = slowdown(
+        "--slow-link", "rail up 3=50%", "--background", "rail up=30%", "--checkpoint", "10 GB/s"
+    )
+    assert plain < slow < busy < written
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--slow-link", "rail upp 3=5%"), "did you mean 'rail up'?"),
+        (("--slow-link", "rail up 99=5%"), "'rail up' has links 0 to 63"),
+        (("--slow-link", "rail up 3"), "write for example 'rail up 3=50%'"),
+        (("--slow-link", "rail up 3=100%"), "or --failed-link 'rail up 3'"),
+        (("--failed-link", "spine"), "no link 'spine'"),
+        (("--failed-link", "rail up 3"), "link 'rail up 3' has failed; leave out the GPUs behind it"),
+        (("--background", "leaf up=30%"), "no links 'leaf up'"),
+        (("--background", "rail up=100%"), "leaves nothing"),
+        (("--checkpoint", "5"), "'5' has no unit"),
+        (("--checkpoint", "0 GB/s"), "writes nothing"),
+    ],
+)
+def test_networks_that_cannot_be_are_refused(meshwright, flags, says):
+    outcome = meshwright("simulate", INTERLEAVED, *flags)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith("error: ")
+    assert outcome.stderr.count("\n") == 1
+    assert says in outcome.stderr

@@ -301,6 +301,7 @@ def test_a_changed_file_is_refused_by_key(change: Callable[[dict[str, Any]], obj
         ("threshold", [0.5]),
         ("left", [1.5, -1, -1, 4, -1, -1]),
         ("left", [1e300, -1, -1, 4, -1, -1]),
+        ("left", [2, -1, -1, 4, -1, -1]),  # two parents
     ],
 )
 def test_trees_that_would_loop_or_read_beyond_their_arrays_are_refused(key: str, values: list[float]) -> None:

@@ -404,7 +404,7 @@ def test_overlap_hides_part_of_the_exchange_and_never_more(
         return seconds(exposed_exchange_time(where, case, column(exchange), column(compute)))
 
     assert exposed(1) == exchange
-    chunked = exposed(degree) - 2.0 * (degree - 1) * launch
+    chunked = exposed(degree) - (degree - 1) * launch
     # A flow shop of d chunks: no faster than its busier machine, no slower than one after the other.
     assert max(0.0, exchange - compute) - 1e-12 <= chunked <= exchange + 1e-12
     assert exposed(degree, made) >= exposed(degree)

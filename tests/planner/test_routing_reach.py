@@ -19,8 +19,9 @@ from meshwright.planner.placement.layout import placement_reach
 from meshwright.planner.placement.routing_files import read_routing
 from meshwright.planner.placement.synthetic import draw_routing
 from meshwright.planner.plan_file import PlanDocument, plan_document_text, read_plan
-from meshwright.planner.routing_reach import reached_routing
+from meshwright.planner.routing_reach import ReachedRouting, reached_routing
 from meshwright.planner.scenario import Scenario
+from meshwright.planner.space import space_blocks
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model_catalog import load_model
 from meshwright.simcore.domain.plan import ParallelPlan, partition_layers
@@ -95,6 +96,73 @@ def test_job_file_and_flag_name_the_data(folder: Path) -> None:
     assert deep.routing_by_ep[0].remote_nodes_per_token == 0.0
 
 
+def test_a_capacity_is_planned_with_on_each_ep_where_it_beats_the_imbalance(folder: Path) -> None:
+    model, cluster = load_model("mixtral-8x7b"), resolve_cluster("dgx-h100:1")
+    tokens = np.random.default_rng(0).permuted(np.tile(np.arange(8), (32, 4000, 1)), axis=2)[..., :2]
+    np.savez(folder / "even.npz", tokens=tokens)
+    # One expert takes most of the tokens: every rank that holds it is far above the mean.
+    np.savez(folder / "hot.npz", tokens=np.where(tokens == 1, 0, tokens))
+
+    def reached(name: str, share: float) -> ReachedRouting:
+        return reached_routing(
+            folder / name,
+            model,
+            cluster,
+            deduplicates_dispatch=False,
+            max_token_drop=share,
+            sequence_length=500,
+        )
+
+    none, some, much = (reached("even.npz", share) for share in (0.0, 0.02, 0.9))
+    assert factors(none) == {2: None, 4: None, 8: None}
+    assert factors(some) == factors(none)  # ranks are level: padding to 1.1 would cost more
+    assert "none is planned with" in some.notes[1]
+    hot = reached("hot.npz", 0.6)
+    assert factors(hot) == {2: 1.0, 4: 1.0, 8: 1.0}
+    assert "on ep 2, 4, 8; planned with there" in hot.notes[1]
+    assert all(each.imbalance > 1.0 for each in hot.by_ep)
+    of_file = read(folder, "  routing: trace.npz\n  max_token_drop: 0.9\n").job.workload
+    assert {of_file.capacity_at(ep) for ep in (2, 4, 8)} == {1.0}
+    assert of_file.capacity_at(1) is None
+
+
+def test_a_capacity_pays_on_the_ep_that_balances_badly_alone(folder: Path) -> None:
+    # Half of the pairs go to experts 0 and 1: two ranks are level with one each, a rank of one expert gets twice the mean.
+    rng = np.random.default_rng(0)
+    tokens = np.stack([rng.integers(0, 2, (32, 4000)), rng.integers(2, 8, (32, 4000))], axis=2)
+    np.savez(folder / "pair.npz", tokens=tokens)
+    reached = reached_routing(
+        folder / "pair.npz",
+        load_model("mixtral-8x7b"),
+        resolve_cluster("dgx-h100:1"),
+        deduplicates_dispatch=False,
+        max_token_drop=0.24,
+        sequence_length=500,
+    )
+    assert reached.by_ep[0].imbalance < 1.1 < reached.by_ep[1].imbalance < reached.by_ep[2].imbalance
+    assert factors(reached) == {2: None, 4: 1.1, 8: 1.1}
+    assert "on ep 4, 8; planned with there" in reached.notes[1]
+
+
+def factors(reached: ReachedRouting) -> dict[int, float | None]:
+    return {each.ep: each.capacity_factor for each in reached.by_ep}
+
+
+def test_chunks_of_the_exchange_are_tried_where_the_routing_is_known(folder: Path) -> None:
+    def tried(extra: str, flags: JobFlags | None = None) -> tuple[set[int], bool]:
+        request = read(folder, extra, flags)
+        context = cost_context(request.job)
+        blocks = space_blocks(context, request.limits, (8,))
+        degrees = {int(each) for block in blocks for each in block.axes["overlap"].columns["expert_overlap"]}
+        return degrees, any(note.startswith("Overlap:") for note in request.notes)
+
+    routing = "  routing: trace.npz\n"
+    assert tried("") == ({1}, False)
+    assert tried(routing) == ({1, 2, 4, 8}, True)
+    assert tried(routing + "constraints:\n  expert_overlap: [1, 2]\n") == ({1, 2}, False)
+    assert not tried(routing, JobFlags(target="megatron"))[1]
+
+
 @pytest.mark.parametrize(
     ("extra", "flags", "message"),
     [
@@ -106,6 +174,10 @@ def test_job_file_and_flag_name_the_data(folder: Path) -> None:
         ("  routing_by_ep: [{ep: 2, imbalance: 3}]\n", {}, "imbalance of ep 2 .* 1 to 2, not 3"),
         ("  routing_by_ep: [{ep: 4, imbalance: 1}, {ep: 2, imbalance: 1}]\n", {}, "ascending"),
         ("  routing_by_ep: [{ep: 4, imbalence: 1}]\n", {}, "imbalance"),
+        ("  routing_by_ep: [{ep: 4, imbalance: 1, capacity_factor: 0}]\n", {}, "capacity factor of ep 4 .* above 0"),
+        ("  max_token_drop: 0.1\n", {}, "max_token_drop.*needs recorded routing"),
+        ("  routing: trace.npz\n  max_token_drop: 2\n", {}, "0 to below 1, not 2"),
+        ("  routing: trace.npz\n  max_token_drop: 0.1\n  expert_capacity_factor: 2\n", {}, "leave out it or"),
         ("  routing_imbalance: 1.5\n  routing_by_ep: [{ep: 4, imbalance: 1}]\n", {}, "not both"),
     ],
 )  # fmt: skip
@@ -120,7 +192,7 @@ def test_what_does_not_go_together_is_refused(
 def document() -> PlanDocument:
     table = (
         ExpertRouting(ep=2, imbalance=1.01),
-        ExpertRouting(ep=8, imbalance=1.375, remote_nodes_per_token=0.75),
+        ExpertRouting(ep=8, imbalance=1.375, remote_nodes_per_token=0.75, capacity_factor=1.25),
     )
     workload = TrainingWorkload(global_batch_size=64, sequence_length=4096, routing_by_ep=table)
     plan = ParallelPlan(
@@ -160,4 +232,5 @@ def test_a_difference_names_the_ep(document: PlanDocument) -> None:
         "routing_by_ep.8.ep": (8, None),
         "routing_by_ep.8.imbalance": (1.375, None),
         "routing_by_ep.8.remote_nodes_per_token": (0.75, None),
+        "routing_by_ep.8.capacity_factor": (1.25, None),
     }

@@ -11,6 +11,7 @@ from meshwright.errors import SpecError
 from meshwright.hardware_specs.catalog import imported_cluster
 from meshwright.hardware_specs.importers import import_file, import_topology
 from meshwright.hardware_specs.importers.hostlist import expand_hostlist
+from meshwright.hardware_specs.spec_writing import topology_to_mapping
 
 # As NCCL issue 933 and DeepEP issue 145 print it, shortened to four GPUs.
 SMI = """\
@@ -197,3 +198,46 @@ def test_somebody_must_say_what_the_machines_are() -> None:
         imported_cluster(imported, None, None, "topology.conf")
     with pytest.raises(SpecError, match="names 8 nodes, --count says 4"):
         imported_cluster(imported, "dgx-h100", 4, "topology.conf")
+
+
+BRIDGED = """\
+        GPU0  GPU1  GPU2  GPU3  CPU Affinity
+GPU0     X    NV12  NODE  SYS   0-31
+GPU1    NV12   X    NODE  SYS   0-31
+GPU2    NODE  NODE   X    NV12  32-63
+GPU3    SYS   SYS   NV12   X    32-63
+"""
+
+
+def test_pairs_of_gpus_that_differ_keep_their_own_links() -> None:
+    _, imported = import_topology(BRIDGED, "topo.txt")
+    assert imported.intra_node == "pcie"
+    cluster, guesses = imported_cluster(imported, "a100-pcie-8", 2, "topo.txt")
+    assert cluster.topology is not None
+    links = cluster.topology.gpu_links
+    assert links is not None
+    # Twelve NVLinks of 25 GB/s, PCIe 4.0 x16, and half of it between sockets.
+    assert (links[0][1], links[0][2], links[0][3]) == (300e9, 32e9, 16e9)
+    assert any("pairs of GPUs differ" in guess for guess in guesses)
+    written = topology_to_mapping(cluster.topology)
+    assert written == {
+        "gpu_links_gigabytes_per_second": ["32 300 32 16", "300 32 32 16", "32 32 32 300", "16 16 300 32"]
+    }
+
+
+def test_nccl_shows_which_gpus_face_each_other() -> None:
+    def gpu(bus: str, peer: str) -> str:
+        link = f'<nvlink target="{peer}" count="4" tclass="0x030200"/>'
+        return f'<pci busid="{bus}" class="0x030200"><gpu dev="0" sm="80" rank="0" gdr="1">{link}</gpu></pci>'
+
+    names = ("0000:01:00.0", "0000:02:00.0", "0000:81:00.0", "0000:82:00.0")
+    first = "".join(gpu(bus, peer) for bus, peer in zip(names[:2], (names[1], names[0]), strict=True))
+    second = "".join(gpu(bus, peer) for bus, peer in zip(names[2:], (names[3], names[2]), strict=True))
+    text = f'<system version="1"><cpu numaid="0">{first}</cpu><cpu numaid="1">{second}</cpu></system>'
+    _, imported = import_topology(text, "topo.xml")
+    assert imported.gpu_cells == (
+        ("X", "NV4", "SYS", "SYS"),
+        ("NV4", "X", "SYS", "SYS"),
+        ("SYS", "SYS", "X", "NV4"),
+        ("SYS", "SYS", "NV4", "X"),
+    )

@@ -66,6 +66,12 @@ CHANGES = {
 }
 PLACED = DeviceMapping(host_order=(1, 0))
 CHANGES["device_mapping"] = (DENSE, make_plan(dp=16), {"device_mapping": PLACED})
+EVEN = DENSE.workload.global_batch_size // (16 * make_plan(dp=16).micro_batch_size)
+CHANGES["micro_batch_shares"] = (
+    DENSE,
+    make_plan(dp=16),
+    {"micro_batch_shares": (EVEN + 1, EVEN - 1, *[EVEN] * 14)},
+)
 # field of the workload -> job that every target takes with make_plan(dp=16, ep=8, sharding="zero2") or without ep.
 WORKLOADS = {
     "global_batch_size": {"global_batch_size": 256},
@@ -122,7 +128,7 @@ def test_each_field_shows_in_some_target():
         if not any(before and after and before != after for before, after in pairs):
             silent.add(field)
     # No target can run these.
-    assert silent == {"expert_overlap", "layer_groups"}
+    assert silent == {"expert_overlap", "layer_groups", "micro_batch_shares"}
 
 
 DEFAULTS = {
@@ -135,7 +141,7 @@ DEFAULTS = {
 def is_inert(plan, field):
     """Return whether the value says the same as the default: all of dp, all layers, nobody to share with."""
     if field == "sharding":
-        return plan.dp == 1
+        return plan.dp == 1 or plan.sharding_group == 1
     if field == "sharding_group":
         return plan.sharding == "none" or plan.sharding_group == plan.dp
     return field == "recompute_layers" and plan.recompute_layers >= max(plan.layers_per_stage)

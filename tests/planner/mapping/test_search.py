@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meshwright.errors import SpecError
-from meshwright.planner.mapping import MappingProblem, order_cost, search_order
+from meshwright.planner.mapping import MappingProblem, Traffic, grid_problem, order_cost, search_order
 from meshwright.planner.mapping.annealing import anneal_order
 from meshwright.planner.mapping.bounds import order_bound
 
@@ -16,7 +16,7 @@ from meshwright.planner.mapping.bounds import order_bound
 def problem(
     bandwidth: np.ndarray, num_stages: int, hosts_per_stage: int, pipeline: float = 1.0, ring: float = 1.0
 ) -> MappingProblem:
-    return MappingProblem(
+    return grid_problem(
         bandwidth=np.asarray(bandwidth, dtype=float),
         num_stages=num_stages,
         hosts_per_stage=hosts_per_stage,
@@ -46,20 +46,59 @@ def test_the_slower_direction_of_a_link_counts() -> None:
     assert order_cost(problem(bandwidth, 2, 1, pipeline=6.0), np.array([0, 1])) == 3.0
 
 
+def annealed(
+    each: MappingProblem, num_moves: int, seed: int, start: tuple[int, ...] = ()
+) -> tuple[float, np.ndarray]:
+    flat = each.flat
+    order = np.array(start or range(each.num_hosts))
+    values = np.zeros((2, len(flat.group_start) - 1))
+    cost = anneal_order(
+        flat.time, flat.kind, flat.traffic_start, flat.group_start, flat.group_slots, flat.group_weight,
+        flat.slot_start, flat.slot_groups, order.copy(), order, values[0], values[1], num_moves, 0.2, 1e-4, seed,
+    )  # fmt: skip
+    return cost, order
+
+
+def mixed_problem(random: np.random.Generator, num_hosts: int, num_slots: int) -> MappingProblem:
+    """Return groups of every kind and size, overlapping, some of which only count beyond a knee."""
+    traffic = []
+    for kind in ("path", "ring", "exchange"):
+        time = random.uniform(0.0, 5.0, (num_hosts, num_hosts))
+        np.fill_diagonal(time, 0.0)
+        groups = tuple(
+            tuple(random.permutation(num_slots)[: random.integers(2, num_slots + 1)].tolist())
+            for _ in range(random.integers(1, 4))
+        )
+        weights = tuple(random.uniform(0.0, 2.0, len(groups)).tolist())
+        steeper = tuple(random.uniform(0.0, 2.0, len(groups)).tolist())
+        traffic.append(
+            Traffic(
+                kind=kind,
+                time=np.maximum(time, time.T),
+                groups=groups,
+                weights=weights,
+                steeper=steeper,
+                knee=1.0,
+            )  # type: ignore[arg-type]  # of the literals
+        )
+    return MappingProblem(num_hosts=num_hosts, num_slots=num_slots, traffic=tuple(traffic))
+
+
 def test_annealing_equals_brute_force_on_small_instances() -> None:
     random = np.random.default_rng(0)
     for case in range(200):
         stages, columns = ((2, 2), (1, 5), (5, 1), (2, 3), (3, 2))[case % 5]
-        each = random_problem(random, stages * columns + (case % 3 == 0), stages, columns)
-        exact = min(order_cost(each, np.array(order)) for order in permutations(range(each.num_hosts)))
+        if case % 2:
+            each = random_problem(random, stages * columns + (case % 3 == 0), stages, columns)
+        else:
+            each = mixed_problem(random, 5, 5 - (case % 3 == 0))
+        priced = {order: annealed(each, 0, 0, order)[0] for order in permutations(range(each.num_hosts))}
+        some = tuple(random.permutation(each.num_hosts).tolist())
+        assert priced[some] == pytest.approx(order_cost(each, np.array(some)), rel=1e-12)
+        exact = min(priced.values())
         costs = []
         for seed in range(8):
-            start = np.arange(each.num_hosts)
-            order = start.copy()
-            cost = anneal_order(
-                each.hop_time, each.ring_time, stages, columns, start, order, np.zeros(columns), np.zeros(stages),
-                2000, 0.2, 1e-4, seed,
-            )  # fmt: skip
+            cost, order = annealed(each, 1_200, seed)
             assert order_cost(each, order) == pytest.approx(cost, rel=1e-12)
             costs.append(cost)
         assert min(costs) == pytest.approx(exact, rel=1e-12)
