@@ -134,8 +134,12 @@ def asked_contention(
 def _with_faults(fabric: Fabric, flags: ContentionFlags) -> Fabric:
     from meshwright.errors import SpecError
 
+    loaded: set[str] = set()
     for text in flags.background:
         kind, share = _named_share("--background", "KIND=SHARE", "leaf up=30%", text)
+        if kind in loaded:
+            raise SpecError(f"--background: '{kind}' is given twice; add the shares up and give it once")
+        loaded.add(kind)
         try:
             fabric = fabric.with_background(kind, share)
         except SpecError as error:
@@ -143,9 +147,18 @@ def _with_faults(fabric: Fabric, flags: ContentionFlags) -> Fabric:
     factors: dict[int, float] = {}
     for text in flags.slow_links:
         name, lost = _named_share("--slow-link", "LINK=LOST", "rail up 3=50%", text)
-        factors[_link("--slow-link", fabric, name)] = 1.0 - lost
-    factors |= {_link("--failed-link", fabric, name): 0.0 for name in flags.failed_links}
+        _set_once(factors, _link("--slow-link", fabric, name), 1.0 - lost, f"--slow-link: '{name}'")
+    for name in flags.failed_links:
+        _set_once(factors, _link("--failed-link", fabric, name), 0.0, f"--failed-link: '{name}'")
     return fabric.with_capacity_factors(factors) if factors else fabric
+
+
+def _set_once(factors: dict[int, float], link: int, factor: float, where: str) -> None:
+    from meshwright.errors import SpecError
+
+    if link in factors:
+        raise SpecError(f"{where} is slowed or failed by another flag already; give each link once")
+    factors[link] = factor
 
 
 def _link(flag: str, fabric: Fabric, name: str) -> int:

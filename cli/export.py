@@ -83,6 +83,7 @@ def _training_bundle(
 ) -> ExportBundle:
     from meshwright.planner.export import EXPORTERS, SERVING_EXPORTERS
     from meshwright.planner.export.selection import find_exporter
+    from meshwright.planner.kinds_text import node_order_sentence
     from meshwright.planner.plan_file import read_plan
     from meshwright.simcore.domain.device_mapping import DeviceMapping
 
@@ -91,7 +92,9 @@ def _training_bundle(
     placed = document.plan
     if writes_placement and placed.device_mapping is None:
         placed = dataclasses.replace(placed, device_mapping=DeviceMapping())
-    return exporter.export(document.job, placed, launcher)  # type: ignore[arg-type]  # click.Choice
+    bundle = exporter.export(document.job, placed, launcher)  # type: ignore[arg-type]  # click.Choice
+    order = node_order_sentence(document.job.cluster, placed)
+    return dataclasses.replace(bundle, notes=(order, *bundle.notes)) if order else bundle
 
 
 def _serving_bundle(plan: Path, target: str, version: str | None) -> ExportBundle:

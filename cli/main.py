@@ -22,7 +22,7 @@ class LazyGroup(click.Group):
     COMMANDS: ClassVar[dict[str, tuple[str, str]]] = {
         "plan": (
             "meshwright.cli.plan",
-            "Search every way to run a job; rank, explain and write the best plans.",
+            "Search every way to train or serve; rank, explain and write plans.",
         ),
         "simulate": ("meshwright.cli.simulate", "Simulate a plan's exact schedule; draw its timeline."),
         "explain": ("meshwright.cli.explain", "Say where a plan's time and memory go, and why."),
@@ -33,7 +33,7 @@ class LazyGroup(click.Group):
         ),
         "export": (
             "meshwright.cli.export",
-            "Write the files that launch a plan on Megatron-LM or DeepSpeed.",
+            "Write the files that launch a plan on Megatron-LM, vLLM and others.",
         ),
         "run": (
             "meshwright.cli.run",
@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
             "Fit a calibration to measurements, tables or your own runs.",
         ),
         "calibrations": ("meshwright.cli.calibrations", "List and show calibrations with their errors."),
-        "specs": ("meshwright.cli.specs", "List and show GPUs, nodes, fabrics, clusters and models."),
+        "specs": ("meshwright.cli.specs", "List, show, import and export machines, networks and models."),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

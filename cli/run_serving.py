@@ -150,38 +150,17 @@ def _predicted(
     document: ServingPlanDocument, costs: JobCosts, pool: ServingPool, execution: Execution
 ) -> StepTimes:
     """Return the times of the same steps in the plan's engine."""
-    import numpy as np
-
-    from meshwright.planner.serving.step_times import prefill_attention, step_time
     from meshwright.profiler.executor.serving_run import NUM_DECODES, StepTimes
+    from meshwright.simcore.serving.step_times import decode_step_time, prompt_step_time
 
     table = costs.step_table(document.plan, pool)
     # What an engine's step is priced by: one attention data parallel rank's.
-    batch = np.array([float(execution.plan.micro_batch_size)])
-    none = np.zeros(1)
-    prompt = float(execution.workload.sequence_length)
-    prefill = step_time(
-        table,
-        num_decodes=none,
-        context=prompt,
-        variation=0.0,
-        tokens_per_decode=1.0,
-        chunk_tokens=batch * prompt,
-        chunk_attention=batch * prefill_attention(table, np.array([prompt])),
-        chunk_sequences=batch,
+    batch, prompt = float(execution.plan.micro_batch_size), float(execution.workload.sequence_length)
+    # A step's own token counts among its context.
+    context = prompt + (NUM_DECODES + 1) / 2
+    return StepTimes(
+        prefill=prompt_step_time(table, prompt, batch), decode=decode_step_time(table, batch, context)
     )
-    decode = step_time(
-        table,
-        num_decodes=batch,
-        # A step's own token counts among its context.
-        context=prompt + (NUM_DECODES + 1) / 2,
-        variation=0.0,
-        tokens_per_decode=1.0,
-        chunk_tokens=none,
-        chunk_attention=none,
-        chunk_sequences=none,
-    )
-    return StepTimes(prefill=float(prefill[0]), decode=float(decode[0]))
 
 
 def _execute(each: _PoolRun, folder: Path, run: ServingRun, common: CommonOptions) -> ExecutionReport:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _DEFAULT_SEEDS = 100
+_OTHER_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf", ".html")
 
 
 @click.command("simulate", short_help="Simulate a plan's exact schedule.")
@@ -275,6 +276,10 @@ def _write(
 
     iteration = prediction.iteration if contended is None else contended.iteration.result
     result_path = out / "result.json" if out is not None else None
+    if picture is not None and picture.suffix.lower() in _OTHER_PICTURES:
+        raise SpecError(
+            f"--picture {picture}: pictures are written as SVG; name it {picture.with_suffix('.svg')}"
+        )
     for path, is_ours in ((timeline, is_our_trace), (picture, is_our_svg), (result_path, is_our_json)):
         if path is not None:
             check_replaceable(path, force=force, is_ours=is_ours)
@@ -290,7 +295,7 @@ def _write(
             f"{timeline} ({summary.num_events:,} events, open it in https://ui.perfetto.dev{note})"
         )
     if picture is not None:
-        svg = timeline_svg(iteration)
+        svg = timeline_svg(iteration, "" if contended is None else "with contention")
         replace_file(picture, svg.encode(), force=force, is_ours=is_our_svg)
         written.append(str(picture))
     if result_path is not None:

@@ -113,7 +113,12 @@ def _kinds_of_ranks(cluster: ClusterSpec, plan: ParallelPlan) -> NDArray[np.int6
         number = (stage * plan.dp + replica) * inner + rank
     node = number // cluster.node.num_gpus
     order = np.array(mapping.host_order or range(cluster.num_nodes), dtype=np.int64)
-    if int(node.max()) >= len(order) or int(order.max()) >= cluster.num_nodes:
+    if int(order.max()) >= cluster.num_nodes:
+        raise SpecError(
+            f"device_mapping.host_order names node {order.max()}, but cluster {cluster.id} has nodes 0 to "
+            f"{cluster.num_nodes - 1}"
+        )
+    if int(node.max()) >= len(order):
         raise SpecError(
             f"device_mapping.host_order must name {int(node.max()) + 1} of the {cluster.num_nodes} nodes of cluster "
             f"{cluster.id}, from 0"

@@ -193,7 +193,10 @@ class HostRanks:
         worst = int(np.argmax(path))
         sender, receiver = stage_of, np.roll(stage_of, -1)
         leaves = (self.hosts[sender] != self.hosts[receiver]).any(axis=1)
-        slowdown = self._send_slowdown(hosts[sender], gpus[sender], hosts[receiver], gpus[receiver])[:, worst]
+        # Chunks of a stage send over the same links.
+        (one, two), hop = np.unique(np.stack([sender, receiver]), axis=1, return_inverse=True)
+        sends = self._send_slowdown(hosts[one], gpus[one], hosts[two], gpus[two])
+        slowdown = sends[np.reshape(hop, -1), worst]
         host = hosts[:, worst]
         stays = host[sender] == host[receiver]
         return Hops(crosses_nodes=leaves.astype(np.float64), slowdown=np.where(stays & leaves, 1.0, slowdown))
@@ -205,7 +208,7 @@ class HostRanks:
 
     def _send_slowdown(self, host: IntArray, gpu: IntArray, other: IntArray, peer: IntArray) -> FloatArray:
         """Return the slowdown of sends, each row at once, ``(num_hops, num_pipelines)``."""
-        between = self.slowdown[host, other]
+        between: FloatArray = self.slowdown[host, other]
         if self.gpu_slowdown is not None:
             between = np.where(host == other, self.gpu_slowdown[gpu, peer], between)
         if self.uplinks is None:
@@ -215,7 +218,8 @@ class HostRanks:
             np.maximum(self.uplinks.flows(*row[:3]), self.uplinks.flows(row[1], row[0], row[3]))
             for row in zip(host, other, peer, gpu, strict=True)
         ]
-        return np.maximum(between, np.reshape(shared, between.shape))
+        slower: FloatArray = np.maximum(between, np.reshape(shared, between.shape))
+        return slower
 
     def _placed(self, size: int, stride: int) -> _Placed:
         """Return the worst placed group."""

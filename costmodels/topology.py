@@ -60,9 +60,11 @@ def host_slowdown(context: CostContext) -> FloatArray:
 
 
 def own_slowdown(context: CostContext) -> FloatArray:
-    """Return the same for a transfer that has the uplinks of all tiers to itself; measured links share none."""
+    """Return the same for a GPU's transfer that has the uplinks of all tiers to itself; measured links share none."""
     topology = context.cluster.topology
-    return _slowdown(context, None if topology is None else replace(topology, tiers=()))
+    slowdown = _slowdown(context, None if topology is None else _without_tiers(topology))
+    shared = uplinks(context)
+    return slowdown if shared is None else np.maximum(slowdown, shared.alone())
 
 
 def _slowdown(context: CostContext, topology: ClusterTopology | None) -> FloatArray:
@@ -91,7 +93,8 @@ def uplinks(context: CostContext) -> Uplinks | None:
         passed = passed / tier.oversubscription
         group = np.arange(cluster.num_nodes) // tier.nodes_per_group
         if (passed < 1.0).any():
-            tiers.append(UplinkTier(group=group, capacity=np.bincount(group, weights=passed)))
+            capacity = np.bincount(group, weights=passed).astype(np.float64)
+            tiers.append(UplinkTier(group=group, capacity=capacity))
     if not tiers:
         return None
     node = cluster.node
@@ -248,7 +251,7 @@ def best_hosts(context: CostContext, *, may_turn: bool) -> BestHosts:
     them has two such links (one where two hosts form it): its slowdown is at least that at which a part of k hosts
     first hangs together, and the k-th smallest of the hosts' second best links. In an all-to-all over k hosts each
     exchanges with its k - 1 nearest at best, and the k-th best of the hosts is one of the group or better. Uplinks of
-    tiers slow nothing here: who spreads over groups of nodes leaves each room to send.
+    tiers slow what one GPU's flow alone would fill: who spreads over groups of nodes leaves room in each.
     """
     slowdown = own_slowdown(context)
     num_hosts = len(slowdown)
@@ -300,6 +303,11 @@ def _least_connected(slowdown: FloatArray) -> FloatArray:
             least[largest + 1 : len(members[one]) + 1] = tree.data[edge]
             largest = len(members[one])
     return least[2:]
+
+
+@lru_cache(maxsize=4)
+def _without_tiers(topology: ClusterTopology) -> ClusterTopology:
+    return replace(topology, tiers=())
 
 
 def _links(cluster: ClusterSpec, topology: ClusterTopology | None) -> LinkMatrix:

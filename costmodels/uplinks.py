@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Uplinks", "UplinkTier"]
+__all__ = ["UplinkTier", "Uplinks"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -75,6 +75,15 @@ class Uplinks:
                 longest[leaves] = np.maximum(longest[leaves], filled[end[leaves], plane[leaves]])
         return longest
 
+    def alone(self) -> FloatArray:
+        """Return how much longer one flow takes that has all uplinks to itself, ``(num_hosts, num_hosts)``."""
+        longest = np.ones((len(self.tiers[0].group),) * 2)
+        for tier in self.tiers:
+            filled = self.num_planes / (self.gpus_per_node * tier.capacity)[tier.group]
+            leaves = tier.group[:, np.newaxis] != tier.group
+            longest = np.where(leaves, np.maximum(longest, np.maximum.outer(filled, filled)), longest)
+        return longest
+
     def exchange(self, hosts: IntArray, gpus: IntArray, ranks_per_node: float) -> float:
         """Return how much longer all-to-alls that run at once take, at least 1.
 
@@ -119,4 +128,5 @@ def _equal_in_row(values: IntArray) -> FloatArray:
     _, inverse, counts = np.unique(
         row * (int(values.max()) + 1) + values, return_inverse=True, return_counts=True
     )
-    return counts[np.reshape(inverse, values.shape)].astype(np.float64)
+    equal: FloatArray = counts[np.reshape(inverse, values.shape)].astype(np.float64)
+    return equal

@@ -206,9 +206,12 @@ def cluster_from_section(section: Section) -> ClusterSpec:
 
         topology = read_topology(part, count, _read_node)
     section.close()
-    cluster = ClusterSpec(
-        id=identity or f"{node.id}:{count}", node=node, num_nodes=count, fabric=fabric, topology=topology
-    )
+    try:
+        cluster = ClusterSpec(
+            id=identity or f"{node.id}:{count}", node=node, num_nodes=count, fabric=fabric, topology=topology
+        )
+    except SpecError as error:
+        raise section.error("", str(error)) from None
     if identity or not cluster.is_mixed:
         return cluster
     counts = [cluster.kind_of_node.count(place) for place in range(len(cluster.kinds))]

@@ -171,6 +171,10 @@ class ClusterTopology:
             raise SpecError("topology: one island is the whole cluster; leave 'islands' out")
         if self.islands and self.island_bandwidth is None:
             raise SpecError("topology: islands need 'island_bandwidth', a node's bandwidth to other islands")
+        names = [island.name for island in self.islands]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise SpecError(f"topology: two islands are named '{min(twice)}'; give each a name of its own")
         for name in ("island_bandwidth", "island_latency"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0.0):

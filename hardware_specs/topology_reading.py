@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from meshwright.errors import SpecError
 from meshwright.hardware_specs.specs import NodeSpec
 from meshwright.hardware_specs.topology import ClusterTopology, IslandSpec, LinkMatrix, TierSpec
 from meshwright.hardware_specs.yaml_document import Section
@@ -49,17 +50,24 @@ def read_topology(
         else ()
     )
     matrix = section.optional_section("matrix")
-    topology = ClusterTopology(
-        tiers=tiers,
-        islands=islands,
-        island_bandwidth=section.optional_quantity("island_bandwidth", "bytes_per_second"),
-        island_latency=section.optional_quantity("island_latency", "seconds"),
-        matrix=None if matrix is None else _read_matrix(matrix),
-        hosts=section.texts("hosts"),
-        gpu_links=_read_gpu_links(section),
-    )
+    links = None if matrix is None else _read_matrix(matrix)
+    island_bandwidth = section.optional_quantity("island_bandwidth", "bytes_per_second")
+    island_latency = section.optional_quantity("island_latency", "seconds")
+    hosts, gpu_links = section.texts("hosts"), _read_gpu_links(section)
     section.close()
-    topology.check_fits(num_nodes)
+    try:
+        topology = ClusterTopology(
+            tiers=tiers,
+            islands=islands,
+            island_bandwidth=island_bandwidth,
+            island_latency=island_latency,
+            matrix=links,
+            hosts=hosts,
+            gpu_links=gpu_links,
+        )
+        topology.check_fits(num_nodes)
+    except SpecError as error:
+        raise section.error("", str(error).removeprefix("topology: ")) from None
     return topology
 
 

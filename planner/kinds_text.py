@@ -10,10 +10,11 @@ import numpy as np
 from meshwright.costmodels.mixed import ReplicaGroup, gpus_of_kinds, replica_groups
 from meshwright.costmodels.plan_columns import stage_layers
 from meshwright.hardware_specs.specs import ClusterSpec
+from meshwright.simcore.domain.device_mapping import DeviceMapping
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["machines_text", "placement_sentence", "stages_by_kind"]
+__all__ = ["machines_text", "node_order_sentence", "placement_sentence", "stages_by_kind"]
 
 
 def machines_text(cluster: ClusterSpec, plan: ParallelPlan | None = None) -> str:
@@ -55,6 +56,25 @@ def placement_sentence(job: TrainingJob, plan: ParallelPlan) -> str:
     if len(groups) == 1:
         return f"Runs on: {_stages_text(job.cluster, plan, groups[0])}."
     return f"Runs on: {'; '.join(_group_text(job.cluster, plan, group) for group in groups)}."
+
+
+def node_order_sentence(cluster: ClusterSpec, plan: ParallelPlan) -> str:
+    """Return which kind each node of the launch must be, in the order of NODE_RANK; empty on clusters of one kind.
+
+    A launcher that numbers nodes otherwise would run stages on GPUs they were not planned for.
+    """
+    if not cluster.is_mixed:
+        return ""
+    mapping = plan.device_mapping or DeviceMapping()
+    nodes = range(-(-plan.num_gpus // cluster.node.num_gpus))
+    kinds = cluster.kind_of_node
+    parts = [
+        f"{_range_text('node', list(members))} {cluster.kinds[kind].id}"
+        for kind, members in itertools.groupby(nodes, key=lambda node: kinds[mapping.host_of_node(node)])
+    ]
+    return (
+        f"Number the nodes by kind (NODE_RANK), or stages run on other GPUs than planned: {', '.join(parts)}."
+    )
 
 
 def _group_text(cluster: ClusterSpec, plan: ParallelPlan, group: ReplicaGroup) -> str:

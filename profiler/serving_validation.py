@@ -34,7 +34,7 @@ from meshwright.profiler.serving_runs import (
 from meshwright.simcore.domain.serving import ServingPool
 from meshwright.simcore.serving.requests import closed_loop_requests
 from meshwright.simcore.serving.simulate import simulate
-from meshwright.simcore.serving.step_table import StepTable
+from meshwright.simcore.serving.step_times import decode_step_time, prompt_step_time
 
 __all__ = [
     "SERVING_RESULT_COLUMNS",
@@ -43,9 +43,7 @@ __all__ = [
     "ServingErrors",
     "ServingStatus",
     "ServingValidator",
-    "decode_step_time",
     "grouped",
-    "prompt_step_time",
     "rank_correlations",
     "simulated_means",
     "summarise_serving",
@@ -278,26 +276,6 @@ def simulated_means(one: Replica, setup: ServingSetup, seed: int = 0) -> tuple[f
     ttft = float((result.first_token_time - result.arrival_time).mean())
     streamed = result.finish_time - result.first_token_time
     return ttft, float((streamed / np.maximum(result.output_length - 1, 1)).mean())
-
-
-def decode_step_time(table: StepTable, batch: float, context: float) -> float:
-    """Return the time of a pure decode step of ``batch`` sequences of one context, by the formula of StepTable [s]."""
-    tokens = np.interp(batch, table.token_counts, table.graph_token_time)
-    by_batch = np.array(
-        [np.interp(context, table.decode_contexts, row) for row in table.decode_attention_time]
-    )
-    device = float(tokens + np.interp(batch, table.decode_batch_sizes, by_batch)) + table.step_latency
-    host = table.host_time + table.host_time_per_sequence * batch
-    return max(device, host) if table.is_host_hidden else device + host
-
-
-def prompt_step_time(table: StepTable, length: float) -> float:
-    """Return the time of a step that computes one whole prompt, by the formula of StepTable [s]."""
-    tokens = np.interp(length, table.token_counts, table.eager_token_time)
-    attention = np.interp(length, table.prompt_lengths, table.prefill_attention_time)
-    device = float(tokens + attention) + table.step_latency
-    host = max(table.host_time + table.host_time_per_sequence, table.eager_host_time)
-    return max(device, host) if table.is_host_hidden else device + host
 
 
 def constants_remark(constants: EngineConstants) -> str:

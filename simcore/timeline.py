@@ -59,8 +59,8 @@ def timeline_text(result: IterationResult, width: int = 100) -> str:
     return "\n".join(lines) + "\n"
 
 
-def timeline_svg(result: IterationResult) -> str:
-    """Return a self-contained SVG picture of the iteration, 900 pixels wide.
+def timeline_svg(result: IterationResult, note: str = "") -> str:
+    """Return a self-contained SVG picture of the iteration, 900 pixels wide; ``note`` is added to its title.
 
     Each stage has a lane for its compute stream and, below it, a thin one for its communication stream.
     Where operations are too narrow to be seen, the lane shows the share of time that each kind takes.
@@ -71,12 +71,13 @@ def timeline_svg(result: IterationResult) -> str:
     height = bottom + 42
     scale = (_WIDTH - _LEFT - _RIGHT) / max(result.iteration_time, 1e-30)
     title, _, detail = _headline(result).partition(": ")
+    title = f"{title}, {note}" if note else title
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height:.0f}" '
         f'viewBox="0 0 {_WIDTH} {height:.0f}" role="img" font-family="system-ui, -apple-system, \'Segoe UI\', '
         'Helvetica, Arial, sans-serif">',
         "<metadata>written by meshwright</metadata>",
-        f"<title>{escape(_headline(result))}</title>",
+        f"<title>{escape(f'{title}: {detail}')}</title>",
         f'<rect width="{_WIDTH}" height="{height:.0f}" rx="8" fill="#ffffff"/>',
         f'<text x="20" y="32" font-size="17" font-weight="600" fill="#1d2430">{escape(title)}</text>',
         f'<text x="20" y="52" font-size="13" fill="#5d6676">{escape(detail)}</text>',

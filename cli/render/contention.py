@@ -7,6 +7,7 @@ from rich.console import Console
 
 from meshwright.cli.render.console import make_table
 from meshwright.costmodels.contention import ContentionOutcome
+from meshwright.units import format_quantity
 
 __all__ = ["contention_mapping", "print_contention"]
 
@@ -49,7 +50,7 @@ def print_contention(console: Console, outcome: ContentionOutcome) -> None:
     _print_links(console, outcome)
     _print_communications(console, outcome)
     for seconds in outcome.iteration.beside_end:
-        console.print(f"The checkpoint is written after {seconds:.4g} s.")
+        console.print(f"The checkpoint is written after {format_quantity(seconds, 'seconds')}.")
 
 
 def _print_links(console: Console, outcome: ContentionOutcome) -> None:
@@ -65,7 +66,7 @@ def _print_links(console: Console, outcome: ContentionOutcome) -> None:
         table.add_row(name, str(alike), _milliseconds(seconds), "; ".join(channels[:2]))
     console.print(table)
     if len(links) > _MOST_ROWS:
-        console.print(f"And {len(links) - _MOST_ROWS} more kinds of links, less often; --json names all.")
+        console.print(f"Rows left out: {len(links) - _MOST_ROWS}, with less time; --json has all.")
 
 
 def _links(outcome: ContentionOutcome) -> list[tuple[str, int, float, list[str]]]:

@@ -32,7 +32,7 @@ def print_choice(choice: JointChoice, tokens_per_gpu: int) -> None:
     """Print the fastest candidates, the winner and why."""
     console = stdout_console()
     table = make_table(
-        f"Layouts, {tokens_per_gpu:,} tokens per GPU, layer time forward on held-out tokens",
+        f"Layouts, {tokens_per_gpu:,} tokens per GPU, layer time forward on held-out tokens; a few layers stand for all",
         (
             ("ep", True),
             ("redundant", True),
@@ -87,7 +87,7 @@ def print_training_options(options: Sequence[TrainingOption], tokens_per_gpu: in
     """Print the ways to train, fastest first."""
     console = stdout_console()
     table = make_table(
-        f"Training, {tokens_per_gpu:,} tokens per GPU: one layer forward and backward [us]",
+        f"Training, {tokens_per_gpu:,} tokens per GPU: one layer forward and backward [us]; a few layers stand for all",
         (
             ("experts", False),
             ("imbalance", True),

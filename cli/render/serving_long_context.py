@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from rich.table import Table
+
 from meshwright.cli.options import CommonOptions
 from meshwright.cli.render.console import make_table, print_json, stdout_console
 from meshwright.cli.render.serving_plans import pool_text
@@ -36,11 +38,12 @@ def show_long_context(request: ServingRequest, common: CommonOptions) -> None:
     one_node = replace(request, job=replace(job, cluster=replace(job.cluster, num_nodes=1)))
     max_gpus = min(request.limits.max_gpus or job.cluster.num_gpus, job.cluster.node.num_gpus)
     space = candidate_space(one_node, profile, costs, max_gpus)
-    if all(each.is_prefill_only for each in space.options):
+    options = [each for each in space.options if not each.is_prefill_only]
+    if not options:
         sizing = Sizing(objective=request.objective, max_gpus=max_gpus, demand=0.0, mean_output=1.0)
         raise infeasible_serving(one_node, profile, sizing, space, costs)
     option = max(
-        (each for each in space.options if not each.is_prefill_only),
+        options,
         key=lambda each: (each.kv_cache_tokens * each.degrees["attention_dp"], -each.degrees["pp"]),
     )
     plan = ServingPlan(
@@ -85,6 +88,17 @@ def print_long_context(job: ServingJob, plan: ServingPlan, costs: JobCosts, *, a
         style="bold",
         soft_wrap=True,
     )
+    console.print(_rows_table(rows))
+    if any(row.is_beyond_model for row in rows):
+        console.print(f"* beyond the {job.model.max_position_embeddings:,} positions the model states.")
+    console.print("Kernels were measured up to 131,072 tokens; longer prompts continue their last growth.")
+    for note in notes:
+        console.print(f"Constants: {note}.", soft_wrap=True)
+    for note in costs.calibration_notes(plan):
+        console.print(f"Calibration: {note}.", soft_wrap=True)
+
+
+def _rows_table(rows: tuple[LongContextRow, ...]) -> Table:
     table = make_table(
         "",
         (
@@ -108,14 +122,7 @@ def print_long_context(job: ServingJob, plan: ServingPlan, costs: JobCosts, *, a
             format_quantity(row.full_decode_time, "seconds", 3) if fits else "-",
             format_quantity(row.swap_time, "seconds", 3),
         )
-    console.print(table)
-    if any(row.is_beyond_model for row in rows):
-        console.print(f"* beyond the {job.model.max_position_embeddings:,} positions the model states.")
-    console.print("Kernels were measured up to 131,072 tokens; longer prompts continue their last growth.")
-    for note in notes:
-        console.print(f"Constants: {note}.", soft_wrap=True)
-    for note in costs.calibration_notes(plan):
-        console.print(f"Calibration: {note}.", soft_wrap=True)
+    return table
 
 
 def _mapping(row: LongContextRow) -> dict[str, object]:

@@ -165,6 +165,24 @@ def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, qu
             f"{cheapest.plan.num_gpus} GPU{'s' if cheapest.plan.num_gpus > 1 else ''} with {_plan_text(cheapest.plan)}.",
             soft_wrap=True,
         )
+    _print_search(answer, quiet=quiet)
+    _print_notes(answer)
+    written = min(num_plans, len(outcome.ranked))
+    plans = f"{out}/1.yaml" if written == 1 else f"{out}/1.yaml to {out}/{written}.yaml"
+    console.print(
+        f"Wrote {plans} and {out}/report.json. Next: meshwright simulate {out}/1.yaml",
+        soft_wrap=True,
+    )
+    if is_closed_loop(request):
+        console.print(
+            "Loads count clients of a closed loop over the whole deployment, requests that meet an empty system left out.",
+            soft_wrap=True,
+        )
+
+
+def _print_search(answer: ServingAnswer, *, quiet: bool) -> None:
+    """Print what was searched, and what each constraint rejected and demands."""
+    console, outcome, request = stdout_console(), answer.outcome, answer.request
     console.print(
         f"Searched {outcome.space.num_candidates:,} configurations in {answer.seconds:.2f} s (bounds "
         f"{answer.bounds_seconds:.2f} s): {len(outcome.units):,} within the limits by their bound, "
@@ -178,6 +196,12 @@ def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, qu
         for name, count in _rejections(answer).items():
             if count and name in sentences:
                 console.print(f"  {name}: {sentences[name]}", style="dim", soft_wrap=True)
+
+
+def _print_notes(answer: ServingAnswer) -> None:
+    """Print where the constants come from, and what of the load or the routing is not as it was recorded."""
+    console, request = stdout_console(), answer.request
+    winner = answer.outcome.ranked[0]
     for note in answer.costs.certainty_notes(winner.plan):
         console.print(f"Constants: {note}.", soft_wrap=True)
     for note in answer.costs.calibration_notes(winner.plan):
@@ -202,17 +226,6 @@ def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, qu
         console.print(
             f"Routing data {request.routing.name}: expert ranks are as uneven as a placement of the experts on it leaves them, "
             "over the whole of it; single steps vary more. Copies are the engine's to place, or 'meshwright place' does.",
-            soft_wrap=True,
-        )
-    written = min(num_plans, len(outcome.ranked))
-    plans = f"{out}/1.yaml" if written == 1 else f"{out}/1.yaml to {out}/{written}.yaml"
-    console.print(
-        f"Wrote {plans} and {out}/report.json. Next: meshwright simulate {out}/1.yaml",
-        soft_wrap=True,
-    )
-    if is_closed_loop(request):
-        console.print(
-            "Loads count clients of a closed loop over the whole deployment, requests that meet an empty system left out.",
             soft_wrap=True,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from meshwright.cli.render.console import make_table, stdout_console
 from meshwright.cli.render.serving_plans import failed_note, pool_text
 from meshwright.cli.render.serving_timeline import write_serving_timeline
 from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_trace, replace_file
+from meshwright.planner.serving.costs import pool_cluster
 from meshwright.planner.serving.plan_file import serving_plan_mapping
 from meshwright.planner.serving.run import ServingRun
 from meshwright.planner.serving.workload_section import slo_mapping, workload_mapping
-from meshwright.simcore.domain.serving import pools_by_cluster
 from meshwright.simcore.serving.metrics import MetricStatistics, request_metrics
 from meshwright.units import format_quantity
 
@@ -169,10 +170,10 @@ def print_serving_simulation(run: ServingRun, written: list[str], *, explains: b
 
 def _gpus_text(run: ServingRun) -> str:
     job, plan = run.document.job, run.document.plan
-    return " + ".join(
-        f"{sum(pool.num_gpus for pool in pools)} x {cluster.gpu.id}"
-        for pools, cluster in pools_by_cluster(job, plan)
-    )
+    counts: Counter[str] = Counter()
+    for pool in plan.pools:
+        counts[pool_cluster(job, pool).gpu.id] += pool.num_gpus
+    return " + ".join(f"{count} x {gpu}" for gpu, count in counts.items())
 
 
 def _phase_joules(run: ServingRun) -> str:

@@ -25,7 +25,7 @@ __all__ = [
 # has faded to 1/e (extrapolation at ten times the FLOPs: 13.0 -> 5.9 %, interpolation unchanged).
 TAPER_OCTAVES = 0.5 / np.log(2.0)
 # Cases priced at once: what they need stays in the caches of a core, which halves the time of a million.
-_CASES_AT_ONCE = 8192
+_CASES_AT_ONCE = 16384
 # Which term of the roofline dominates; intervals are kept by regime, because launches and waves err differently.
 REGIMES = ("launch", "memory", "compute")
 

@@ -69,7 +69,6 @@ class TreeResidual:
         _add_trees(
             np.ascontiguousarray(coordinates.T),
             tables.thresholds,
-            tables.starts,
             tables.cell_low,
             tables.cells_per_unit,
             tables.cell_starts,
@@ -92,15 +91,16 @@ class _Tables:
     Parameters
     ----------
     thresholds : FloatColumn
-        Ascending, one feature after the other.
+        Ascending, one feature after the other; an infinite one ends each.
     starts : IntColumn
         First threshold of each feature, and the number of all.
     cell_low, cells_per_unit : FloatColumn
         Lowest threshold of each feature, and cells per unit above it.
-    cell_starts : IntColumn
-        Thresholds of the feature below each of its cells, ``(num_features, _NUM_CELLS + 1)``.
+    cell_starts : NDArray[np.int32]
+        First threshold in or after each cell of a feature, ``(num_features, _NUM_CELLS)``.
     masks : Masks
-        ``(num_thresholds + num_features + 1, num_trees)``; the last row rules out nothing.
+        Row of the first threshold that a value does not pass, ``(num_thresholds + 1, num_trees)``; the last row
+        rules out nothing.
     values : Matrix
         By tree and leaf from left to right, ``(num_trees, MAX_LEAVES)``.
     """
@@ -140,19 +140,20 @@ def _tables(trees: TreeResidual) -> _Tables:
         reachable = np.full((len(mine) + 1, len(trees.roots)), 0xFFFF, dtype=np.uint16)
         np.bitwise_and.at(reachable, (rank + 1, tree[nodes]), (0xFFFF ^ left_leaves).astype(np.uint16))
         masks.append(np.bitwise_and.accumulate(reachable, axis=0))
-        thresholds.append(mine)
+        thresholds.append(np.append(mine, np.inf))
         if len(mine):
             cell_low[feature] = mine[0]
             cells_per_unit[feature] = (_NUM_CELLS - 1) / max(mine[-1] - mine[0], 1e-9)
         cell = ((mine - cell_low[feature]) * cells_per_unit[feature]).astype(np.int64)
-        cell_starts.append(np.cumsum(np.bincount(cell + 1, minlength=_NUM_CELLS + 1)))
+        cell_starts.append(np.cumsum(np.bincount(cell + 1, minlength=_NUM_CELLS + 1))[:-1])
     masks.append(np.full((1, len(trees.roots)), 0xFFFF, dtype=np.uint16))
+    starts = np.cumsum([0, *(len(mine) for mine in thresholds)])
     return _Tables(
         thresholds=np.concatenate(thresholds),
-        starts=np.cumsum([0, *(len(mine) for mine in thresholds)]),
+        starts=starts,
         cell_low=cell_low,
         cells_per_unit=cells_per_unit,
-        cell_starts=np.stack(cell_starts).astype(np.int32),
+        cell_starts=(np.stack(cell_starts) + starts[:-1, None]).astype(np.int32),
         masks=np.concatenate(masks),
         values=values,
     )
@@ -185,9 +186,9 @@ def _sum_columns(coordinates: Matrix, tables: _Tables, offset: float) -> FloatCo
         block = coordinates[start : start + _FEW_ROWS]
         reachable = np.full((len(block), num_trees), 0xFFFF, dtype=np.uint16)
         for feature in range(len(tables.cell_low)):
-            low, high = tables.starts[feature : feature + 2]
-            passed = np.searchsorted(tables.thresholds[low:high], block[:, feature])
-            reachable &= tables.masks[low + feature + passed]
+            low, end = tables.starts[feature : feature + 2]
+            passed = np.searchsorted(tables.thresholds[low : end - 1], block[:, feature])
+            reachable &= tables.masks[low + passed]
         terms = np.full((len(block), num_trees + 1), offset)
         terms[:, 1:] = tables.values[np.arange(num_trees), _FIRST_BIT[reachable]]
         # A running sum adds one tree after the other, as the kernel does.
@@ -199,7 +200,6 @@ def _sum_columns(coordinates: Matrix, tables: _Tables, offset: float) -> FloatCo
 def _add_trees(
     columns: Matrix,
     thresholds: FloatColumn,
-    starts: IntColumn,
     cell_low: FloatColumn,
     cells_per_unit: FloatColumn,
     cell_starts: NDArray[np.int32],
@@ -213,40 +213,48 @@ def _add_trees(
     ``columns`` are the coordinates, ``(num_features, num_cases)``.
     """
     num_cases, num_features, num_trees = len(total), len(cell_low), len(values)
-    num_cells = cell_starts.shape[1] - 1
-    last_cell = float(num_cells - 1)
+    last_cell = float(cell_starts.shape[1] - 1)
     reachable = np.empty((4, num_trees), dtype=np.uint16)
-    # Rows of masks by feature, in whole fours: the last row of all rules out nothing.
-    row = np.full((num_features + 3) // 4 * 4, len(masks) - 1, dtype=np.int64)
-    for first_case in range(0, num_cases, 4):
-        count = min(4, num_cases - first_case)
-        for case in range(count):
-            for feature in range(num_features):
-                x = columns[feature, first_case + case]
-                above = (x - cell_low[feature]) * cells_per_unit[feature]
-                cell = int(min(above, last_cell)) if above > 0.0 else 0
-                passed = starts[feature] + cell_starts[feature, cell]
-                end = starts[feature] + cell_starts[feature, cell + 1]
-                while passed < end and thresholds[passed] < x:
-                    passed += 1
-                row[feature] = passed + feature
-            a, b, c, d = row[0], row[1], row[2], row[3]
-            for tree in range(num_trees):
-                reachable[case, tree] = masks[a, tree] & masks[b, tree] & masks[c, tree] & masks[d, tree]
-            for feature in range(4, len(row), 4):
-                a, b, c, d = row[feature], row[feature + 1], row[feature + 2], row[feature + 3]
-                for tree in range(num_trees):
-                    reachable[case, tree] &= masks[a, tree] & masks[b, tree] & masks[c, tree] & masks[d, tree]
-        if count == 4:
-            w, x, y, z = total[first_case : first_case + 4]
-            for tree in range(num_trees):
-                w += values[tree, first_bit[reachable[0, tree]]]
-                x += values[tree, first_bit[reachable[1, tree]]]
-                y += values[tree, first_bit[reachable[2, tree]]]
-                z += values[tree, first_bit[reachable[3, tree]]]
-            total[first_case], total[first_case + 1] = w, x
-            total[first_case + 2], total[first_case + 3] = y, z
-        else:
+    # Rows of masks by feature, in whole fours: the last row of all rules out nothing. A feature at a time, so that
+    # its cells stay in the cache.
+    rows = np.full((128, (num_features + 3) // 4 * 4), len(masks) - 1, dtype=np.int64)
+    for first_case in range(0, num_cases, 128):
+        count = min(128, num_cases - first_case)
+        for feature in range(num_features):
+            low, per_unit, cells = cell_low[feature], cells_per_unit[feature], cell_starts[feature]
             for case in range(count):
+                x = columns[feature, first_case + case]
+                above = (x - low) * per_unit
+                passed = np.int64(cells[int(min(above, last_cell)) if above > 0.0 else 0])
+                # Twice without a branch, which would be mispredicted; cells hold more than two thresholds seldom.
+                passed += thresholds[passed] < x
+                passed += thresholds[passed] < x
+                while thresholds[passed] < x:
+                    passed += 1
+                rows[case, feature] = passed
+        for first in range(0, count, 4):
+            few = min(4, count - first)
+            for case in range(few):
+                row = rows[first + case]
+                a, b, c, d = row[0], row[1], row[2], row[3]
                 for tree in range(num_trees):
-                    total[first_case + case] += values[tree, first_bit[reachable[case, tree]]]
+                    reachable[case, tree] = masks[a, tree] & masks[b, tree] & masks[c, tree] & masks[d, tree]
+                for feature in range(4, len(row), 4):
+                    a, b, c, d = row[feature], row[feature + 1], row[feature + 2], row[feature + 3]
+                    for tree in range(num_trees):
+                        reachable[case, tree] &= (
+                            masks[a, tree] & masks[b, tree] & masks[c, tree] & masks[d, tree]
+                        )
+            at = first_case + first
+            if few == 4:
+                w, x, y, z = total[at : at + 4]
+                for tree in range(num_trees):
+                    w += values[tree, first_bit[reachable[0, tree]]]
+                    x += values[tree, first_bit[reachable[1, tree]]]
+                    y += values[tree, first_bit[reachable[2, tree]]]
+                    z += values[tree, first_bit[reachable[3, tree]]]
+                total[at], total[at + 1], total[at + 2], total[at + 3] = w, x, y, z
+            else:
+                for case in range(few):
+                    for tree in range(num_trees):
+                        total[at + case] += values[tree, first_bit[reachable[case, tree]]]

@@ -48,8 +48,8 @@ class ServingMemory:
 def weight_bytes_per_gpu(model: ModelSpec, formats: ServingFormats, pool: ServingPool) -> float:
     """Return the weights of the fullest rank [B]; multi-token-prediction modules are loaded only with speculation.
 
-    Embedding, head, attention and dense MLP are split by tp, experts and their copies by ``moe_tp * ep``; attention data parallel ranks
-    repeat what they do not split, and MLA's down-projections are repeated by every rank.
+    Embedding, head, attention and dense MLP are split by tp, experts and their copies by ``moe_tp * ep``; attention data
+    parallel ranks repeat what they do not split, and MLA's down-projections are repeated by every rank.
     """
     layers, moe_layers = model.num_layers, model.num_moe_layers
     tables = model.num_embedding_parameters + model.num_head_parameters

@@ -49,6 +49,8 @@ _SAMPLED_ROWS = 256.0
 _ACTIVATION_BYTES = 2.0
 # Inside a rack NCCL's curves are measured up to 8 or so ranks; between nodes as for training.
 _INTER_NODE_EFFICIENCY = 0.8
+# Share of a memory's data-sheet bandwidth that reading and writing in order reaches.
+_STREAM_EFFICIENCY = 0.8
 # DeepEP and its kin replace gather and scatter beyond this many expert ranks (DeepSeek-V3, arXiv 2412.19437, 3.2.2).
 _WIDE_EP = 16
 # Small kernels of a layer beside products, attention and experts: two norms with the residual, rotary embedding, cache
@@ -285,6 +287,11 @@ def _experts(served: ServedModel, pool: ServingPool) -> Column:
     return router + served.constants.expert_factor * grouped
 
 
+def _stream_rate(served: ServedModel) -> float:
+    """Return the bytes per second that kernels bound by the memory read and write [B/s]."""
+    return _STREAM_EFFICIENCY * served.cluster.gpu.memory_bandwidth_bytes_per_second
+
+
 def _copies_time(served: ServedModel, pool: ServingPool, tokens: Column) -> Column:
     """Return the reading of the weights of copies that have a token, beyond those of one copy each.
 
@@ -301,7 +308,7 @@ def _copies_time(served: ServedModel, pool: ServingPool, tokens: Column) -> Colu
     )
     more = slots * (1.0 - np.exp(-rows / slots)) - single * (1.0 - np.exp(-rows / single))
     weights = model.num_expert_parameters / pool.moe_tp * element_bytes(served.formats.experts)
-    time: Column = more * weights / (0.8 * served.cluster.gpu.memory_bandwidth_bytes_per_second)
+    time: Column = more * weights / _stream_rate(served)
     return time
 
 
@@ -341,7 +348,7 @@ def _small_kernels(served: ServedModel, pool: ServingPool) -> Column:
     width = 2.0 * 4.0 * hidden + 4.0 * (heads + 2.0 * kv_heads) * model.head_dim
     mlp_width = (model.num_layers - moe_layers) / layers * model.ffn_hidden_size
     num_bytes = layers * _ACTIVATION_BYTES * (width + 3.0 * mlp_width / pool.tp)
-    rate = served.cluster.gpu.memory_bandwidth_bytes_per_second * 0.8
+    rate = _stream_rate(served)
     total: Column = (
         _num_small_kernels(served, pool) * constants.kernel_time
         + constants.elementwise_factor * num_bytes * TOKEN_COUNTS / rate
@@ -434,7 +441,7 @@ def _head(served: ServedModel, pool: ServingPool, rows: Column) -> Column:
     if pool.tp > 1:
         logits = rows * model.vocab_size * _ACTIVATION_BYTES
         gathered = _collective(served, "all_gather", logits, pool.tp)
-    rate = served.cluster.gpu.memory_bandwidth_bytes_per_second * 0.8
+    rate = _stream_rate(served)
     return product + gathered + constants.logit_bytes * rows * model.vocab_size / rate
 
 
@@ -484,7 +491,7 @@ def _decode(served: ServedModel, pool: ServingPool, batch: Column, context: Colu
         if model.mla.index_top_k is None:
             return served.kernels.attention_time("mla_decode", kv_cache, shape)
         keys = batch * context * model.mla.index_head_dim
-        rate = served.cluster.gpu.memory_bandwidth_bytes_per_second * 0.8
+        rate = _stream_rate(served)
         picked = {**shape, "context_length": np.minimum(context, float(model.mla.index_top_k))}
         return served.kernels.attention_time("mla_decode", kv_cache, picked) + _INDEX_LATENCY + keys / rate
     kv_heads = max(1.0, model.num_query_groups / pool.tp)

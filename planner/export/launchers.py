@@ -117,6 +117,11 @@ def _kubernetes_files(
             "--launcher kubernetes: its scheduler places the pods, so the host_order of device_mapping cannot be kept; "
             "use --launcher slurm or torchrun"
         )
+    if job.cluster.is_mixed:
+        raise UnsupportedByTargetError(
+            "--launcher kubernetes: its scheduler places the pods, so it cannot be told which of them need which kind of "
+            "node of a mixed cluster; use --launcher slurm or torchrun"
+        )
     num_nodes, gpus_per_node = placed_gpus(job, plan)
     name = resource_name(job.model.name)
     group = PodGroup(

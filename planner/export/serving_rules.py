@@ -57,10 +57,8 @@ def plan_fits_cluster(job: ServingJob, plan: ServingPlan) -> str | None:
     for pools, cluster in pools_by_cluster(job, plan):
         needed = sum(pool.num_gpus for pool in pools)
         if needed > cluster.num_gpus:
-            return (
-                f"the pools take {needed} GPUs but the cluster has {cluster.num_gpus}; "
-                "lower num_replicas or add nodes."
-            )
+            what = "pools take" if len(pools) == len(plan.pools) else f"{pool_name(pools[0])} takes"
+            return f"the {what} {needed} GPUs but the cluster has {cluster.num_gpus}; lower num_replicas or add nodes."
     return None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from meshwright.costmodels.contention import simulate_contention
 from meshwright.costmodels.context import CostContext
 from meshwright.simcore.domain.plan import ParallelPlan
@@ -12,7 +10,7 @@ __all__ = ["ContendedTimes"]
 
 
 class ContendedTimes:
-    """Iteration times with contention, each simulated once.
+    """Iteration times without and with contention, each simulated once.
 
     Parameters
     ----------
@@ -22,7 +20,7 @@ class ContendedTimes:
 
     def __init__(self, context: CostContext) -> None:
         self._context = context
-        self._known: dict[ParallelPlan, float] = {}
+        self._known: dict[ParallelPlan, tuple[float, float]] = {}
 
     @staticmethod
     def is_known(context: CostContext) -> bool:
@@ -30,12 +28,9 @@ class ContendedTimes:
         topology = context.cluster.topology
         return topology is not None and topology.matrix is None and not context.kinds
 
-    def seconds(self, plan: ParallelPlan) -> float:
-        """Return the iteration time of a plan on the hosts of its mapping [s]."""
+    def seconds(self, plan: ParallelPlan) -> tuple[float, float]:
+        """Return the iteration time of a plan on the hosts of its mapping, and the same with contention [s]."""
         if plan not in self._known:
-            self._known[plan] = simulate_contention(self._context, plan).contended_time
+            outcome = simulate_contention(self._context, plan)
+            self._known[plan] = outcome.alone_time, outcome.contended_time
         return self._known[plan]
-
-    def fastest(self, placements: Iterable[ParallelPlan]) -> ParallelPlan:
-        """Return the fastest of some placements of a plan, the first of equals."""
-        return min(placements, key=self.seconds)

@@ -9,7 +9,7 @@ import numpy as np
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.prediction import predict
-from meshwright.costmodels.topology import gpu_slowdown, host_slowdown, on_best_hosts
+from meshwright.costmodels.topology import gpu_slowdown, host_slowdown, on_best_hosts, uplinks
 from meshwright.planner.export import EXPORTERS
 from meshwright.planner.mapping.contended import ContendedTimes
 from meshwright.planner.mapping.gpu_order import GpuOrder, search_gpu_order
@@ -27,8 +27,6 @@ __all__ = ["MappedPlan", "has_choice", "map_plan", "rank_orders", "search_mapped
 _MOST_MAPPED = 20
 # Host orders of a plan that is mapped among many are searched with this share of the usual effort; the winner again.
 _FIRST_EFFORT = 0.01
-# Contention that lengthens the iteration by a smaller share is not worth a word.
-_NOTICED = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,8 +45,9 @@ class MappedPlan:
         The same of GPU orders.
     orders : tuple[RankOrder, ...]
         Orders of ranks that were tried.
-    tried : tuple[ParallelPlan, ...]
-        Placements to choose from: this plan, then as given, in the hosts' own order and as mapped for each order of ranks.
+    tried : tuple[tuple[ParallelPlan, float], ...]
+        Placements to choose from and their iteration times, fastest first: as given, in the hosts' own order, pipeline
+        beside pipeline below switches, and as searched, for each order of ranks.
     contended : float | None
         Iteration time with contention; None where it was not simulated [s].
     """
@@ -59,7 +58,7 @@ class MappedPlan:
     hosts: MappingResult | None
     gpus: GpuOrder | None
     orders: tuple[RankOrder, ...]
-    tried: tuple[ParallelPlan, ...] = ()
+    tried: tuple[tuple[ParallelPlan, float], ...] = ()
     contended: float | None = None
 
     @property
@@ -113,24 +112,41 @@ def map_plan(
     best = MappedPlan(
         plan=plan, seconds=given, given_seconds=given, hosts=None, gpus=None, orders=tuple(orders)
     )
-    tried = [plan, *(_natural(plan, order) for order in orders)]
     if not has_choice(context) or context.kinds:
-        return replace(best, tried=(plan,))
+        return replace(best, tried=((plan, given),))
+    tried = {plan: given}
     for order in orders:
+        for placed in (_natural(plan, order), *_beside(context, plan, order)):
+            if placed not in tried:
+                tried[placed] = predict(context, placed).iteration_time
         mapped = _mapped(context, plan, order, seed, effort / len(orders))
-        tried.append(mapped.plan)
+        tried.setdefault(mapped.plan, mapped.seconds)
         # What was searched is told even where nothing was gained.
         if mapped.seconds < best.seconds or (best.hosts is None and best.gpus is None):
-            is_faster = mapped.seconds < best.seconds
-            kept = best.plan if not is_faster else mapped.plan
-            best = replace(
-                mapped,
-                plan=kept,
-                seconds=min(given, mapped.seconds),
-                given_seconds=given,
-                orders=tuple(orders),
-            )
-    return replace(best, tried=tuple(dict.fromkeys((best.plan, *tried))))
+            best = mapped
+    ranked = tuple(sorted(tried.items(), key=lambda each: each[1]))
+    return replace(
+        best,
+        plan=ranked[0][0],
+        seconds=ranked[0][1],
+        given_seconds=given,
+        orders=tuple(orders),
+        tried=ranked,
+    )
+
+
+def _beside(context: CostContext, plan: ParallelPlan, order: RankOrder) -> tuple[ParallelPlan, ...]:
+    """Return the plan with the hosts of each pipeline side by side, where switches and not pairs are described.
+
+    Sends then stay below a switch, and rings leave it once: a host order that swaps priced link by link do not find, for a
+    link over a switch is priced there as if all hosts sent over it.
+    """
+    num_nodes = -(-plan.num_gpus // context.cluster.node.num_gpus)
+    columns, left = divmod(num_nodes, plan.pp)
+    if order != RANK_ORDERS[0] or left or min(columns, plan.pp) < 2 or uplinks(context) is None:
+        return ()
+    hosts = np.arange(num_nodes).reshape(columns, plan.pp).T.ravel()
+    return (replace(plan, device_mapping=DeviceMapping(host_order=tuple(hosts.tolist()))),)
 
 
 def _natural(plan: ParallelPlan, order: RankOrder) -> ParallelPlan:
@@ -264,9 +280,17 @@ class _Mapping:
         """Return the plan on those of the hosts tried that contention leaves fastest."""
         if self.contended is None or mapped.contended is not None:
             return mapped
-        best = self.contended.fastest(mapped.tried)
-        seconds = predict(self.request.context, best).iteration_time
-        return replace(mapped, plan=best, seconds=seconds, contended=self.contended.seconds(best))
+        best: tuple[float, float, ParallelPlan] | None = None
+        for plan, alone in mapped.tried:
+            # Contention makes no placement faster, and the fastest without it come first.
+            if best is not None and alone >= best[0]:
+                break
+            seconds, contended = self.contended.seconds(plan)
+            if best is None or contended < best[0]:
+                best = contended, seconds, plan
+        if best is None:
+            return mapped
+        return replace(mapped, plan=best[2], seconds=best[1], contended=best[0])
 
     def _map(self, plan: ParallelPlan, share: float) -> MappedPlan:
         orders = rank_orders(self.request, plan)
@@ -317,8 +341,8 @@ def _note(best: MappedPlan, least: float, value: float, left: float | None) -> s
         f"{best.given_seconds:.4g} s in the order given, {best.seconds:.4g} s as mapped, "
         f"at least {least:.4g} s on any hosts ({1.0 - least / best.seconds:.1%} gap)"
     ]
-    if best.contended is not None and best.contended > best.seconds * (1.0 + _NOTICED):
-        parts.append(f"{best.contended:.4g} s once communications meet on shared links")
+    if best.contended is not None:
+        parts.append(f"{best.contended:.4g} s with contention, by which plans are ranked")
     if best.hosts is not None:
         tried = "all" if best.hosts.is_exact else f"{best.hosts.num_evaluations:,}"
         parts.append(f"{tried} host orders priced")

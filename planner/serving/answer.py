@@ -122,7 +122,7 @@ def answer_request(
     )
     progress("bounds", 0, 0)
     space = candidate_space(request, profile, costs, max_gpus)
-    if not space.options:
+    if space.is_empty:
         raise infeasible_serving(request, profile, sizing, space, costs)
     bounds_seconds = time.perf_counter() - started
     outcome = search_units(request, sizing, space, simulator, progress, num_shapes=num_shapes)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields, replace
 
-from meshwright.errors import SpecError
+from meshwright.errors import InfeasiblePlanError, SpecError
 from meshwright.planner.changes import Change, ChangeValue, apply_changes
 from meshwright.planner.difference import FieldDifference, TermDifference, section_differences
 from meshwright.planner.scenario import Scenario
 from meshwright.planner.serving.plan_file import ServingPlanDocument, serving_plan_mapping
 from meshwright.planner.serving.run import ServingRun
-from meshwright.simcore.domain.serving import PoolRole, ServingJob, ServingPool
+from meshwright.simcore.domain.serving import PoolRole, ServingJob, ServingPool, pools_by_cluster
 from meshwright.units import format_quantity
 
 __all__ = [
@@ -119,6 +119,8 @@ def changed_document(
     ------
     SpecError
         If a change is of something else than machines, or impossible: names the key.
+    InfeasiblePlanError
+        If the changed machines have fewer GPUs than the plan's pools.
     """
     for change, _ in changes:
         if not {change.key, change.key.split(".", maxsplit=1)[0]} & set(MACHINE_KEYS):
@@ -129,6 +131,14 @@ def changed_document(
     # A scenario changes the cluster of any job; its calibration is the serving cost models' own.
     scenario = apply_changes(Scenario(job=document.job), changes)  # type: ignore[arg-type]  # only its cluster is used
     job: ServingJob = scenario.job  # type: ignore[assignment]  # what was put in
+    for pools, cluster in pools_by_cluster(job, document.plan):
+        needed = sum(pool.num_gpus for pool in pools)
+        if needed > cluster.num_gpus:
+            raise InfeasiblePlanError(
+                f"{', '.join(change.key for change, _ in changes)}: the plan's pools need {needed} GPUs, and {cluster.id} "
+                f"has {cluster.num_gpus}; change to at least {-(-needed // cluster.node.num_gpus)} nodes, or plan again",
+                {},
+            )
     return replace(document, job=job)
 
 

@@ -158,8 +158,13 @@ class _Remembered:
 
 
 def pool_cluster(job: ServingJob, pool: ServingPool) -> ClusterSpec:
-    """Return the cluster as a pool sees it: that of its role, with GPUs of its own where it names some."""
+    """Return the cluster as a pool sees it: that of its role, with GPUs of its own where it names some.
+
+    Such nodes take as much power beside their GPUs, and their price is that of the GPUs.
+    """
     cluster = job.cluster_of(pool.role)
     if pool.gpu is None or pool.gpu == cluster.gpu.id:
         return cluster
-    return replace(cluster, node=replace(cluster.node, gpu=load_gpu(pool.gpu)))
+    node, gpu = cluster.node, load_gpu(pool.gpu)
+    power = node.power_watts + node.num_gpus * (gpu.power_watts - node.gpu.power_watts)
+    return replace(cluster, node=replace(node, gpu=gpu, power_watts=power, price_dollars_per_hour=None))

@@ -48,8 +48,8 @@ def infeasible_serving(
     """
     job = request.job
     rejections = dict(space.rejections)
-    if not space.options:
-        advice = _memory_advice(request, profile, costs)
+    if space.is_empty:
+        advice = _fitting_advice(request, profile, costs)
     elif units is not None and units.refused and not len(units):
         rejections["target"] = sum(units.refused.values())
         advice = (
@@ -74,13 +74,13 @@ def infeasible_serving(
         "slo": "every limit holds for one request alone",
         "demand": f"the stated load fits {sizing.total_gpus} GPUs",
     }
-    counts = "\n".join(
-        f"  {count:>10,} rejected by {name}" + (f" ({sentences[name]})" if name in sentences else "")
+    counts = "".join(
+        f"  {count:>10,} rejected by {name}" + (f" ({sentences[name]})" if name in sentences else "") + "\n"
         for name, count in rejections.items()
         if count
     )
     return InfeasiblePlanError(
-        f"no serving plan for {job.model.name} on {job.cluster.id} ({sizing.total_gpus} GPUs)\n{counts}\n  {advice}",
+        f"no serving plan for {job.model.name} on {job.cluster.id} ({sizing.total_gpus} GPUs)\n{counts}  {advice}",
         rejections,
     )
 
@@ -91,8 +91,8 @@ def option_text(option: ReplicaOption) -> str:
     return f"{option.engine} {degrees or 'one GPU'}, {option.precision}"
 
 
-def _memory_advice(request: ServingRequest, profile: LoadProfile, costs: CostSource) -> str:
-    """Return the smallest change that makes the model fit."""
+def _fitting_advice(request: ServingRequest, profile: LoadProfile, costs: CostSource) -> str:
+    """Return the smallest change that lets a shape of each role fit."""
     found = []
     allowed = dict(request.limits.allowed)
     for key in allowed:
@@ -109,7 +109,9 @@ def _memory_advice(request: ServingRequest, profile: LoadProfile, costs: CostSou
         while growth <= _MAX_GROWTH:
             larger = replace(cluster, num_nodes=cluster.num_nodes * growth)
             if _fits(replace(request, job=replace(request.job, cluster=larger)), profile, costs):
-                found.append(f"{larger.num_nodes} nodes instead of {cluster.num_nodes}")
+                # Prefill pools alone never keep a plan from fitting: without them the other cluster would do.
+                of_which = " of cluster" if request.job.prefill_cluster is not None else ""
+                found.append(f"{larger.num_nodes} nodes{of_which} instead of {cluster.num_nodes}")
                 break
             growth *= 2
     return "nearest: " + (
@@ -119,7 +121,7 @@ def _memory_advice(request: ServingRequest, profile: LoadProfile, costs: CostSou
 
 def _fits(request: ServingRequest, profile: LoadProfile, costs: CostSource) -> bool:
     max_gpus = request.limits.max_gpus or request.job.cluster.num_gpus
-    return bool(candidate_space(request, profile, costs, max_gpus).options)
+    return not candidate_space(request, profile, costs, max_gpus).is_empty
 
 
 def _closest_text(request: ServingRequest, profile: LoadProfile, space: CandidateSpace) -> str:

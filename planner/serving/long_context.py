@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from meshwright.planner.serving.costs import JobCosts, pool_cluster
-from meshwright.planner.serving.step_times import prefill_attention, step_time
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
 from meshwright.simcore.serving.step_table import StepTable
+from meshwright.simcore.serving.step_times import decode_step_time, prefill_attention, step_time
 
 __all__ = ["CONTEXT_LENGTHS", "LongContextRow", "long_context_rows"]
 
@@ -87,8 +87,10 @@ def long_context_rows(
                 kv_bytes=per_rank * pool.tp * pool.pp,
                 prefill_time=_prefill_time(table, context, pool.max_num_batched_tokens),
                 concurrency=concurrency,
-                decode_time=_decode_time(table, 1.0, context),
-                full_decode_time=_decode_time(table, min(together, float(pool.max_num_sequences)), context),
+                decode_time=decode_step_time(table, 1.0, context),
+                full_decode_time=decode_step_time(
+                    table, min(together, float(pool.max_num_sequences)), context
+                ),
                 swap_time=2.0 * per_rank / link,
                 is_beyond_model=context > job.model.max_position_embeddings,
             )
@@ -124,18 +126,3 @@ def _whole_attention(table: StepTable, context: float) -> float:
     power = math.log(times[-1] / times[-2]) / math.log(lengths[-1] / lengths[-2])
     growth: float = (context / float(lengths[-1])) ** min(2.0, max(1.0, power))
     return float(times[-1]) * growth
-
-
-def _decode_time(table: StepTable, num_sequences: float, context: int) -> float:
-    none = np.zeros(1)
-    time = step_time(
-        table,
-        num_decodes=np.array([num_sequences]),
-        context=float(context),
-        variation=0.0,
-        tokens_per_decode=1.0,
-        chunk_tokens=none,
-        chunk_attention=none,
-        chunk_sequences=none,
-    )
-    return float(time[0])

@@ -71,7 +71,8 @@ class UnitColumns:
     estimate : NDArray[np.float64]
         The objective at the rate that is rather to be expected than the bound.
     num_gpus, prefill_gpus, shape, decode_shape : NDArray[np.int64]
-        GPUs of a unit, those of them in its prefill pool, a number that configurations of equal shape share, and the shape that decodes.
+        GPUs of a unit, those of them in its prefill pool, a number that configurations of equal shape share, and the shape
+        that decodes.
     num_beyond_limits, num_beyond_demand : int
         Candidates that keep the limits at no load, and those that keep them but cannot carry the demand.
     refused : Mapping[str, int]

@@ -98,6 +98,11 @@ class CandidateSpace:
     rejections: Mapping[str, int]
     sentences: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no shape serves whole requests, alone or as a pair of a prefill and a decode shape."""
+        return self.aggregated is None and (self.prefill is None or self.decode is None)
+
 
 def wanted_precisions(request: ServingRequest) -> tuple[tuple[Precision, Precision], ...]:
     """Return the formats of weights and KV cache to try.

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.planner.serving.load_profile import LoadProfile
-from meshwright.planner.serving.step_times import prefill_attention, step_time
 from meshwright.simcore.domain.serving import PolicyName, PoolRole, Slo, SloLimit
 from meshwright.simcore.serving.step_table import StepTable
+from meshwright.simcore.serving.step_times import prefill_attention, step_time
 
 __all__ = [
     "SteadyState",

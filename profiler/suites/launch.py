@@ -26,10 +26,9 @@ class _LaunchSuite:
     name = _NAME
 
     def cases(self, device: Device, settings: ProfileSettings) -> Iterator[Case]:
-        constants = {"launch.kernel": _kernel_latency, "launch.graph": _graph_time}
-        if device.is_gpu:
-            # A CPU computes as it dispatches: there it is in the launch time of every operator.
-            constants["software.all.host_launch_latency"] = _dispatch_time
+        # A CPU computes as it dispatches, so there it is in the launch time of every operator, and a figure to read.
+        dispatch = "software.all.host_launch_latency" if device.is_gpu else "launch.dispatch"
+        constants = {"launch.kernel": _kernel_latency, dispatch: _dispatch_time, "launch.graph": _graph_time}
         for name, value in constants.items():
             yield constant(_NAME, name, partial(value, device), expected_seconds=0.1)
 

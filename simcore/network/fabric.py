@@ -137,7 +137,7 @@ class Fabric:
         if kind not in self._start:
             known = ", ".join(f"'{each}'" for each in self.kinds)
             raise SpecError(
-                f"fabric: no links '{kind}'{did_you_mean(kind, self.kinds) or '.'} It has {known}"
+                f"fabric: no links of kind '{kind}'{did_you_mean(kind, self.kinds) or '.'} The kinds of this cluster are {known}"
             )
         return np.flatnonzero(self.kind == self.kinds.index(kind)).astype(np.int64)
 

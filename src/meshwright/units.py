@@ -106,7 +106,9 @@ def parse_quantity(text: str, kind: Kind) -> float:
     if not unit:
         raise SpecError(f"'{text}' has no unit; write for example '{_EXAMPLES[kind]}'")
     if unit not in units:
-        guess = did_you_mean(unit, units) or ";"
+        # A rate without its '/s' is nearer to what was meant than any other spelling.
+        rate = f"{unit}/s"
+        guess = f"; did you mean '{rate}'?" if rate in units else did_you_mean(unit, units) or ";"
         raise SpecError(
             f"'{text}': unknown unit '{unit}' for {_spoken(kind)}{guess} write for example "
             f"'{_EXAMPLES[kind]}'"

@@ -72,6 +72,17 @@ def test_megatron_takes_uneven_stages_and_refuses_unequal_replicas(meshwright, w
     assert "micro_batch_shares give replicas 5 to 11 micro-batches" in outcome.stderr
 
 
+def test_an_export_says_which_kind_each_node_must_be(meshwright, written):
+    outcome = meshwright("export", "staged.yaml", "--to", "megatron", "--out", "bundle")
+    assert "nodes 0-1 dgx-h100, nodes 2-3 dgx-a100." in outcome.stdout
+    outcome = meshwright(
+        "export", "staged.yaml", "--to", "megatron", "--out", "pods", "--launcher", "kubernetes"
+    )
+    assert outcome.code == 2
+    assert "which kind of node" in outcome.stderr
+    assert not (written / "pods").exists()
+
+
 @pytest.mark.parametrize(
     "line",
     [

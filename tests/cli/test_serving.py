@@ -333,6 +333,7 @@ def test_whatif_serves_the_plan_on_changed_machines(meshwright, plan_file):
     ("arguments", "code", "says"),
     [
         (("--set", "gpu.memory=12GiB"), 3, "does not fit on h100-sxm-80"),
+        (("--set", "cluster=gh200-1:1"), 3, "GPUs, and gh200-1:1 has 1; change to at least"),
         (("--set", "workload.lora_rank=8"), 2, "asked about machines only"),
         ((), 2, "a serving plan needs --set KEY=VALUE"),
         (("--list",), 2, "--list: not for serving plans"),

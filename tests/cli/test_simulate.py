@@ -56,6 +56,13 @@ def test_the_picture_is_well_formed_xml(meshwright, pipeline_plan, folder):
     assert ET.fromstring((folder / "step.svg").read_text()).tag == SVG
 
 
+def test_a_picture_of_another_format_is_refused(meshwright, pipeline_plan, folder):
+    outcome = meshwright("simulate", pipeline_plan, "--picture", "step.png")
+    assert outcome.code == 2
+    assert "name it step.svg" in outcome.stderr
+    assert not (folder / "step.png").exists()
+
+
 def test_out_writes_the_result(meshwright, pipeline_plan, folder):
     assert meshwright("simulate", pipeline_plan, "--out", "result").code == 0
     result = json.loads((folder / "result" / "result.json").read_text())
@@ -335,9 +342,12 @@ def test_faults_other_jobs_and_checkpoints_add_up(meshwright):
         (("--slow-link", "rail up 3=100%"), "or --failed-link 'rail up 3'"),
         (("--failed-link", "spine"), "no link 'spine'"),
         (("--failed-link", "rail up 3"), "link 'rail up 3' has failed; leave out the GPUs behind it"),
-        (("--background", "leaf up=30%"), "no links 'leaf up'"),
+        (("--background", "leaf up=30%"), "no links of kind 'leaf up'"),
         (("--background", "rail up=100%"), "leaves nothing"),
+        (("--slow-link", "rail up 3=5%", "--failed-link", "rail up 3"), "give each link once"),
+        (("--background", "rail up=5%", "--background", "rail up=6%"), "'rail up' is given twice"),
         (("--checkpoint", "5"), "'5' has no unit"),
+        (("--checkpoint", "5 GB"), "did you mean 'GB/s'?"),
         (("--checkpoint", "0 GB/s"), "writes nothing"),
     ],
 )

@@ -197,6 +197,31 @@ def test_every_ep_has_its_own_imbalance(make_context: MakeContext) -> None:
     assert expert_load(context, columns).tolist() == [1.5, 1.0, 1.125, 1.25, 1.25, 1.5]
 
 
+def test_an_ep_may_have_a_capacity_of_its_own(make_context: MakeContext) -> None:
+    table = (*ROUTING[:-1], replace(ROUTING[-1], capacity_factor=1.1))
+    context = with_workload(make_context("deepseek-v3"), routing_by_ep=table)
+    columns = replace(cases(), ep=column(16, 1, 8, 256))
+    assert expert_load(context, columns).tolist() == [1.1, 1.0, 1.25, 1.5]
+    for_all = with_workload(context, expert_capacity_factor=2.0)
+    assert expert_load(for_all, columns).tolist() == [2.0] * 4
+
+
+def test_every_chunk_pays_for_latency_tiles_and_weights(make_context: MakeContext) -> None:
+    few, many = (make_context("deepseek-v3", "dgx-h100:2", length=length) for length in (512, 65_536))
+    for price in (dispatch_time, combine_time):
+        more, less = (seconds(price(few, cases(ep=16, expert_overlap=each))) for each in (4, 1))
+        assert less + 3.0 * few.cluster.fabric.latency < more < 4.0 * less
+        # Of long messages the chunks take what the whole takes.
+        more, less = (seconds(price(many, cases(ep=16, expert_overlap=each))) for each in (4, 1))
+        assert less < more < 1.05 * less
+    for context, least, most in ((few, 1.5, 4.0), (many, 1.0, 1.2)):
+        more, less = (
+            seconds(expert_times(context, cases(ep=16, expert_overlap=each)).expert_forward)
+            for each in (4, 1)
+        )
+        assert least * less < more < most * less
+
+
 def test_an_ep_costs_what_its_imbalance_stated_alone_costs(make_context: MakeContext) -> None:
     uniform = make_context("deepseek-v3", "dgx-h100:4")
     by_ep = with_workload(uniform, routing_by_ep=ROUTING[:2])

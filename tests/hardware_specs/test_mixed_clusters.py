@@ -94,6 +94,7 @@ def test_islands_of_the_same_node_are_no_mixed_cluster() -> None:
             ("{name: hopper, nodes: 2}", "{name: hopper, nodes: 2, node: dgx-a100}"),
             "the cluster's own node dgx-h100",
         ),
+        (("name: hopper", "name: ampere"), r"\d+: topology: two islands are named 'ampere'"),
         (("node: dgx-a100", "node: dgx-a10"), "unknown node 'dgx-a10'"),
         (("node: dgx-a100", "nodde: dgx-a100"), "nodde"),
     ],

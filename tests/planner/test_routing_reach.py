@@ -121,6 +121,7 @@ def test_a_capacity_is_planned_with_on_each_ep_where_it_beats_the_imbalance(fold
     assert factors(hot) == {2: 1.0, 4: 1.0, 8: 1.0}
     assert "on ep 2, 4, 8; planned with there" in hot.notes[1]
     assert all(each.imbalance > 1.0 for each in hot.by_ep)
+    assert factors(much) == factors(hot)
     of_file = read(folder, "  routing: trace.npz\n  max_token_drop: 0.9\n").job.workload
     assert {of_file.capacity_at(ep) for ep in (2, 4, 8)} == {1.0}
     assert of_file.capacity_at(1) is None

@@ -68,9 +68,14 @@ def test_a_mistake_in_a_field_is_named(text, says):
     assert says in str(caught.value)
 
 
-def test_every_field_of_a_plan_can_be_forced_but_its_layers():
+def test_every_field_of_a_plan_can_be_forced_but_its_layers_and_places():
     of_plan = set(ParallelPlan.__slots__)
-    assert of_plan - set(VARIANT_FIELDS) == {"layers_per_stage", "layer_groups", "device_mapping"}
+    assert of_plan - set(VARIANT_FIELDS) == {
+        "layers_per_stage",
+        "layer_groups",
+        "device_mapping",
+        "micro_batch_shares",
+    }
     assert set(VARIANT_FIELDS) <= of_plan
 
 

@@ -139,9 +139,12 @@ DEFAULTS = {
 
 
 def is_inert(plan, field):
-    """Return whether the value says the same as the default: all of dp, all layers, nobody to share with."""
+    """Return whether the value says what the default does: all of dp, all layers, nobody to share with, Megatron's choice."""
     if field == "sharding":
         return plan.dp == 1 or plan.sharding_group == 1
+    if field == "recompute_modules":
+        # The only target that takes modules recomputes these where none are named (--recompute-modules).
+        return set(plan.recompute_modules) == {"core_attn"}
     if field == "sharding_group":
         return plan.sharding == "none" or plan.sharding_group == plan.dp
     return field == "recompute_layers" and plan.recompute_layers >= max(plan.layers_per_stage)

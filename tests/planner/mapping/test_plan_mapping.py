@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from meshwright.costmodels.contention import simulate_contention
 from meshwright.costmodels.context import CostContext, cost_context
 from meshwright.costmodels.prediction import predict
 from meshwright.errors import SpecError
@@ -109,6 +110,73 @@ def test_two_islands_hold_a_half_of_the_stages_each() -> None:
     assert mapped.plan.device_mapping is not None
     stages = np.array(mapped.plan.device_mapping.host_order).reshape(4, 2) % 2
     assert (stages[:, 0] == stages[:, 1]).all()
+
+
+def searched_below_leaves(topology: ClusterTopology) -> tuple[CostContext, SearchResult]:
+    """Return the best plans with four replicas of two stages on eight nodes."""
+    context = context_on(topology)
+    allowed: dict[str, tuple[int | str | bool, ...]] = {
+        "tp": (8,),
+        "pp": (2,),
+        "vpp": (5, 10),
+        "schedule": ("interleaved_1f1b",),
+        "micro_batch_size": (1,),
+        "cp": (1,),
+        "recompute": ("none",),
+        "sequence_parallel": (True,),
+        "vocab_parallel": ("none",),
+        "optimizer_offload": ("none",),
+        "activation_offload": (False,),
+        "sharding": ("zero1",),
+    }
+    request = SearchRequest(
+        job=job_of(context), context=context, limits=SearchLimits(allowed=allowed), num_plans=2
+    )
+    return context, search_mapped(SEARCHES["exhaustive"], request, lambda *_: None, effort=1e-2)
+
+
+def test_hosts_that_contention_makes_slower_than_their_own_order_are_not_chosen() -> None:
+    leaves = ClusterTopology(tiers=(TierSpec(name="leaf", nodes_per_group=2, oversubscription=2.0),))
+    context, found = searched_below_leaves(leaves)
+
+    def contended(plan: ParallelPlan) -> float:
+        return simulate_contention(context, plan).contended_time
+
+    # Alone, what the search finds is a little faster; together, sends and rings fill the uplinks.
+    natural = replace(found.ranked[0].plan, device_mapping=None)
+    lured = map_plan(context, natural, effort=1e-3)
+    assert lured.seconds < lured.given_seconds
+    assert contended(lured.plan) > 1.1 * contended(natural)
+    times = [contended(each.plan) for each in found.ranked]
+    assert times == sorted(times)
+    for each, seconds in zip(found.ranked, times, strict=True):
+        assert seconds <= contended(replace(each.plan, device_mapping=None))
+        assert each.prediction.iteration_time <= seconds
+    assert f"{times[0]:.4g} s with contention, by which plans are ranked" in found.notes[-1]
+    # The bound holds for the time without contention, and so for that with it.
+    assert found.ranked[0].bound <= found.ranked[0].prediction.iteration_time
+
+
+def test_pipelines_side_by_side_keep_sends_below_switches() -> None:
+    leaves = ClusterTopology(tiers=(TierSpec(name="leaf", nodes_per_group=4, oversubscription=2.0),))
+    plan = plan_of(dp=4, pp=2)
+    mapped = map_plan(context_on(leaves), plan, effort=1e-3)
+    # Both rings leave each leaf once, over uplinks of two nodes' worth: nothing is slower than on a flat fabric.
+    flat = predict(context_on(None), plan).iteration_time
+    assert mapped.seconds == pytest.approx(flat, rel=1e-9)
+    assert mapped.given_seconds > flat
+    placements = {each.device_mapping and each.device_mapping.host_order for each, _ in mapped.tried}
+    assert {None, (0, 2, 4, 6, 1, 3, 5, 7)} <= placements
+    assert [seconds for _, seconds in mapped.tried] == sorted(seconds for _, seconds in mapped.tried)
+
+
+def test_measured_links_are_ranked_without_contention(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("nobody knows which links measured pairs share")
+
+    monkeypatch.setattr("meshwright.planner.mapping.contended.simulate_contention", refuse)
+    _, found = searched_below_leaves(random_matrix(0))
+    assert "contention" not in found.notes[-1]
 
 
 def test_equal_links_leave_nothing_to_choose() -> None:

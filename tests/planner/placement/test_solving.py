@@ -202,6 +202,38 @@ def test_the_bound_of_remote_nodes_holds_for_every_placement_of_a_small_layer():
     assert remote_bound(tokens, 6, 9, 3) <= remote_nodes(copied, routing.tokens)[1][0]
 
 
+def test_no_choice_of_copies_goes_below_the_bound_of_remote_nodes():
+    rng = np.random.default_rng(0)
+    for _ in range(15):
+        num_experts, top_k, num_nodes = (int(rng.integers(*ends)) for ends in ((4, 8), (1, 4), (2, 4)))
+        room = -(-(num_experts + 2) // num_nodes)
+        weights = rng.dirichlet(np.full(num_experts, 0.7)) + 1e-3
+        weights /= weights.sum()
+        tokens = np.array([rng.choice(num_experts, top_k, replace=False, p=weights) for _ in range(40)])
+        extra = rng.choice(num_experts, room * num_nodes - num_experts, p=weights)
+        slots = rng.permutation(np.concatenate([np.arange(num_experts), extra]))
+        held = [set(part.tolist()) for part in slots.reshape(num_nodes, room)]
+        least = np.mean([_fewest_nodes(set(t.tolist()), held, n) for t in tokens for n in range(num_nodes)])
+        assert remote_bound(tokens.astype(np.int16), num_experts, len(slots), num_nodes) <= least + 1e-12
+
+
+def test_the_bound_of_remote_nodes_with_copies_says_something():
+    tokens = (
+        np.random.default_rng(0).permuted(np.tile(np.arange(32), (4000, 1)), axis=1)[:, :4].astype(np.int16)
+    )
+    # Uniform: 10 of 32 experts hold 9 % of the pairs, so no more tokens stay on their node; of the load they hold 31 %.
+    assert 0.85 < remote_bound(tokens, 32, 40, 4) < 0.91
+
+
+def _fewest_nodes(experts: set[int], held: list[set[int]], own: int) -> int:
+    left, others = experts - held[own], [each for place, each in enumerate(held) if place != own]
+    return next(
+        count
+        for count in range(len(held))
+        if any(left <= set().union(*chosen) for chosen in itertools.combinations(others, count))
+    )
+
+
 def test_gaps_are_relative_and_never_negative():
     low = Certificate(quantity="load", value=1.1, bound=1.0, method="m")
     high = Certificate(quantity="kept", value=0.9, bound=1.0, method="m", is_maximum=True)

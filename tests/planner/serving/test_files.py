@@ -301,7 +301,9 @@ def test_a_written_plan_is_read_back(tmp_path_factory, cases, pools, engine, rou
     request = cases.request()
     plan = ServingPlan(engine=engine, router=router, pools=pools, precision="fp8", kv_precision="fp8")
     document = ServingPlanDocument(job=request.job, plan=plan, origin=request.origin)
-    text = serving_plan_text(document, {"load": 1.0}, {"calibration": {"id": "a"}}, ["vllm, default: everything"])
+    text = serving_plan_text(
+        document, {"load": 1.0}, {"calibration": {"id": "a"}}, ["vllm, default: everything"]
+    )
     path = tmp_path_factory.mktemp("plan") / "plan.yaml"
     path.write_text(text)
     assert is_serving_plan(path)

@@ -11,6 +11,7 @@ from meshwright.errors import SpecError
 from meshwright.planner.export.vllm import VllmExporter
 from meshwright.planner.serving.costs import JobCosts, pool_cluster
 from meshwright.planner.serving.deployment import transfer_link
+from meshwright.planner.serving.infeasible import infeasible_serving
 from meshwright.planner.serving.job_file import ServingFlags, read_serving_request
 from meshwright.planner.serving.pairing import best_pairs
 from meshwright.planner.serving.plan_file import ServingPlanDocument, read_serving_plan, serving_plan_text
@@ -110,6 +111,14 @@ def test_pools_are_placed_linked_and_priced_where_they_run():
     prefill = job.prefill_cluster.node
     assert watts["prompts"] == pytest.approx(prefill.power_watts / prefill.num_gpus * 9 / 11)
 
+    own = replace(PLAN, pools=(replace(PLAN.pools[0], gpu="h200-sxm-141"), PLAN.pools[1]))
+    price = 2 * 4.5 + 9 * job.cluster.gpu.price_dollars_per_hour
+    assert plan_dollars_per_million_tokens(job, own, 1000.0) == pytest.approx(price / 3.6)
+    # Beside its GPUs a node takes what it took.
+    gpu, old = job.cluster.gpu, job.prefill_cluster.gpu
+    more = plan_phase_watts(job, own, ((1.0, 0.0), (0.0, 1.0)))["prompts"] - watts["prompts"]
+    assert more == pytest.approx((gpu.power_watts - old.power_watts) * 9 / 11)
+
 
 def test_a_plan_on_two_clusters_is_written_read_served_and_exported(tmp_path):
     job = request_of().job
@@ -127,6 +136,52 @@ def test_a_plan_on_two_clusters_is_written_read_served_and_exported(tmp_path):
     path.write_text(path.read_text().replace("num_replicas: 9", "num_replicas: 17"))
     with pytest.raises(SpecError, match="its prefill pool needs 17 GPUs, but the cluster has 16"):
         read_serving_plan(path)
+
+
+def test_calibration_and_constants_of_both_kinds_are_named(tmp_path):
+    job = request_of(prefill_cluster="dgx-b200:2").job
+    costs = JobCosts(job)
+    identities = costs.calibration_identities(PLAN)
+    assert list(identities) == ["calibration", "prefill_calibration"]
+    assert "h200" in identities["calibration"]["id"]
+    assert "b200" in identities["prefill_calibration"]["id"]
+    prefill, decode = costs.calibration_notes(PLAN)
+    assert prefill.startswith("prefill pool: b200-sxm-180")
+    assert decode.startswith("decode pool: h200-sxm-141")
+    assert all(note.startswith(("prefill pool: ", "decode pool: ")) for note in costs.certainty_notes(PLAN))
+    path = tmp_path / "plan.yaml"
+    document = ServingPlanDocument(job=job, plan=PLAN)
+    path.write_text(serving_plan_text(document, {}, identities, costs.certainty_notes(PLAN)))
+    assert read_serving_plan(path).plan == PLAN
+    # On one cluster both pools have the same, said once.
+    alike = JobCosts(replace(job, prefill_cluster=None))
+    assert list(alike.calibration_identities(PLAN)) == ["calibration"]
+    assert len(alike.calibration_notes(PLAN)) == 1
+    assert not any("pool: " in note for note in alike.certainty_notes(PLAN))
+
+
+@pytest.mark.parametrize(
+    ("role", "says"),
+    [("decode", "2 nodes of cluster instead of 1"), ("prefill", "without constraint 'mode'")],
+)
+def test_a_side_on_which_nothing_fits_is_named(cases, fixed_load, role, says):
+    # vLLM cannot decode apart with a pipeline, which two nodes take.
+    request = request_of(engine="sglang", prefill_cluster="l40s-8:1")
+    request = replace(request, limits=replace(request.limits, allowed={"mode": ("disaggregated",)}))
+
+    class OneSide(RememberedSides):
+        """A replica of one role needs two nodes."""
+
+        def kv_cache_tokens(self, plan, pool):
+            return 0 if pool.role == role and pool.gpus_per_replica < 16 else 50_000
+
+    costs = OneSide(cases)
+    space = candidate_space(request, fixed_load, costs, 8)
+    assert space.options
+    assert space.is_empty
+    sizing = Sizing(objective="goodput_per_gpu", max_gpus=8, demand=1.0, mean_output=101.0)
+    error = infeasible_serving(request, fixed_load, sizing, space, costs)
+    assert says in str(error)
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,7 @@ def searched(cases, fixed_load, objective="goodput_per_gpu", demand=4.0, max_sim
     sizing = Sizing(objective=objective, max_gpus=8, demand=demand, mean_output=fixed_load.mean_output)
     units = rank_units(space, sizing, is_closed_loop=False)
     simulator = Shrunk(space, units, request)
-    outcome = search_units(
-        request, sizing, space, simulator, lambda *_: None, max_simulated=max_simulated
-    )
+    outcome = search_units(request, sizing, space, simulator, lambda *_: None, max_simulated=max_simulated)
     return sizing, len(units), simulator, outcome
 
 
@@ -171,7 +169,7 @@ def failed(cases, profile, tokens_per_gpu=50_000, demand=4.0, **flags):
     costs = cases.costs(tokens_per_gpu)
     space = candidate_space(request, profile, costs, 8)
     sizing = Sizing(objective="goodput_per_gpu", max_gpus=8, demand=demand, mean_output=profile.mean_output)
-    units = rank_units(space, sizing, is_closed_loop=False) if space.options else None
+    units = rank_units(space, sizing, is_closed_loop=False) if not space.is_empty else None
     assert units is None or not len(units)
     return infeasible_serving(request, profile, sizing, space, costs, units)
 
@@ -243,6 +241,20 @@ def test_a_measured_distribution_bounds_the_drafts_that_are_tried(cases, fixed_l
     asked = type(request)(job=request.job, limits=limits, acceptance=measured)
     with pytest.raises(SpecError, match="list 4 probabilities, or draft at most 2"):
         scheduler_choices(asked, fixed_load)
+
+
+def test_a_plan_states_the_distribution_of_its_own_draft(cases, fixed_load):
+    request = replace(cases.request(), acceptance=Acceptance(lengths=(0.3, 0.4, 0.3)))
+    space = candidate_space(request, fixed_load, cases.costs(), 8)
+    sizing = Sizing(objective="goodput_per_gpu", max_gpus=8, demand=1.0, mean_output=fixed_load.mean_output)
+    units = rank_units(space, sizing, is_closed_loop=False)
+    stated = {
+        pool.num_speculative_tokens: pool.acceptance_lengths
+        for row in units.rows()
+        for pool in unit_of_row(request, space, units, row).plan.pools
+        if pool.role != "prefill"
+    }
+    assert stated == {0: (), 1: pytest.approx((0.3, 0.7)), 2: (0.3, 0.4, 0.3)}
 
 
 def test_formats_the_device_lacks_are_refused(cases):

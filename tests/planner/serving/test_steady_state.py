@@ -20,13 +20,13 @@ from meshwright.planner.serving.steady_state import (
     prefill_steady_state,
     replica_steady_state,
 )
-from meshwright.planner.serving.step_times import interpolate
 from meshwright.planner.serving.unit_simulation import profile_of_requests
 from meshwright.simcore.domain.serving import LengthDistribution, ServingWorkload, Slo, SloLimit
 from meshwright.simcore.serving.behaviour import EngineBehaviour
 from meshwright.simcore.serving.metrics import summarize
 from meshwright.simcore.serving.requests import generate_requests
 from meshwright.simcore.serving.simulate import simulate
+from meshwright.simcore.serving.step_times import interpolate
 
 
 def state(table, profile, decodes, budget=2048.0, **changes):

@@ -89,7 +89,16 @@ def test_a_crash_ends_all_and_names_rank_operation_and_log(tmp_path):
 def test_of_several_crashes_the_killed_one_is_named(tmp_path):
     # The kernel's out-of-memory killer takes one rank, and its peers complain of a lost connection.
     killed = worker(tmp_path, 1, 'say("optimizer"); os.kill(os.getpid(), signal.SIGKILL)')
-    complains = worker(tmp_path, 0, 'say("send"); sys.exit(3)')
+    complains = worker(
+        tmp_path,
+        0,
+        """
+        say("send")
+        while not (folder / "rank1.now").exists():
+            time.sleep(0.01)
+        sys.exit(3)
+        """,
+    )
     with pytest.raises(ExecutionError, match=r"rank 1 was killed by SIGKILL in: optimizer"):
         supervise([killed, complains], tmp_path, patience=Patience(silence=5.0, goodbye=0.3))
 
@@ -178,8 +187,9 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path, number, expected):
         import sys
         from pathlib import Path
         from meshwright.profiler.executor.supervise import Patience, WorkerCommand, supervise
-        # A suite that runs in the background may have been started with Ctrl-C ignored.
+        # A suite that runs in the background may have been started with Ctrl-C and hang-ups ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         try:
             supervise({[stubborn, polite]!r}, Path({str(tmp_path)!r}), patience=Patience(goodbye=0.2))
         except KeyboardInterrupt:

@@ -90,10 +90,14 @@ def test_a_hopper_gpu_gets_the_points_the_budget_was_made_for() -> None:
     assert counts["peer_to_peer", "bf16"] == counts["host_to_device", "bf16"] == 12
 
 
-def test_the_host_time_of_a_launch_is_measured_where_kernels_run_beside_the_host() -> None:
-    name = "software.all.host_launch_latency"
-    assert name in {case.shape.get("name") for case in cases_of(H200, quick_settings())}
-    assert name not in {case.shape.get("name") for case in cases_of(CPU, quick_settings())}
+@pytest.mark.parametrize(
+    ("device", "name"), [(H200, "software.all.host_launch_latency"), (CPU, "launch.dispatch")]
+)
+def test_the_host_time_of_a_launch_is_a_constant_where_kernels_run_beside_the_host(
+    device: Device, name: str
+) -> None:
+    names = {case.shape.get("name") for case in cases_of(device, quick_settings())}
+    assert names & {"software.all.host_launch_latency", "launch.dispatch"} == {name}
 
 
 def test_a_lone_gpu_has_no_peer() -> None:

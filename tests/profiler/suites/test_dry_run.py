@@ -52,6 +52,7 @@ def test_a_profile_of_all_suites_measures_every_operator(tmp_path: Path, cpu: De
         assert (samples.seconds > 0.0).all()
     assert 0.3 < measured.constants["sustained_clock.bf16"].value < 3.0
     assert 1e-7 < measured.constants["launch.kernel"].value < 1e-3
+    assert 1e-7 < measured.constants["launch.dispatch"].value < 1e-3
     # Layers in the format of the other suites, so that the report can compare them.
     assert {(each.step, each.precision) for each in measured.layers} == {
         ("forward", "bf16"),

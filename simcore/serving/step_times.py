@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from meshwright.simcore.serving.step_table import StepTable
 
-__all__ = ["interpolate", "prefill_attention", "step_time"]
+__all__ = ["decode_step_time", "interpolate", "prefill_attention", "prompt_step_time", "step_time"]
 
 FloatArray = NDArray[np.float64]
 
@@ -75,6 +75,38 @@ def step_time(
     host = table.host_time + table.host_time_per_sequence * (num_decodes + chunk_sequences)
     host = np.where(is_graph, host, np.maximum(host, table.eager_host_time))
     return np.maximum(device, host) if table.is_host_hidden else device + host
+
+
+def decode_step_time(table: StepTable, num_sequences: float, context: float) -> float:
+    """Return the time of a step of decoding sequences of one context [tokens] alone [s]."""
+    none = np.zeros(1)
+    times = step_time(
+        table,
+        num_decodes=np.array([num_sequences]),
+        context=context,
+        variation=0.0,
+        tokens_per_decode=1.0,
+        chunk_tokens=none,
+        chunk_attention=none,
+        chunk_sequences=none,
+    )
+    return float(times[0])
+
+
+def prompt_step_time(table: StepTable, prompt: float, num_prompts: float = 1.0) -> float:
+    """Return the time of a step that computes whole prompts of one length [tokens] alone [s]."""
+    count = np.array([num_prompts])
+    times = step_time(
+        table,
+        num_decodes=np.zeros(1),
+        context=prompt,
+        variation=0.0,
+        tokens_per_decode=1.0,
+        chunk_tokens=count * prompt,
+        chunk_attention=count * prefill_attention(table, np.array([prompt])),
+        chunk_sequences=count,
+    )
+    return float(times[0])
 
 
 def _decode_attention(table: StepTable, num_decodes: FloatArray, context: float) -> FloatArray:
