@@ -36,10 +36,10 @@ __all__ = ["command"]
 )
 @click.option(
     "--max-token-drop",
-    type=click.FloatRange(0.0, 100.0),
+    type=click.FloatRange(0.0, 1.0, max_open=True),
     default=0.0,
     show_default=True,
-    help="For --choose: percent of the tokens that a capacity factor may drop.",
+    help="For --choose: share of the tokens that a capacity factor may drop.",
 )
 @click.option("--engine", default="sglang", show_default=True, help="Whose file to write.")
 @click.option(
@@ -160,7 +160,7 @@ def command(
             limits = ChoiceLimits(
                 ep=ep,
                 redundant_experts=redundant_experts,
-                max_token_drop=max_token_drop / 100.0,
+                max_token_drop=max_token_drop,
                 tokens_per_gpu=tokens_per_gpu,
             )
             choice = choose_layout(job, calibration, limits, progress)

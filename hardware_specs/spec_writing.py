@@ -37,6 +37,8 @@ def exact_quantity(value: float, kind: Kind) -> str:
     --------
     >>> exact_quantity(3.35e12, "bytes_per_second")
     '3.35 TB/s'
+    >>> exact_quantity(2e12, "bytes")
+    '2 TB'
     >>> exact_quantity(0.1 + 0.2, "seconds")
     '0.30000000000000004 s'
     """
@@ -46,6 +48,11 @@ def exact_quantity(value: float, kind: Kind) -> str:
             return text
     if kind == "fraction":
         raise ValueError("fractions have no exact unit; write a plain number")
+    # Data sheets state bytes in decimal units, in which they are whole numbers.
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if kind.startswith("bytes") else ():
+        text = f"{value / factor:.12g} {prefix}{_BASE_UNITS[kind]}"
+        if value >= factor and parse_quantity(text, kind) == value:
+            return text
     return f"{float(value)!r} {_BASE_UNITS[kind]}"
 
 
