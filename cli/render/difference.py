@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import PurePath
 
 from rich.table import Table
 
@@ -23,7 +24,7 @@ from meshwright.planner.explanation import Explanation
 from meshwright.planner.plan_file import PlanDocument, prediction_mapping
 from meshwright.units import Kind, format_quantity
 
-__all__ = ["difference_mapping", "fields_table", "print_difference"]
+__all__ = ["difference_mapping", "fields_table", "print_difference", "short_names"]
 
 # Quantities by a word in their key, the longer first.
 _KINDS: Mapping[str, Kind] = {
@@ -65,6 +66,7 @@ def print_difference(
     explained: tuple[Explanation, Explanation],
 ) -> None:
     """Print the fields that differ, then times, memory and figures side by side."""
+    names = short_names(names)
     console = stdout_console()
     first, second = explained
     found = field_differences(*documents)
@@ -81,6 +83,23 @@ def print_difference(
     console.print(f"Why: {speed_sentence(first, second)}", soft_wrap=True)
     for name, explanation in zip(names, explained, strict=True):
         console.print(f"{name}: {interval_sentence(explanation.prediction)}", soft_wrap=True)
+
+
+def short_names(names: tuple[str, str]) -> tuple[str, str]:
+    """Return paths without the folders that both begin with: as headings, long ones leave a table no room.
+
+    Examples
+    --------
+    >>> short_names(("runs/plans/1.yaml", "runs/plans/2.yaml"))
+    ('1.yaml', '2.yaml')
+    >>> short_names(("plans/1.yaml", "other.yaml"))
+    ('plans/1.yaml', 'other.yaml')
+    """
+    first, second = (PurePath(name).parts for name in names)
+    shared = 0
+    while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
+        shared += 1
+    return str(PurePath(*first[shared:])), str(PurePath(*second[shared:]))
 
 
 def fields_table(names: tuple[str, str], found: Sequence[FieldDifference]) -> Table:

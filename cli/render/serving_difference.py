@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from meshwright.cli.render.console import stdout_console
-from meshwright.cli.render.difference import fields_table
+from meshwright.cli.render.difference import fields_table, short_names
 from meshwright.cli.render.terms import byte_cells, difference_table
 from meshwright.planner.difference import TermDifference
 from meshwright.planner.serving.comparison import (
@@ -39,6 +39,7 @@ def serving_difference_mapping(
 
 def print_serving_difference(names: tuple[str, str], first: ServingRun, second: ServingRun) -> None:
     """Print the fields that differ, then latencies, memory and figures side by side."""
+    names = short_names(names)
     console = stdout_console()
     found = serving_field_differences(first.document, second.document)
     if found:
