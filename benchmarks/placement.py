@@ -9,6 +9,7 @@ Set OMP_NUM_THREADS=1 to keep linear algebra on one core.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -394,7 +395,9 @@ SECTIONS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     """Run the sections named, or all."""
-    for name in sys.argv[1:] or SECTIONS:
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("section", nargs="*", choices=[[], *SECTIONS], help=f"of {', '.join(SECTIONS)}")
+    for name in parser.parse_args().section or SECTIONS:
         SECTIONS[name]()
         print()
 
