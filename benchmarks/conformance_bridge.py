@@ -111,7 +111,7 @@ def asked(container: Callable[[TrainingJob], Any], module: str, job: TrainingJob
         config = container(job)
         names["apply_plan"](config)
         config.validate()
-    except Exception as error:
+    except Exception as error:  # whatever it raises is its verdict
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else ''}"
     return None

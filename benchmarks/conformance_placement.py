@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from meshwright.planner.placement.balance import balance_slots
 from meshwright.planner.placement.distinct import copies_apart
-from meshwright.planner.placement.engines import ENGINES, layer_table
+from meshwright.planner.placement.engines import ENGINES
 from meshwright.planner.placement.formats.tables import LayerTable
 from meshwright.planner.placement.job import moe_layer_indices
 from meshwright.planner.placement.spread import spread_slots
@@ -112,7 +112,13 @@ def cases(*, has_copies_apart: bool) -> Iterator[Case]:
                     placement = copies_apart(placement, np.resize(routing.loads, (len(layers), experts)))
                 yield Case(
                     f"{name}, {ranks} ranks, {extra} copies, {objective}",
-                    layer_table(model.num_layers, layers, experts, ranks, per_node),
+                    LayerTable(
+                        num_model_layers=model.num_layers,
+                        moe_layers=layers,
+                        num_experts=experts,
+                        num_ranks=ranks,
+                        ranks_per_node=per_node,
+                    ),
                     placement,
                 )
 

@@ -49,7 +49,7 @@ def winning_reason(result: SearchResult, objective: Objective = "throughput") ->
 
 def _value(ranked: RankedPlan, objective: Objective) -> float:
     """Return what the objective minimises: seconds, or GPU-seconds for cost and energy."""
-    return ranked.prediction.iteration_time * _weight(ranked, objective)
+    return ranked.seconds * _weight(ranked, objective)
 
 
 def _weight(ranked: RankedPlan, objective: Objective) -> float:
@@ -73,7 +73,7 @@ def _difference(winner: RankedPlan, rival: RankedPlan, objective: Objective) -> 
 
 
 def _parts(ranked: RankedPlan) -> dict[str, float]:
-    """Split the busiest stage's iteration into compute, exposed communication and waiting for others [s]."""
+    """Split the busiest stage's iteration into compute, exposed communication, waiting for others and contention [s]."""
     result = ranked.prediction.iteration
     stage = int(result.busy_time.argmax())
     idle = result.idle_time
@@ -81,4 +81,9 @@ def _parts(ranked: RankedPlan) -> dict[str, float]:
     waits = (idle.warm_up, idle.activation_wait, idle.gradient_wait, idle.cool_down, idle.optimizer_barrier)
     bubble = float(sum(wait[stage] for wait in waits))
     compute = result.iteration_time - communication - bubble - float(idle.fixed[stage])
-    return {"compute": compute, "exposed communication": communication, "pipeline bubble": bubble}
+    return {
+        "compute": compute,
+        "exposed communication": communication,
+        "pipeline bubble": bubble,
+        "contention": ranked.seconds - ranked.prediction.iteration_time,
+    }

@@ -62,6 +62,7 @@ def _entries(job: TrainingJob, ranked: Sequence[RankedPlan]) -> list[dict[str, o
         {
             "plan": _degrees(entry.plan),
             "prediction": prediction_mapping(entry.prediction),
+            **({} if entry.contended_time is None else {"contended_time_seconds": entry.contended_time}),
             **({"runs_on": stages_by_kind(job, entry.plan)} if job.cluster.is_mixed else {}),
         }
         for entry in ranked

@@ -36,6 +36,7 @@ _COLUMNS = (
     ("sharding", False),
     ("offload", False),
     ("iteration", True),
+    ("contended", True),
     ("tok/s/GPU", True),
     ("MFU", True),
     ("memory", True),
@@ -46,7 +47,7 @@ _COLUMNS = (
 
 
 # Columns that are shown only where some plan of the table makes use of them.
-_RARE_COLUMNS = ("cp", "ep", "layers", "offload")
+_RARE_COLUMNS = ("cp", "ep", "layers", "offload", "contended")
 _WORD_COLUMNS = ("cp", "offload", "recompute")
 _UNUSED = "-"
 
@@ -56,7 +57,8 @@ def ranked_table(
 ) -> Table:
     """Return the table of the best plans, best first; with the objective's own figure when it is not time.
 
-    Context and expert parallelism, uneven stages and offload have a column where a plan uses them. With
+    Context and expert parallelism, uneven stages and offload have a column where a plan uses them, and the time with
+    contention, by which plans are then ranked, where it was simulated. With
     ``folds_offload`` plans that differ from a better one in what they offload alone stand below the table.
     """
     figure = _OBJECTIVE_COLUMNS.get(objective)
@@ -67,7 +69,7 @@ def ranked_table(
     for place, entry in enumerate(ranked, start=1):
         if place in folded:
             continue
-        cells = (str(place), *plan_row(entry.plan, entry.prediction))
+        cells = (str(place), *plan_row(entry.plan, entry.prediction, entry.contended_time))
         rows.append(cells if figure is None else (*cells, _objective_cell(entry.prediction, objective)))
     shown = [
         index
@@ -105,7 +107,7 @@ def _offload_variants(ranked: Sequence[RankedPlan]) -> dict[int, list[int]]:
 
 
 def _variants_text(ranked: Sequence[RankedPlan], place: int, others: Sequence[int]) -> str:
-    best, last = (ranked[each - 1].prediction.iteration_time for each in (place, others[-1]))
+    best, last = ranked[place - 1].seconds, max(ranked[each - 1].seconds for each in others)
     names = ", ".join(str(each) for each in others)
     return f"{names}: plan {place} with other offload, up to {last / best - 1.0:.2%} slower"
 
@@ -117,8 +119,10 @@ def _objective_cell(prediction: Prediction, objective: Objective) -> str:
     return "no price" if dollars is None else f"{dollars:,.0f}"
 
 
-def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
-    """Return the cells of one plan, without its place."""
+def plan_row(
+    plan: ParallelPlan, prediction: Prediction, contended_time: float | None = None
+) -> tuple[str, ...]:
+    """Return the cells of one plan, without its place; its time with contention [s] where it is known."""
     result = prediction.iteration
     sharding = plan.sharding if plan.sharding_group is None else f"{plan.sharding}({plan.sharding_group})"
     tp = str(plan.tp)
@@ -142,6 +146,7 @@ def plan_row(plan: ParallelPlan, prediction: Prediction) -> tuple[str, ...]:
         sharding,
         offload_text(plan) or _UNUSED,
         f"{prediction.iteration_time:.4g} s",
+        _UNUSED if contended_time is None else f"{contended_time:.4g} s",
         f"{prediction.tokens_per_second_per_gpu:,.0f}",
         f"{prediction.mfu:.1%}",
         format_quantity(prediction.peak_memory_bytes, "bytes", 3),

@@ -245,6 +245,9 @@ class _Mapping:
         if left is None and len(found.ranked) >= _MOST_MAPPED:
             last = found.ranked[-1]
             left = self._value(last.plan, last.prediction.iteration_time)
+        if found.least_left is not None:
+            # What the search settled is who wins on the best hosts thinkable, not on those there are.
+            left = found.least_left if left is None else min(left, found.least_left)
         entries = self._ranked(entries)
         winner, mapped = entries[0]
         again = self._settled(self._map(winner.plan, 1.0))
@@ -258,7 +261,9 @@ class _Mapping:
             found,
             ranked=placed,
             rival=None if rival is None else self._entry(rival[0], self._settled(rival[1])),
-            is_certified=found.is_certified and (left is None or value <= left),
+            is_certified=found.is_certified
+            and found.least_left is not None
+            and (left is None or value <= left),
             notes=(*found.notes, _note(best, winner.prediction.iteration_time, value, left)),
             front=self._front(found),
         )
@@ -298,7 +303,7 @@ class _Mapping:
 
     def _entry(self, ranked: RankedPlan, mapped: MappedPlan) -> RankedPlan:
         prediction = predict(self.request.context, mapped.plan, self.request.flops)
-        return replace(ranked, plan=mapped.plan, prediction=prediction)
+        return replace(ranked, plan=mapped.plan, prediction=prediction, contended_time=mapped.contended)
 
     def _front(self, found: SearchResult) -> tuple[RankedPlan, ...]:
         """Return the plans of the front that still stand on it on their hosts, fastest first."""
@@ -310,8 +315,8 @@ class _Mapping:
         values = np.array(
             [
                 (
-                    each.prediction.iteration_time,
-                    each.prediction.iteration_time * each.plan.num_gpus,
+                    each.seconds,
+                    each.seconds * each.plan.num_gpus,
                     each.prediction.peak_memory_bytes,
                 )
                 for each in entries

@@ -16,7 +16,7 @@ from meshwright.planner.placement.formats.vllm import write_vllm
 from meshwright.planner.placement.request import Dispatch
 from meshwright.simcore.domain.expert_placement import ExpertPlacement
 
-__all__ = ["ENGINES", "Engine", "layer_table", "placement_bundle", "read_placement"]
+__all__ = ["ENGINES", "Engine", "placement_bundle", "read_placement"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,19 +112,6 @@ ENGINES: dict[str, Engine] = {
         note="context-coherent dispatch keeps the context of all requests on every rank",
     ),
 }
-
-
-def layer_table(
-    num_model_layers: int, moe_layers: tuple[int, ...], num_experts: int, num_ranks: int, ranks_per_node: int
-) -> LayerTable:
-    """Return the table the formats need."""
-    return LayerTable(
-        num_model_layers=num_model_layers,
-        moe_layers=moe_layers,
-        num_experts=num_experts,
-        num_ranks=num_ranks,
-        ranks_per_node=ranks_per_node,
-    )
 
 
 def placement_bundle(

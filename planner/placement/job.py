@@ -10,7 +10,7 @@ from typing import cast
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.catalog import resolve_cluster
 from meshwright.hardware_specs.specs import ClusterSpec
-from meshwright.planner.placement.engines import ENGINES, Engine, layer_table, read_placement
+from meshwright.planner.placement.engines import ENGINES, Engine, read_placement
 from meshwright.planner.placement.formats.tables import LayerTable
 from meshwright.planner.placement.request import (
     DISPATCHES,
@@ -103,7 +103,13 @@ def read_placement_job(flags: PlacementFlags) -> PlacementJob:
     _check_slots(moe.num_experts, redundant, num_ranks)
     layers = moe_layer_indices(model)
     current = None
-    table = layer_table(model.num_layers, layers, moe.num_experts, num_ranks, ranks_per_node)
+    table = LayerTable(
+        num_model_layers=model.num_layers,
+        moe_layers=layers,
+        num_experts=moe.num_experts,
+        num_ranks=num_ranks,
+        ranks_per_node=ranks_per_node,
+    )
     if flags.current is not None:
         current = read_placement(_read_text(flags.current), table, str(flags.current))
     routing = _routing(flags, model, layers)

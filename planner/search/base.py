@@ -72,11 +72,29 @@ class SearchRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RankedPlan:
-    """A plan with its prediction, and the closed-form bound that brought it here [s]."""
+    """A plan that was found.
+
+    Parameters
+    ----------
+    plan : ParallelPlan
+        The plan.
+    prediction : Prediction
+        Of the plan, without contention.
+    bound : float
+        The closed-form bound that brought it here [s].
+    contended_time : float | None
+        Iteration time once its communications share the links of the fabric; None where that was not simulated [s].
+    """
 
     plan: ParallelPlan
     prediction: Prediction
     bound: float
+    contended_time: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Iteration time by which the plan is ranked: with contention where it was simulated [s]."""
+        return self.prediction.iteration_time if self.contended_time is None else self.contended_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +138,9 @@ class SearchResult:
     front : tuple[RankedPlan, ...]
         Simulated plans that none beats in iteration time, dollars and memory at once, fastest first; empty where
         they were not asked for.
+    least_left : float | None
+        Least that the objective of a plan that was not simulated may be: seconds, or GPU-seconds for cost and energy;
+        None where the search knows only whether it is above the winner's.
     """
 
     ranked: tuple[RankedPlan, ...]
@@ -132,6 +153,7 @@ class SearchResult:
     notes: tuple[str, ...] = ()
     cut: SearchCut | None = None
     front: tuple[RankedPlan, ...] = ()
+    least_left: float | None = None
 
 
 class Search(Protocol):

@@ -187,6 +187,7 @@ class _Run:
             num_simulated=len(found),
             rejections=simulation.rejections,
             is_certified=bool(winner.value <= self._least_left),
+            least_left=float(self._least_left),
             notes=() if cut is None else (self._note(cut),),
             cut=cut,
             front=tuple(self._entry(entry) for entry in front),

@@ -16,7 +16,7 @@ from meshwright.hardware_specs.topology import ClusterTopology, IslandSpec, Link
 from meshwright.planner.export import EXPORTERS
 from meshwright.planner.mapping.plan_mapping import has_choice, map_plan, rank_orders, search_mapped
 from meshwright.planner.search import SEARCHES, SearchRequest
-from meshwright.planner.search.base import SearchResult
+from meshwright.planner.search.base import Progress, Search, SearchResult
 from meshwright.planner.space import SearchLimits
 from meshwright.simcore.domain.device_mapping import RANK_ORDERS
 from meshwright.simcore.domain.job import TrainingJob
@@ -152,6 +152,7 @@ def test_hosts_that_contention_makes_slower_than_their_own_order_are_not_chosen(
     for each, seconds in zip(found.ranked, times, strict=True):
         assert seconds <= contended(replace(each.plan, device_mapping=None))
         assert each.prediction.iteration_time <= seconds
+    assert [each.contended_time for each in found.ranked] == times
     assert f"{times[0]:.4g} s with contention, by which plans are ranked" in found.notes[-1]
     # The bound holds for the time without contention, and so for that with it.
     assert found.ranked[0].bound <= found.ranked[0].prediction.iteration_time
@@ -264,7 +265,22 @@ def test_gpu_links_must_be_a_square_of_positive_numbers() -> None:
         replace(cluster, topology=bridged_pairs())
 
 
-def searched(bandwidth: np.ndarray, order: list[int]) -> SearchResult:
+class Settled:
+    """The exhaustive search as if it had stopped with its winner settled, and plans left from some time on."""
+
+    name = "settled"
+
+    def __init__(self, least_left: float | None) -> None:
+        self.least_left = least_left
+
+    def run(self, request: SearchRequest, progress: Progress) -> SearchResult:
+        found = SEARCHES["exhaustive"].run(request, progress)
+        return replace(found, is_certified=True, least_left=self.least_left)
+
+
+def searched(
+    bandwidth: np.ndarray, order: list[int], search: Search = SEARCHES["exhaustive"]
+) -> SearchResult:
     """Return the best plans on hosts that are listed in some order, over a small space."""
     links = bandwidth[np.ix_(order, order)]
     topology = ClusterTopology(matrix=LinkMatrix(bandwidth=links, latency=np.full_like(links, 5e-6)))
@@ -285,7 +301,7 @@ def searched(bandwidth: np.ndarray, order: list[int]) -> SearchResult:
     request = SearchRequest(
         job=job_of(context), context=context, limits=SearchLimits(allowed=allowed), num_plans=3
     )
-    return search_mapped(SEARCHES["exhaustive"], request, lambda *_: None, effort=1e-2)
+    return search_mapped(search, request, lambda *_: None, effort=1e-2)
 
 
 def test_the_answer_does_not_depend_on_the_order_in_which_hosts_are_listed() -> None:
@@ -300,3 +316,19 @@ def test_the_answer_does_not_depend_on_the_order_in_which_hosts_are_listed() -> 
     assert all("as mapped" in each.notes[-1] for each in found)
     for each in found:
         assert each.ranked[0].bound <= each.ranked[0].prediction.iteration_time * (1.0 + 1e-9)
+
+
+def test_a_winner_of_the_best_hosts_thinkable_is_no_winner_of_those_there_are() -> None:
+    # The search settled its winner at the least any hosts allow; on these it is slower than what is left may be.
+    bandwidth = np.random.default_rng(4).uniform(1e9, 4e9, (4, 4))
+    order = [0, 1, 2, 3]
+    plain = searched(bandwidth, order)
+    seconds = plain.ranked[0].seconds
+    certain = searched(bandwidth, order, Settled(2.0 * seconds))
+    doubtful = searched(bandwidth, order, Settled(0.75 * seconds))
+    assert certain.ranked[0].seconds == doubtful.ranked[0].seconds == seconds
+    assert not doubtful.is_certified
+    assert "a plan that was not mapped may be up to 25.0% better" in doubtful.notes[-1]
+    assert certain.is_certified == plain.is_certified
+    # A search that knows only of its own winner certifies nothing about other hosts.
+    assert not searched(bandwidth, order, Settled(None)).is_certified

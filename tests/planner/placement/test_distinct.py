@@ -8,12 +8,12 @@ import pytest
 from meshwright.errors import ExportError
 from meshwright.planner.placement.balance import balance_slots
 from meshwright.planner.placement.distinct import copies_apart
-from meshwright.planner.placement.engines import layer_table
 from meshwright.planner.placement.evaluation import imbalance, rank_loads
 from meshwright.planner.placement.formats.ascend import read_ascend, write_ascend
+from meshwright.planner.placement.formats.tables import LayerTable
 from meshwright.simcore.domain.expert_placement import ExpertPlacement
 
-TABLE = layer_table(2, (0, 1), 4, 2, 2)
+TABLE = LayerTable(num_model_layers=2, moe_layers=(0, 1), num_experts=4, num_ranks=2, ranks_per_node=2)
 
 
 def doubled():

@@ -11,7 +11,8 @@ import yaml
 from meshwright.errors import ExportError, SpecError
 from meshwright.planner.placement.checkpoint import permute_checkpoint, permutes_groups
 from meshwright.planner.placement.distinct import copies_apart
-from meshwright.planner.placement.engines import ENGINES, layer_table, placement_bundle, read_placement
+from meshwright.planner.placement.engines import ENGINES, placement_bundle, read_placement
+from meshwright.planner.placement.formats.tables import LayerTable
 from meshwright.planner.placement.formats.vllm import read_vllm_redundant_experts
 from meshwright.planner.placement.safetensors_bytes import (
     RawTensor,
@@ -21,7 +22,7 @@ from meshwright.planner.placement.safetensors_bytes import (
 )
 from meshwright.simcore.domain.expert_placement import ExpertPlacement
 
-TABLE = layer_table(5, (2, 3, 4), 8, 4, 2)
+TABLE = LayerTable(num_model_layers=5, moe_layers=(2, 3, 4), num_experts=8, num_ranks=4, ranks_per_node=2)
 
 
 def placement_of(num_slots=12, seed=0):
