@@ -10,7 +10,7 @@ from meshwright.simcore.domain.plan import ParallelPlan
 
 
 def entry(plan: ParallelPlan, seconds: float) -> SimpleNamespace:
-    return SimpleNamespace(plan=plan, prediction=SimpleNamespace(iteration_time=seconds))
+    return SimpleNamespace(plan=plan, seconds=seconds)
 
 
 def test_variants_stand_with_the_best_plan_of_their_kind() -> None:
