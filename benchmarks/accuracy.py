@@ -2,7 +2,8 @@
 
     python benchmarks/accuracy.py [--skip-held-out]
 
-In turn: errors, order and intervals by source; the targets, each PASS or MISS; speed-ups of one schedule over another
+In turn: errors, order and intervals by source; the targets, each PASS or MISS; sources whose rows the columns do not
+tell apart, with the least error that leaves; speed-ups of one schedule over another
 as measured and as predicted, on the vocabulary-parallel and the zero-bubble table; each A100 source predicted with no
 constant that was fitted to it (a minute or two). Run from an environment that has Meshwright.
 """
@@ -24,6 +25,8 @@ from meshwright.profiler.validation import ScoredRun, score_run, score_runs, sum
 TRUSTED = POOLS[-1]
 # Sources of fewer rows have no median worth a target.
 MIN_ROWS = 5
+# Columns that say nothing of a run that could be predicted from.
+UNPREDICTED = ("id", "measured", "measured_seconds", "measured_memory_gib", "memory_kind", "notes", "quality")
 # Part of a source's text, and its name here and in the README.
 LABELS = {
     "Korthikanti": "Korthikanti et al. 2022",
@@ -68,6 +71,7 @@ def main() -> None:
     sources = by_source(scored)
     print_sources(sources)
     print_targets(scored, sources)
+    print_floor(scored)
     print_vocabulary(scored)
     print_zero_bubble(runs)
     if not options.skip_held_out:
@@ -149,9 +153,55 @@ def print_targets(scored: Sequence[ScoredRun], sources: Sequence[Accuracy]) -> N
             targets.append(
                 Target(name=f"regret, {each.name}", value=each.ranking.max_regret, most=0.03, note=note)
             )
+    targets += memory_targets(scored)
     print(f"\n  {'target':<44}{'today':>8}{'at most':>9}")
     for target in targets:
         print(target.line())
+
+
+def memory_targets(scored: Sequence[ScoredRun]) -> list[Target]:
+    """Return the errors of peak memory: medians of the tables of schedules, worst rows under FSDP."""
+    targets = []
+    for source, name in (("vocab", "Vocabulary Parallelism"), ("zb", "Zero Bubble")):
+        rows = [row for row in scored if prefix(row) == source and row.run.quality in TRUSTED]
+        median = summarise(name, rows, "memory").median
+        targets.append(Target(name=f"memory median, {name}", value=median, most=0.03))
+    for model, most in (("8B", 0.06), ("405B", 0.08)):
+        errors = [
+            abs(row.memory_error)
+            for row in scored
+            if prefix(row) == "tt" and row.run.cell("model").endswith(model) and row.memory_error is not None
+        ]
+        worst = max(errors, default=None)
+        targets.append(Target(name=f"memory worst row, torchtitan {model}", value=worst, most=most))
+    return targets
+
+
+def print_floor(scored: Sequence[ScoredRun]) -> None:
+    """Print what no prediction can beat where rows differ in nothing but what was measured."""
+    print("\nRows that no column tells apart: the least mean error of any prediction from the columns")
+    by_name: dict[str, dict[tuple[str, ...], list[ScoredRun]]] = {}
+    for row in scored:
+        if row.run.quality in TRUSTED and row.time_error is not None:
+            by_name.setdefault(label(row.run.source), {}).setdefault(described(row), []).append(row)
+    for name, plans in by_name.items():
+        alike = [[times(row)[0] for row in rows] for rows in plans.values() if len(rows) > 1]
+        if not alike:
+            continue
+        # The error is linear between the measured times of a plan, so one of them is the best prediction.
+        least = sum(min(sum(abs(guess / time - 1.0) for time in plan) for guess in plan) for plan in alike)
+        worst = max(max(plan) / min(plan) for plan in alike)
+        num_rows = sum(len(rows) for rows in plans.values())
+        print(
+            f"  {name:<27}{sum(map(len, alike)):>4} of {num_rows} rows, up to {worst:.2f} times apart: "
+            f"mean error >= {least / num_rows:.1%}"
+        )
+
+
+def described(row: ScoredRun) -> tuple[str, ...]:
+    """Return all that a row says of its run: the same for runs that no prediction tells apart."""
+    cells = row.run.cells
+    return tuple(cells[column] for column in sorted(cells) if column not in UNPREDICTED)
 
 
 def print_vocabulary(scored: Sequence[ScoredRun]) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.costmodels.context import CostContext
+from meshwright.costmodels.layers.cases import CASE_FIELDS
 from meshwright.costmodels.micro_batch import (
+    LayerCost,
     MicroBatchTimes,
     layers_backward,
     layers_forward,
@@ -24,6 +26,7 @@ from meshwright.costmodels.parallelism.vocab import vocab_parallel_time
 from meshwright.costmodels.parameters import RankParameters
 from meshwright.costmodels.plan_columns import (
     ALL_LAYERS,
+    LAYER_FIELDS,
     FloatColumn,
     IntColumn,
     Offloads,
@@ -31,6 +34,7 @@ from meshwright.costmodels.plan_columns import (
     Recomputes,
     Schedules,
     Shardings,
+    Spread,
     VocabParallels,
 )
 from meshwright.costmodels.stage import (
@@ -44,28 +48,44 @@ from meshwright.costmodels.stage import (
 __all__ = ["iteration_time_bound", "schedule_time_bound"]
 
 
+# What one micro-batch costs depends on nothing else.
+_MICRO_BATCH_FIELDS = (
+    *CASE_FIELDS,
+    *("dp", "pp", "recompute", "recompute_modules", "recomputes_all_layers"),
+    *("per_batch_sharding", "per_batch_group", "secondary_group", "parameter_offload", "activation_offload"),
+)
+# What the stages run depends on nothing else.
+_PATH_FIELDS = (
+    *_MICRO_BATCH_FIELDS,
+    *("vpp", "schedule", "vocab_parallel", "num_micro_batches", "recompute_layers", *LAYER_FIELDS),
+)
+_SYNC_FIELDS = (
+    *("tp", "cp", "pp", "dp", "ep", "etp", "layers_first", "chunk_first", "schedule"),
+    *("sharding", "sharding_group"),
+)
+_STEP_FIELDS = (*_SYNC_FIELDS, "optimizer_offload", "offload_share", "parameter_offload")
+
+
 def iteration_time_bound(context: CostContext, columns: PlanColumns) -> FloatColumn:
     """Return a lower bound of the iteration time of many plans at once [s].
 
     Shape ``(num_plans,)``. Exact for equal stages and blocking or absent sends; never above the simulated
     time (tested), so a search may discard what it puts behind the best simulated plan.
+
+    Plans that share what their stages run differ in a few sums: each part is worked out once for all plans that agree
+    in what it depends on. Columns may be an open mesh.
     """
-    paths = _paths(context, columns)
-    rows, inverse = columns.distinct(
-        *("tp", "cp", "pp", "vpp", "dp", "ep", "etp"),
-        *("sharding", "sharding_group", "layers_first", "chunk_first"),
-        *("schedule", "optimizer_offload", "offload_share", "parameter_offload"),
-    )
-    # Chunks behind the first count as nothing where leading dense layers, of other size, may be among them.
-    may_be_dense = leading_dense_layers(context) > rows.chunk_first
-    parameters = first_stage_parameters(
-        context, rows, np.where(may_be_dense, rows.chunk_first, rows.layers_first)
-    )
+    rows, inverse = columns.distinct(*_STEP_FIELDS)
+    parameters = _first_stage_parameters(context, rows)
     fixed = fixed_time(context, rows)
     # Enough for any copy to hide in where gradients leave the device: a bound may not count on less.
     step = (optimizer_time(context, rows, parameters, np.full(len(rows), np.inf)) + fixed)[inverse]
-    tail = _exposed_sync_time(context, rows, inverse, parameters, paths) + step
-    return _longest(columns, paths, tail, step, fixed[inverse])
+    few, spread = columns.thinned(*_PATH_FIELDS)
+    paths = _paths(context, few)
+    own, others = spread(paths.own), spread(paths.others)
+    reduce, gather = (times[inverse] for times in _sync_times(context, rows))
+    exposed = _exposed_sync_time(context, reduce, gather, spread(paths.window_in), spread(paths.window_out))
+    return _longest(columns, own, others, exposed + step, step, fixed[inverse])
 
 
 def schedule_time_bound(context: CostContext, columns: PlanColumns) -> FloatColumn:
@@ -86,72 +106,47 @@ def schedule_time_bound(context: CostContext, columns: PlanColumns) -> FloatColu
         parameter_offload=nothing + Offloads.NONE,
         activation_offload=nothing.astype(np.bool_),
     )
-    zero = np.zeros(len(columns))
-    return _longest(plain, _paths(context, plain), zero, zero, zero)
+    paths, zero = _paths(context, plain), np.zeros(len(columns))
+    return _longest(plain, paths.own, paths.others, zero, zero, zero)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Paths:
-    """What the first, the fullest inner and the last stage run, and what is before and behind; arrays of one shape [s].
+    """What stages run, and what is before and behind, but for what comes once per iteration; arrays of one shape [s].
 
     Parameters
     ----------
-    first, middle, last, alone : FloatColumn
-        Work of one micro-batch; ``alone`` is that of a single stage.
-    ramp_middle, ramp_last : FloatColumn
-        Until the stage can start, and from its end to that of the first stage.
+    own : FloatColumn
+        All of the first stage's work; behind it comes all the first stage does once.
+    others : FloatColumn
+        The longest path through another stage, minus infinity where there is none.
     window_in, window_out : FloatColumn
         First forward and last backward of the first stage, beside which it gathers and reduces.
-    bent : _BentStages | None
-        Of schedules that put both ends of the model on the first stage; None where there are none.
     """
 
-    first: FloatColumn
-    middle: FloatColumn
-    last: FloatColumn
-    alone: FloatColumn
-    ramp_middle: FloatColumn
-    ramp_last: FloatColumn
+    own: FloatColumn
+    others: FloatColumn
     window_in: FloatColumn
     window_out: FloatColumn
-    bent: _BentStages | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _BentStages:
-    """Work of one micro-batch on first, fullest inner and last stage, and how long until the latter two can start [s]."""
-
-    first: FloatColumn
-    middle: FloatColumn
-    last: FloatColumn
-    start_middle: FloatColumn
-    start_last: FloatColumn
 
 
 def _longest(
-    columns: PlanColumns, paths: _Paths, tail: FloatColumn, step: FloatColumn, fixed: FloatColumn
+    columns: PlanColumns,
+    own: FloatColumn,
+    others: FloatColumn,
+    tail: FloatColumn,
+    step: FloatColumn,
+    fixed: FloatColumn,
 ) -> FloatColumn:
-    """Return the longest path of each plan [s].
+    """Return the longest path of each plan, ``own`` and ``others`` being those of :class:`_Paths` [s].
 
     ``tail`` is what the first stage adds once, ``step`` its part without synchronisation, ``fixed`` what every path adds.
     """
-    batches = columns.num_micro_batches.astype(np.float64)
     # Every path but a zero-bubble stage's own ends at the first stage, with its reduction and optimizer.
-    last_tail = np.where(columns.schedule > Schedules.INTERLEAVED, fixed, tail)
-    bound = np.maximum(batches * paths.first + tail, paths.ramp_last + batches * paths.last + last_tail)
-    through_middle = paths.ramp_middle + batches * paths.middle + last_tail
-    bound = np.where(columns.pp > 2, np.maximum(bound, through_middle), bound)
-    bound = np.where(columns.pp > 1, bound, batches * paths.alone + tail)
-    bent = paths.bent
-    if bent is None:
-        return bound
-    # DualPipe gives each of its two chunks half of the micro-batches.
-    passes = np.where(columns.schedule == Schedules.DUALPIPE, 0.5, 1.0) * batches
-    longest = np.maximum(
-        passes * bent.first + step,
-        np.maximum(bent.start_middle + passes * bent.middle, bent.start_last + passes * bent.last) + fixed,
-    )
-    return np.where(_is_bent(columns), longest, bound)
+    behind_own = np.where(_is_bent(columns), step, tail)
+    behind_others = np.where(columns.schedule > Schedules.INTERLEAVED, fixed, tail)
+    longest: FloatColumn = np.maximum(own + behind_own, others + behind_others)
+    return longest
 
 
 def _is_bent(columns: PlanColumns) -> NDArray[np.bool_]:
@@ -161,8 +156,10 @@ def _is_bent(columns: PlanColumns) -> NDArray[np.bool_]:
 
 
 def _paths(context: CostContext, columns: PlanColumns) -> _Paths:
-    times = micro_batch_times(context, columns)
+    few, spread = columns.thinned(*_MICRO_BATCH_FIELDS)
+    times = _spread_times(micro_batch_times(context, few), spread)
     vpp = columns.vpp.astype(np.float64)
+    batches = columns.num_micro_batches.astype(np.float64)
     send = _bound_send_time(context, columns)
     blocks = blocks_on_send(context, columns.vpp)
     blocking = np.where(blocks, send * vpp, 0.0)
@@ -171,7 +168,8 @@ def _paths(context: CostContext, columns: PlanColumns) -> _Paths:
     first_forward, first_backward = work.of(columns.layers_first, is_first=True)
     middle_forward, middle_backward = work.of(columns.layers_middle)
     last_forward, last_backward = work.of(columns.layers_last, is_last=True)
-    alone_forward, alone_backward = work.of(columns.layers_first, is_first=True, is_last=True)
+    head_forward, head_backward = work.head()
+    alone_forward, alone_backward = first_forward + head_forward, first_backward + head_backward
     # Interleaved stages send at every chunk but the wrap-around of the model's ends.
     wrap = np.maximum(blocking - send, 0.0)
     # A zero-bubble stage may end with weight gradients while the stages before it drain: no way out counted.
@@ -182,7 +180,7 @@ def _paths(context: CostContext, columns: PlanColumns) -> _Paths:
     counted = np.where(blocks, send, 0.0)
     cheapest = work.cheapest.layer
     # Of stages in between that recompute a part of their layers, the recomputed ones are not counted.
-    recompute = np.where(columns.recompute_layers >= ALL_LAYERS, cheapest.recompute, 0.0)
+    recompute = np.where(columns.recomputes_all_layers, cheapest.recompute, 0.0)
     through = cheapest.forward + np.where(is_split, 0.0, cheapest.backward + recompute)
     sends_through = np.where(is_split, 1.0, 2.0) * send
     ramp_first = ramp_in + np.where(is_split, 0.0, ramp_out - counted)
@@ -195,34 +193,60 @@ def _paths(context: CostContext, columns: PlanColumns) -> _Paths:
         on_the_way(columns.chunk_before, columns.middle_latest),
         on_the_way(columns.chunk_between, columns.pp - 1),
     )
+    first = first_forward + first_backward + blocking + wrap
+    middle = middle_forward + middle_backward + 2.0 * blocking
+    last = last_forward + last_backward + blocking + wrap
+    has_stages = columns.pp > 1
+    own = batches * np.where(has_stages, first, alone_forward + alone_backward)
+    through_last = ramp_first + to_last + batches * last
+    through_middle = ramp_first + to_middle + batches * middle
+    others = np.where(columns.pp > 2, np.maximum(through_last, through_middle), through_last)
+    others = np.where(has_stages, others, -np.inf)
     is_bent = _is_bent(columns)
-    bent = None
     if is_bent.any():
         turn_forward, turn_backward = work.of(columns.layers_last)
         first = work.unhidden(alone_forward + alone_backward, columns.layers_first)
-        # With DualPipe micro-batches enter at both ends, and the last stage mirrors the first.
-        is_mirror = columns.schedule == Schedules.DUALPIPE
         turn = work.unhidden(turn_forward + turn_backward, columns.layers_last)
         inner = work.unhidden(middle_forward + middle_backward, columns.layers_middle)
-        bent = _BentStages(
-            first=first,
-            middle=np.where(columns.pp > 2, inner, 0.0),
-            last=np.where(is_mirror, first, turn),
-            start_middle=np.where(is_mirror | (columns.pp < 3), 0.0, ramp_in + to_middle),
-            start_last=np.where(is_mirror, 0.0, ramp_in + to_last),
-        )
-    has_stages = columns.pp > 1
+        # With DualPipe micro-batches enter at both ends, half of them each, and the last stage mirrors the first.
+        is_mirror = columns.schedule == Schedules.DUALPIPE
+        passes = np.where(is_mirror, 0.5, 1.0) * batches
+        start_middle = np.where(is_mirror, 0.0, ramp_in + to_middle)
+        through_turn = np.where(is_mirror, passes * first, ramp_in + to_last + passes * turn)
+        through_inner = np.where(columns.pp > 2, start_middle + passes * inner, 0.0)
+        own = np.where(is_bent, passes * first, own)
+        others = np.where(is_bent, np.maximum(through_inner, through_turn), others)
     return _Paths(
-        first=first_forward + first_backward + blocking + wrap,
-        middle=middle_forward + middle_backward + 2.0 * blocking,
-        last=last_forward + last_backward + blocking + wrap,
-        alone=alone_forward + alone_backward,
-        ramp_middle=ramp_first + to_middle,
-        ramp_last=ramp_first + to_last,
+        own=own,
+        others=others,
         # A blocking send is part of the operation the gather may run beside.
         window_in=np.where(has_stages, ramp_in - send + counted, alone_forward),
         window_out=np.where(has_stages, ramp_out - send, alone_backward),
-        bent=bent,
+    )
+
+
+def _spread_times(times: MicroBatchTimes, spread: Spread) -> MicroBatchTimes:
+    """Return the times of fewer plans as those of all."""
+
+    def layer(cost: LayerCost) -> LayerCost:
+        return replace(
+            cost,
+            forward=spread(cost.forward),
+            backward=spread(cost.backward),
+            recompute=spread(cost.recompute),
+            forward_axes={"ep": spread(cost.forward_axes["ep"])},
+            backward_axes={"ep": spread(cost.backward_axes["ep"])},
+        )
+
+    experts = layer(times.layer)
+    return replace(
+        times,
+        layer=experts,
+        dense_layer=experts if times.dense_layer is times.layer else layer(times.dense_layer),
+        embedding_forward=spread(times.embedding_forward),
+        embedding_backward=spread(times.embedding_backward),
+        head_forward=spread(times.head_forward),
+        head_backward=spread(times.head_backward),
     )
 
 
@@ -257,9 +281,17 @@ class _StageWork:
             forward = forward + np.where(self.has_ends, times.embedding_forward, 0.0)
             backward = backward + np.where(self.has_ends, times.embedding_backward, 0.0)
         if is_last:
-            forward = forward + np.where(self.has_ends, times.head_forward, 0.0)
-            backward = backward + np.where(self.has_ends, times.head_backward, 0.0)
+            head_forward, head_backward = self.head()
+            forward, backward = forward + head_forward, backward + head_backward
         return forward, backward
+
+    def head(self) -> tuple[FloatColumn, FloatColumn]:
+        """Return forward and backward of the LM head where it is in one place [s]."""
+        times = self.times
+        return (
+            np.where(self.has_ends, times.head_forward, 0.0),
+            np.where(self.has_ends, times.head_backward, 0.0),
+        )
 
     def first_chunk(self) -> tuple[FloatColumn, FloatColumn]:
         """Return forward and backward of the model's first virtual stage [s]."""
@@ -332,34 +364,39 @@ def _bound_send_time(context: CostContext, columns: PlanColumns) -> FloatColumn:
     return stage_send_time(context, rows, context.ranks.least_hops(rows))[inverse]
 
 
+def _first_stage_parameters(context: CostContext, rows: PlanColumns) -> RankParameters:
+    """Return the parameters of the first stage, of which nothing is counted that may be another kind of layer."""
+    # Chunks behind the first count as nothing where leading dense layers, of other size, may be among them.
+    may_be_dense = leading_dense_layers(context) > rows.chunk_first
+    return first_stage_parameters(context, rows, np.where(may_be_dense, rows.chunk_first, rows.layers_first))
+
+
+def _sync_times(context: CostContext, columns: PlanColumns) -> tuple[FloatColumn, FloatColumn]:
+    """Return the first stage's reduction and gather, of which some may be exposed [s]."""
+    rows, inverse = columns.distinct(*_SYNC_FIELDS)
+    # Without overlap a stage waits for all its chunks; with it only the first chunk's must be exposed.
+    whole = _first_stage_parameters(context, rows)
+    chunk = first_stage_parameters(context, rows, rows.chunk_first)
+    reduces, gathers = (chunk if overlap else whole for overlap in overlaps(context))
+    times = sync_times(context, rows, reduces)
+    gather = (times if gathers is reduces else sync_times(context, rows, gathers)).parameter_gather
+    return times.gradient_reduce[inverse], gather[inverse]
+
+
 def _exposed_sync_time(
     context: CostContext,
-    rows: PlanColumns,
-    inverse: IntColumn,
-    parameters: RankParameters,
-    paths: _Paths,
+    reduce: FloatColumn,
+    gather: FloatColumn,
+    window_in: FloatColumn,
+    window_out: FloatColumn,
 ) -> FloatColumn:
     """Return what the first stage's reduction and gather expose [s].
 
-    Of the overlapped shares, what exceeds the first forward or the last backward of the first chunk is exposed too.
-
-    Parameters
-    ----------
-    context : CostContext
-        Job and software.
-    rows, inverse : PlanColumns, IntColumn
-        Distinct plans, and the distinct one of each plan.
-    parameters : RankParameters
-        Of the first stage of the distinct plans.
-    paths : _Paths
-        Of every plan.
+    Of the overlapped shares, what exceeds the first forward or the last backward of the first chunk (``window_in``,
+    ``window_out``) is exposed too.
     """
     overlap_reduce, overlap_gather = overlaps(context)
-    # Without overlap a stage waits for all its chunks; with it only the first chunk's must be exposed.
-    chunk = first_stage_parameters(context, rows, rows.chunk_first)
-    reduce = sync_times(context, rows, chunk if overlap_reduce else parameters).gradient_reduce[inverse]
-    gather = sync_times(context, rows, chunk if overlap_gather else parameters).parameter_gather[inverse]
-    exposed = reduce * (1.0 - overlap_reduce) + np.maximum(reduce * overlap_reduce - paths.window_out, 0.0)
+    exposed = reduce * (1.0 - overlap_reduce) + np.maximum(reduce * overlap_reduce - window_out, 0.0)
     exposed = exposed + gather * (1.0 - overlap_gather)
-    result: FloatColumn = exposed + np.maximum(gather * overlap_gather - paths.window_in, 0.0)
+    result: FloatColumn = exposed + np.maximum(gather * overlap_gather - window_in, 0.0)
     return result

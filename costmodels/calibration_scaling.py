@@ -9,9 +9,10 @@ import numpy as np
 
 from meshwright.costmodels.calibration import CollectiveCurve, CollectiveTable, DeviceCalibration
 from meshwright.costmodels.calibration_document import device_rates
+from meshwright.costmodels.operators import OperatorModel
 from meshwright.hardware_specs.specs import GpuSpec
 
-__all__ = ["carried_calibration", "scaled_calibration"]
+__all__ = ["carried_calibration", "carried_operator", "scaled_calibration", "scaled_operator"]
 
 # Bytes over each rank's link per byte of the buffer: an all-reduce passes twice (nccl-tests, doc/PERFORMANCE.md).
 _ALL_REDUCE_PASSES = 2.0
@@ -38,15 +39,22 @@ def carried_calibration(calibration: DeviceCalibration, measured: GpuSpec, gpu: 
         calibration,
         is_estimate=True,
         basis="prior of the same generation" if is_calibrated else calibration.basis,
-        operators={
-            name: replace(model, rates=device_rates(gpu, model.operator.name, model.precision))
-            for name, model in calibration.operators.items()
-        },
+        operators={name: carried_operator(model, gpu) for name, model in calibration.operators.items()},
         attention={
             name: replace(curve, peak_flops_per_second=curve.peak_flops_per_second * scale)
             for name, curve in calibration.attention.items()
         },
     )
+
+
+def carried_operator(model: OperatorModel, gpu: GpuSpec) -> OperatorModel:
+    """Return an operator at the same shares of another data sheet."""
+    return replace(model, rates=device_rates(gpu, model.operator.name, model.precision))
+
+
+def scaled_operator(model: OperatorModel, launch_time: float) -> OperatorModel:
+    """Return an operator with its launch time times a factor."""
+    return replace(model, curve=replace(model.curve, launch_time=model.curve.launch_time * launch_time))
 
 
 def _rates(gpu: GpuSpec) -> tuple[object, ...]:
@@ -79,10 +87,7 @@ def scaled_calibration(
         calibration = replace(calibration, collectives=collectives)
     if launch_time != 1.0:
         operators = {
-            name: replace(
-                model, curve=replace(model.curve, launch_time=model.curve.launch_time * launch_time)
-            )
-            for name, model in calibration.operators.items()
+            name: scaled_operator(model, launch_time) for name, model in calibration.operators.items()
         }
         calibration = replace(calibration, operators=operators)
     return calibration

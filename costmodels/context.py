@@ -29,7 +29,9 @@ KNOWN_FEATURES = frozenset(
         "eager",
         "compile",
         "async_tp",
+        "bf16_moments",
         "deepep",
+        "fp8_activations",
         "float8_linear",
         "no_overlap",
         "tp_overlap",
@@ -120,10 +122,30 @@ class CostContext:
         return self.operand_bytes if self.software.keeps_narrow_operands else self.element_bytes
 
     @property
+    def kept_pre_activation_bytes(self) -> float:
+        """Width of what an activation function keeps of its input for its backward [B]."""
+        return 1.0 if "fp8_activations" in self.features else self.element_bytes
+
+    @property
+    def kept_attention_bytes(self) -> float:
+        """Width in which attention's output is kept [B]: E5M6 beside 8-bit activations (DeepSeek-V3 report, 3.3.3)."""
+        return 1.5 if "fp8_activations" in self.features else self.element_bytes
+
+    @property
+    def adam_state_bytes(self) -> float:
+        """Width of an fp32 master weight and Adam's two moments together [B per parameter]."""
+        return 8.0 if "bf16_moments" in self.features else 12.0
+
+    @property
     def narrow_copy_bytes(self) -> float:
         """Copies of the weights in the format of the products that are kept beside the 16-bit ones [B per parameter]."""
         is_kept = self.software.keeps_narrow_operands and self.operand_bytes < self.element_bytes
         return self.operand_bytes if is_kept else 0.0
+
+    @property
+    def gathered_bytes(self) -> float:
+        """Width of what sequence parallelism gathers before linear layers [B]."""
+        return self.operand_bytes if self.software.gathers_narrow_operands else self.element_bytes
 
     @property
     def is_lora(self) -> bool:

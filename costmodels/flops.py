@@ -36,6 +36,31 @@ def _mlp_weights(model: ModelSpec, width: int) -> int:
     return (3 if model.is_gated_mlp else 2) * model.hidden_size * width
 
 
+def _operator_weights(model: ModelSpec) -> int:
+    """Matrix elements of every second product of a layer but the last, in the order they run (torchtitan's policy).
+
+    Of queries, keys, values, output, and both halves of a gated MLP: keys, output and the second half. Routed experts
+    are kept.
+    """
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    widths = [heads * model.head_dim] + 2 * [model.num_query_groups * model.head_dim]
+    weights = [hidden * width for width in widths] + [hidden * widths[0]]
+    if model.mla is not None:
+        mla = model.mla
+        query = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+        latent = mla.q_lora_rank
+        weights = [hidden * query] if latent is None else [hidden * latent, latent * query]
+        weights += [
+            hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim),
+            mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim),
+            hidden * heads * mla.v_head_dim,
+        ]
+    width = model.ffn_hidden_size if model.moe is None else model.moe.shared_ffn_hidden_size
+    if width:
+        weights += (3 if model.is_gated_mlp else 2) * [hidden * width]
+    return sum(weights[1:-1:2])
+
+
 def _moe_weights(model: ModelSpec) -> int:
     """Matrix elements of one layer's router, shared experts and the routed experts of one token."""
     moe = model.moe
@@ -120,8 +145,9 @@ def hardware_flops(
 ) -> float:
     """Return :func:`model_flops` plus what recompute runs again: the numerator of HFU.
 
-    ``selective`` repeats the attention core, or half of the linear products where the software's policy is by
-    operator (``recomputes_operators``), or the products of the modules it names.
+    ``selective`` repeats the attention core, or every second linear product of a layer where the software's policy is
+    by operator (``recomputes_operators``), or the products of the modules it names. ``full`` repeats all, as published
+    figures count it, though the last product of a layer is repeated by some software only.
 
     Parameters
     ----------
@@ -136,7 +162,9 @@ def hardware_flops(
     """
     linear = _linear_flops_per_token(model)
     attention = model.num_layers * _layer_attention_flops_per_token(model, sequence_length, convention)
-    selective = 0.5 * linear if recomputes_operators else attention
+    selective = attention
+    if recomputes_operators:
+        selective = 2.0 * model.num_layers * _operator_weights(model)
     if recompute_modules:
         selective = _module_flops_per_token(model, recompute_modules, attention)
     again = {"none": 0.0, "selective": selective, "full": attention + linear}[recompute]

@@ -60,7 +60,7 @@ class LayerActivations:
     whole : FloatColumn
         Bytes kept by a layer that is not recomputed.
     recomputed : FloatColumn
-        Bytes that a layer's backward holds: its gradients, and with full recompute the whole layer.
+        Bytes that a layer's backward holds: its gradients, what it gathers, and with full recompute the whole layer.
     parameters : RankParameters
         The layer's parameters.
     leading : LayerActivations | None
@@ -224,8 +224,7 @@ def held_activations(
         in_flight=in_flight,
         recomputed=working,
         logits=software.logit_memory_bytes * tokens * model.vocab_size / tp * logits,
-        communication=np.where(columns.pp > 1, 2.0 * message, 0.0)
-        + np.where(columns.sequence_parallel, message * tp, 0.0),
+        communication=np.where(columns.pp > 1, 2.0 * message, 0.0),
         host=host,
     )
 
@@ -379,7 +378,9 @@ def _state_bytes(context: CostContext, columns: PlanColumns, parameters: RankPar
         weights = weights - 0.5 * np.where(is_zero3 & (not is_wide), frozen, 0.0)
     weight = np.where(is_zero3 | is_wide, 4.0, 2.0)
     gradient = 4.0 if is_wide else context.gradient_bytes
-    optimizer = np.where(is_zero3 | is_wide, 8.0, 12.0) + software.extra_state_bytes
+    # Where the weights are the master copy, the moments alone.
+    adam = context.adam_state_bytes
+    optimizer = np.where(is_zero3 | is_wide, adam - 4.0, adam) + software.extra_state_bytes
     return _StateBytes(
         weights=weight * weights,
         gradients=gradient * held(dense_trained, expert_trained, Shardings.ZERO2),
@@ -441,8 +442,8 @@ def _unsharded_bytes(
     weights = np.where(shards_weights, 2.0 * (2.0 * layer.total + root), 0.0)
     head = np.zeros_like(head) if context.is_lora else head
     per_micro_batch = weights + context.gradient_bytes * (trained + head)
-    kept = np.where(shards_weights, 2.0, 0.0) * parameters.total + context.gradient_bytes * (
-        parameters.dense_trained + parameters.expert_trained
-    )
+    # The layer at work has its gradient in 16 bits before it is added to the buffer.
+    kept = np.where(shards_weights, 2.0, 0.0) * parameters.total + 2.0 * trained
+    kept = kept + context.gradient_bytes * (parameters.dense_trained + parameters.expert_trained)
     held = np.where(is_fsdp_per_micro_batch(context, columns), per_micro_batch, kept)
     return np.where(shards_gradients, held, 0.0)

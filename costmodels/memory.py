@@ -23,6 +23,7 @@ from meshwright.costmodels.held_memory import (
     layer_activations,
     layer_kinds,
 )
+from meshwright.costmodels.layers.cases import CASE_FIELDS
 from meshwright.costmodels.parallelism.offload_memory import HostDemand, host_demand
 from meshwright.costmodels.plan_columns import (
     V_SHAPED,
@@ -47,6 +48,20 @@ __all__ = [
     "stage_memory",
     "state_share",
 ]
+
+# What each share depends on; the layers are those of the stages that may be the fullest.
+_STAGE_FIELDS = (
+    *("pp", "vpp", "schedule", "vocab_parallel", "layers_first", "layers_second", "layers_middle"),
+    *("layers_last", "middle_earliest", "chunk_first"),
+)
+_ACTIVATION_FIELDS = (
+    *(*CASE_FIELDS, *_STAGE_FIELDS, "num_micro_batches", "activation_offload"),
+    *("recompute", "recompute_modules", "recompute_layers"),
+)
+_STATE_FIELDS = (
+    *("tp", "cp", "dp", "ep", "etp", *_STAGE_FIELDS, "sharding", "sharding_group", "secondary_group"),
+    *("optimizer_offload", "offload_share", "parameter_offload"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -193,7 +208,10 @@ def peak_memory(context: CostContext, columns: PlanColumns) -> FloatColumn:
     differ by at most one layer and hold fewer micro-batches the later they come, so one of the four is the
     fullest.
     """
-    stages = activation_share(context, columns).stages + state_share(context, columns).stages
+    of_batch, spread_activations = columns.thinned(*_ACTIVATION_FIELDS)
+    of_parameters, spread_states = columns.thinned(*_STATE_FIELDS)
+    activations = spread_activations(activation_share(context, of_batch).stages)
+    stages = activations + spread_states(state_share(context, of_parameters).stages)
     peak: FloatColumn = stages.max(axis=0) * (1.0 + context.software.fragmentation)
     return peak
 

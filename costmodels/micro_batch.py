@@ -125,8 +125,11 @@ def micro_batch_times(context: CostContext, columns: PlanColumns) -> MicroBatchT
     return MicroBatchTimes(
         layer=layer,
         dense_layer=dense_layer,
-        embedding_forward=boundary.embedding_forward + boundary.embedding_communication + root.forward,
-        embedding_backward=boundary.embedding_backward + root.backward,
+        embedding_forward=boundary.embedding_forward
+        + boundary.embedding_communication
+        + root.forward
+        + root.forward_handling,
+        embedding_backward=boundary.embedding_backward + root.backward + root.backward_handling,
         head_forward=head.forward,
         head_backward=head.backward,
         head_weight_gradient=head.weight_gradient,
@@ -179,8 +182,8 @@ def _layer_cost(
     if copies_forward.any() or copies_backward.any():
         forward_axes["offload"], backward_axes["offload"] = copies_forward, copies_backward
     return LayerCost(
-        forward=forward + fsdp.forward + copies_forward,
-        backward=backward + fsdp.backward + copies_backward,
+        forward=forward + fsdp.forward + fsdp.forward_handling + copies_forward,
+        backward=backward + fsdp.backward + fsdp.backward_handling + copies_backward,
         recompute=recompute,
         weight_gradient=times.weight_gradient,
         recompute_axes=recompute_axes,
@@ -238,9 +241,9 @@ def _recompute(columns: PlanColumns, times: LayerTimes) -> tuple[FloatColumn, di
         names_modules = columns.recompute_modules > 0
         own = np.where(names_modules, named, own)
         own_axes = {axis: np.where(names_modules, named_axes[axis], own_axes[axis]) for axis in own_axes}
-    compute = np.where(is_selective, own, np.where(is_full, times.forward, 0.0))
+    compute = np.where(is_selective, own, np.where(is_full, times.full_recompute, 0.0))
     axes = {
-        axis: np.where(is_selective, own_axes[axis], np.where(is_full, times.forward_axes[axis], 0.0))
+        axis: np.where(is_selective, own_axes[axis], np.where(is_full, times.full_axes[axis], 0.0))
         for axis in own_axes
     }
     return sum(axes.values(), compute), axes

@@ -6,9 +6,9 @@ length 1) and a million are scored by the same formula.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ __all__ = [
     "Recomputes",
     "Schedules",
     "Shardings",
+    "Spread",
     "VocabParallels",
     "layer_counts",
     "module_mask",
@@ -62,6 +63,8 @@ V_SHAPED = ("zb_v", "v_half", "v_min", "dualpipe_v")
 ALL_LAYERS = 1_000_000
 # Tables up to this size are filled rather than combinations sorted.
 _SMALL_TABLE = 2**16
+# More keys than a whole number tells apart.
+_MOST_KEYS = 2**62
 
 FloatColumn = NDArray[np.float64]
 IntColumn = NDArray[np.int64]
@@ -198,6 +201,29 @@ class PlanColumns:
         rows = PlanColumns(**{each.name: of_members(getattr(self, each.name)) for each in fields(self)})  # type: ignore[arg-type]  # dtypes stay
         return rows, inverse
 
+    def thinned(self, *names: str) -> tuple[PlanColumns, Spread]:
+        """Return fewer plans with every combination of some fields, and what spreads their values over all plans.
+
+        ``few, spread = columns.thinned("tp", "cp"); spread(cost(few))``, like :meth:`distinct`, but an open mesh stays
+        one: of its entries along a dimension those stay that differ in one of the fields.
+        """
+        arrays = [np.asarray(getattr(self, name), dtype=np.int64) for name in names]
+        shape = np.broadcast_shapes(*(getattr(self, each.name).shape for each in fields(self)))
+        chosen, places = self, []
+        for axis, size in enumerate(shape):
+            member, place = _distinct_along(arrays, axis, size)
+            places.append(place)
+            if place is not None:
+                chosen = chosen._entries(axis, member)
+                arrays = [_entries(array, axis, member) for array in arrays]
+        return chosen, Spread(places=tuple(places))
+
+    def _entries(self, axis: int, index: IntColumn) -> PlanColumns:
+        """Return some of the entries along a dimension."""
+        return PlanColumns(
+            **{each.name: _entries(getattr(self, each.name), axis, index) for each in fields(self)}
+        )
+
     def with_recompute(self, code: int) -> PlanColumns:
         """Return the same plans under another recompute policy."""
         return replace(
@@ -206,6 +232,23 @@ class PlanColumns:
             recompute_modules=np.zeros_like(self.recompute_modules),
             recompute_layers=np.full_like(self.recompute_layers, ALL_LAYERS),
         )
+
+    @property
+    def recomputes_all_layers(self) -> NDArray[np.bool_]:
+        """Whether what is recomputed is so in every layer."""
+        result: NDArray[np.bool_] = self.recompute_layers >= ALL_LAYERS
+        return result
+
+    @property
+    def per_batch_sharding(self) -> IntColumn:
+        """The sharding where micro-batches may feel it (ZeRO-2, ZeRO-3 and HSDP), 0 elsewhere."""
+        return np.where(self.sharding >= Shardings.ZERO2, self.sharding, 0)
+
+    @property
+    def per_batch_group(self) -> IntColumn:
+        """The sharding group where micro-batches may feel it, 0 elsewhere."""
+        is_felt = (self.sharding >= Shardings.ZERO2) | (self.parameter_offload != Offloads.NONE)
+        return np.where(is_felt, self.sharding_group, 0)
 
     @property
     def offload_share(self) -> IntColumn:
@@ -265,16 +308,71 @@ class PlanColumns:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Spread:
+    """Where each plan finds its value among those of fewer plans; see :meth:`PlanColumns.thinned`.
+
+    Parameters
+    ----------
+    places : tuple[IntColumn | None, ...]
+        For each dimension the entry that stands for each of its entries; None where all of them stayed.
+    """
+
+    places: tuple[IntColumn | None, ...]
+
+    def __call__(self, values: FloatColumn) -> FloatColumn:
+        """Return the value of every plan; values may have other dimensions before those of the plans.
+
+        A dimension of a mesh along which they do not differ may stay 1 long.
+        """
+        for axis, place in enumerate(reversed(self.places), start=1):
+            are_rows = len(self.places) == 1
+            if place is not None and (are_rows or (axis <= values.ndim and values.shape[-axis] > 1)):
+                values = values.take(place, axis=-axis)
+        return values
+
+
+def _entries(array: NDArray[Any], axis: int, index: IntColumn) -> NDArray[Any]:
+    return array.take(index, axis=axis) if array.shape[axis] > 1 else array
+
+
+def _distinct_along(arrays: Sequence[IntColumn], axis: int, size: int) -> tuple[IntColumn, IntColumn | None]:
+    """Return one entry of a dimension for each combination of the arrays' values, and where each entry finds its own."""
+    if size < 2:
+        return np.arange(size), None
+    keys = [np.zeros(1, dtype=np.int64)]
+    for array in arrays:
+        if array.shape[axis] > 1:
+            slices = np.moveaxis(array, axis, 0).reshape(size, -1)
+            # Slices of more entries than there are slices are compared as a whole.
+            keys += list(slices.T) if slices.shape[1] < size else [_slice_codes(slices)]
+    codes, num_codes = _joint_codes(keys)
+    if num_codes == size:
+        return np.arange(size), None
+    member = np.zeros(num_codes, dtype=np.int64)
+    codes = np.broadcast_to(codes, size)
+    member[codes] = np.arange(size)
+    return member, codes
+
+
+def _slice_codes(values: IntColumn) -> IntColumn:
+    """Return a number for each row that equal rows share."""
+    rows = np.ascontiguousarray(values).view(np.dtype((np.void, values.itemsize * values.shape[1])))
+    codes: IntColumn = np.unique(rows[:, 0], return_inverse=True)[1]
+    return codes
+
+
 def _joint_codes(arrays: Sequence[IntColumn]) -> tuple[IntColumn, int]:
     """Return a code from 0 up for each combination of the arrays' entries, without gaps, and the number of codes."""
-    most = max(_SMALL_TABLE, 8 * math.prod(np.broadcast_shapes(*(array.shape for array in arrays))))
     key, num_keys = np.zeros((1,) * arrays[0].ndim, dtype=np.int64), 1
-    for array in arrays:
+    # Those of few entries first: they are joined before the key has the dimensions of all.
+    for array in sorted(arrays, key=np.size):
         least = int(array.min())
-        values, num_values = array - least, int(array.max()) - least + 1
+        num_values = int(array.max()) - least + 1
         if num_values == 1:
             continue
-        if num_keys * num_values > most:
+        values = array - least
+        if num_keys * num_values > _MOST_KEYS:
             key, num_keys = _without_gaps(key, num_keys)
             values, num_values = _without_gaps(values, num_values)
         key, num_keys = key * num_values + values, num_keys * num_values

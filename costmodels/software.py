@@ -83,6 +83,11 @@ class SoftwareGeneration:
         The expert dispatch sends a token once per node (DeepEP), not once per expert.
     keeps_narrow_operands : bool
         Products in a narrow format keep their inputs, and a copy of their weights, in it (Transformer Engine).
+    keeps_gathered_inputs : bool
+        Products under sequence parallelism keep the gathered sequence for backward (DTensor's redistribution); Megatron
+        keeps its own part and gathers again (Korthikanti et al. 2022, section 4.2.2).
+    repeats_key_value_heads : bool
+        Keys and values are copied to every query head before attention.
     has_recompute_modules : bool
         Selective recompute takes a list of modules.
     applies_router_weights_early : bool
@@ -105,6 +110,17 @@ class SoftwareGeneration:
     selective_recompute : SelectiveRecompute
         What "selective" recomputes: the ``attention_core`` (Megatron), or ``operators``, every second matrix
         product and all element-wise work (torchtitan).
+    recomputes_only_needed : bool
+        Recompute ends where the backward has all it needs: the last product of a layer and the sum of its parts
+        are not repeated (``torch.utils.checkpoint`` without reentry, and what torch.compile makes of it).
+    splits_projections : bool
+        Queries, keys, values and both halves of a gated MLP are products of their own, whose input gradients are
+        summed afterwards; otherwise one product each.
+    copies_gathered_sequence : bool
+        Gathers and scatters of sequence parallelism split the second dimension of (batch, sequence, hidden): the
+        whole tensor is copied once more in each, but where they are pipelined with their products.
+    gathers_narrow_operands : bool
+        Sequence parallelism gathers inputs and output gradients in the narrow format of the products.
     extra_state_bytes : float
         Further copies held with the optimizer states, sharded like them [B per parameter].
     fragmentation : float
@@ -143,6 +159,8 @@ class SoftwareGeneration:
     has_scatter_gather: bool = True
     deduplicates_dispatch: bool = False
     keeps_narrow_operands: bool = False
+    keeps_gathered_inputs: bool = False
+    repeats_key_value_heads: bool = False
     has_recompute_modules: bool = False
     applies_router_weights_early: bool = False
     # 20 of 132 SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.2.2).
@@ -155,6 +173,10 @@ class SoftwareGeneration:
     fsdp_keeps_parameters: bool = False
     framework_bytes: float = 2**30
     selective_recompute: SelectiveRecompute = "attention_core"
+    recomputes_only_needed: bool = False
+    splits_projections: bool = False
+    copies_gathered_sequence: bool = False
+    gathers_narrow_operands: bool = False
     extra_state_bytes: float = 0.0
     fragmentation: float = 0.0
     supports: Mapping[str, tuple[int | str | bool, ...]] = field(default_factory=dict)
@@ -172,19 +194,7 @@ _SECONDS = (
     "fixed_time",
     "host_launch_latency",
 )
-_FLAGS = (
-    "is_gradient_accumulation_fused",
-    "is_receive_blocking",
-    "is_send_blocking",
-    "has_scatter_gather",
-    "fsdp_keeps_parameters",
-    "overlaps_interleaved_sends",
-    "accumulates_bf16_in_fp32",
-    "deduplicates_dispatch",
-    "applies_router_weights_early",
-    "has_recompute_modules",
-    "keeps_narrow_operands",
-)
+_FLAGS = tuple(each.name for each in fields(SoftwareGeneration) if each.type == "bool")
 
 
 # Plan fields whose values are words.

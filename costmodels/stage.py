@@ -31,8 +31,10 @@ __all__ = [
     "virtual_stage_parameters",
 ]
 
-# Fused Adam on 16-bit weights: gradient 4 read, three fp32 states 12 read and 12 written, weight 2 written.
-_OPTIMIZER_BYTES = 30.0
+# Fused Adam: gradient 4 read, three fp32 states 12 read and 12 written.
+_ADAM_BYTES = 28.0
+# Weights in 16 bits are written beside the fp32 ones.
+_NARROW_WEIGHT_BYTES = 2.0
 # Gradient norm and clipping read the gradients once more.
 _NORM_BYTES = 4.0
 
@@ -120,10 +122,7 @@ def optimizer_time(
     is_whole = columns.sharding == Shardings.NONE
     stepped = parameters.dense_trained / np.where(is_whole, 1.0, shard_ranks(columns))
     stepped = stepped + parameters.expert_trained / np.where(is_whole, 1.0, expert_shard_ranks(columns))
-    num_bytes = (_OPTIMIZER_BYTES + _NORM_BYTES) * stepped
-    seconds = stream_time(
-        num_bytes, context.gpu.memory_bandwidth_bytes_per_second, context.calibration.memory_stream_efficiency
-    )
+    seconds = _update_time(context, stepped) + _stream_time(context, _NORM_BYTES * stepped)
     is_away = (columns.optimizer_offload != Offloads.NONE) | (columns.parameter_offload != Offloads.NONE)
     if not is_away.any():
         return seconds
@@ -136,6 +135,22 @@ def optimizer_time(
         parameter_kind=columns.parameter_offload,
     )
     return np.where(is_away, away.update + away.exposed_gradient, seconds)
+
+
+def _update_time(context: CostContext, num_parameters: FloatColumn) -> FloatColumn:
+    """Return the seconds of a fused Adam step: as measured on the device where the calibration has it."""
+    narrow = _NARROW_WEIGHT_BYTES if context.element_bytes < 4.0 else 0.0
+    measured = context.calibration.operators.get("adam_fused.fp32")
+    if measured is None:
+        return _stream_time(context, (_ADAM_BYTES + narrow) * num_parameters)
+    kernel = measured.time({"num_bytes": _ADAM_BYTES * num_parameters})
+    return kernel + _stream_time(context, narrow * num_parameters)
+
+
+def _stream_time(context: CostContext, num_bytes: FloatColumn) -> FloatColumn:
+    return stream_time(
+        num_bytes, context.gpu.memory_bandwidth_bytes_per_second, context.calibration.memory_stream_efficiency
+    )
 
 
 def fixed_time(context: CostContext, columns: PlanColumns) -> FloatColumn:

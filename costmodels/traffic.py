@@ -17,7 +17,6 @@ from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.micro_batch import micro_batch_times
 from meshwright.costmodels.plan_columns import PlanColumns
 from meshwright.costmodels.stage import leading_per_stage, virtual_stage_parameters
-from meshwright.errors import SpecError
 from meshwright.simcore.domain.device_mapping import DeviceMapping
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.domain.rank_groups import RankGroup, rank_groups
@@ -82,11 +81,7 @@ def described_fabric(context: CostContext, routing: UplinkRouting = "adaptive", 
     SpecError
         If the nodes of the cluster differ.
     """
-    if context.kinds:
-        raise SpecError(
-            f"{context.cluster.id}: contention is simulated on clusters of one kind of node; this one has "
-            f"{len(context.kinds)}"
-        )
+    context.cluster.require_one_kind("simulate --contention")
     efficiency = context.software.inter_node_efficiency
     return cluster_fabric(context.cluster, inter_efficiency=efficiency, routing=routing, seed=seed)
 

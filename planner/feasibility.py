@@ -27,7 +27,7 @@ __all__ = ["BATCH_AXES", "OUTER_AXES", "STATE_AXES", "FeasiblePart", "feasible_p
 # Axes of a memory table: those both shares depend on, those of the states alone, those of the activations alone.
 OUTER_AXES = ("experts", "layout")
 STATE_AXES = ("sharding", "offload")
-BATCH_AXES = ("sequence", "micro_batch", "recompute")
+BATCH_AXES = ("sequence", "micro_batch", "recompute", "context")
 _ROW_AXES = (*OUTER_AXES, *STATE_AXES)
 _TABLE_AXES = (*_ROW_AXES, *BATCH_AXES)
 # Entries of a memory table that are held at once, and that are added up at once.
@@ -168,7 +168,7 @@ class _Tables:
     def __init__(self, context: CostContext, choices: Choices) -> None:
         self.context, self.choices, self.block = context, choices, choices.block
         self.sizes = [len(self.block.axes[name]) for name in _TABLE_AXES]
-        # Memory depends on none of these axes, and no rule ties them to those it depends on.
+        # Memory depends on none of these axes (how experts overlap), and no rule ties them to those it depends on.
         self.free = np.argwhere(choices.joint(_free_axes(self.block)))
         row_sizes, cell_sizes = self.sizes[: len(_ROW_AXES)], self.sizes[len(_ROW_AXES) :]
         states = state_share(context, self.block.mesh(_ROW_AXES))

@@ -92,11 +92,25 @@ class ScoredRun:
         return self.status == "infeasible" and self.run.measured != "oom"
 
     @property
+    def predicted_memory_bytes(self) -> float | None:
+        """Peak of the fullest rank as the row's ``memory_kind`` reads it; None without a prediction.
+
+        What is allocated are tensors: neither context, communicators and workspaces nor what the allocator reserves.
+        """
+        if self.prediction is None:
+            return None
+        kind, memory = self.run.cell("memory_kind"), self.prediction.memory
+        if not kind.startswith("allocated"):
+            return self.prediction.peak_memory_bytes
+        tensors = memory.total - memory.framework
+        return float(tensors[-1] if kind == "allocated_last_rank" else tensors.max())
+
+    @property
     def memory_error(self) -> float | None:
         """Predicted over measured memory minus 1; None without both."""
-        if self.prediction is None or self.run.measured_memory_bytes is None:
+        if self.predicted_memory_bytes is None or self.run.measured_memory_bytes is None:
             return None
-        return self.prediction.peak_memory_bytes / self.run.measured_memory_bytes - 1.0
+        return self.predicted_memory_bytes / self.run.measured_memory_bytes - 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from meshwright.cli.render.console import make_table, stdout_console
 from meshwright.profiler.accuracy import POOLS, Accuracy, PooledAccuracy, pooled, source_accuracies
 from meshwright.profiler.measured_setup import unknown_features
 from meshwright.profiler.validation import RESULT_COLUMNS, ErrorSummary, ScoredRun
+from meshwright.units import format_change
 
 __all__ = ["is_our_results", "print_validation", "results_csv", "validation_mapping"]
 
@@ -38,11 +39,11 @@ def results_csv(scored: Sequence[ScoredRun]) -> str:
     for row in scored:
         run, prediction = row.run, row.prediction
         predicted: tuple[str, ...] = ("", "", "", "")
-        if prediction is not None:
+        if prediction is not None and row.predicted_memory_bytes is not None:
             seconds = (prediction.iteration_time, prediction.low, prediction.high)
             predicted = (
                 *(f"{value:.6g}" for value in seconds),
-                f"{prediction.peak_memory_bytes / 2**30:.6g}",
+                f"{row.predicted_memory_bytes / 2**30:.6g}",
             )
         writer.writerow(
             (
@@ -181,6 +182,10 @@ def _percent(value: float | None, form: str = ".1%") -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
+def _bias(value: float | None) -> str:
+    return "-" if value is None else format_change(value)
+
+
 def _error_cells(summary: ErrorSummary) -> tuple[str, ...]:
     return (
         str(summary.num_scorable),
@@ -188,7 +193,7 @@ def _error_cells(summary: ErrorSummary) -> tuple[str, ...]:
         _percent(summary.mean),
         _percent(summary.median),
         _percent(summary.p90),
-        _percent(summary.bias, "+.1%"),
+        _bias(summary.bias),
     )
 
 
@@ -212,7 +217,7 @@ def _headline(pool: PooledAccuracy) -> str:
     if not pool.is_claimed:
         return text + "below 95 %: no headline error is claimed."
     return text + (
-        f"mean error {time.mean:.1%}, median {time.median:.1%}, bias {time.bias:+.1%}, "
+        f"mean error {time.mean:.1%}, median {time.median:.1%}, bias {format_change(time.bias)}, "
         f"mean of the sources' medians {pool.macro_median:.1%}."
     )
 

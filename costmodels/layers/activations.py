@@ -13,6 +13,7 @@ import numpy as np
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.layers.cases import LayerCases
 from meshwright.costmodels.layers.experts import expert_load, routed_rows
+from meshwright.costmodels.layers.transients import attended_groups
 from meshwright.costmodels.plan_columns import FloatColumn, IntColumn, PlanColumns, Recomputes
 from meshwright.simcore.domain.plan import RECOMPUTE_MODULES
 
@@ -70,8 +71,8 @@ def activation_parts(context: CostContext, cases: LayerCases, *, is_moe: bool) -
     -----
     Per token, 2-byte elements: inputs of both norms and of both column-split products (8h), dropout masks (2h),
     split over tp: queries, keys, values and the projection's input, MLP pre-activations and its output; the
-    score matrix (5 a s) only when attention is unfused. Sequence parallelism splits the first group too. MLA
-    stores both latents besides.
+    score matrix (5 a s) only when attention is unfused. Sequence parallelism splits the first group too, the inputs
+    of products where software gathers them again for backward. MLA stores both latents besides.
 
     A routed row stores its input, pre-activations and activation, and the experts' output where the router's weights
     are applied to that (not in Megatron-Core since 0.12: they are applied within the activation, and neither the
@@ -91,16 +92,19 @@ def activation_parts(context: CostContext, cases: LayerCases, *, is_moe: bool) -
     layer_input = width * hidden * shared
     has_one_norm = model.has_parallel_block or model.norms_per_layer == 1
     # Outputs of the norms, which are inputs of products; with a second norm also the input of that one.
-    norms = narrow * (1.0 if has_one_norm else 2.0) * hidden * shared
+    norms = narrow * shared
+    if context.software.keeps_gathered_inputs:
+        norms = np.where(cases.sequence_parallel, context.gathered_bytes * tokens, norms)
+    norms = norms * (1.0 if has_one_norm else 2.0) * hidden
     kept = nothing if has_one_norm else width * hidden * shared
     if model.position_embedding == "learned":
         kept = kept + width * hidden * shared
     mla_up = nothing
     if model.mla is None:
-        key_value = cases.held_query_groups(model) * model.head_dim * tp
+        key_value = attended_groups(context, cases) * model.head_dim * tp
         query = np.full_like(tp, float(model.num_attention_heads * model.head_dim))
-        kept = kept + width * (2.0 * query + 2.0 * key_value) * split
-        operator_heads = 2.0 * query + key_value
+        kept = kept + (width * (query + 2.0 * key_value) + context.kept_attention_bytes * query) * split
+        operator_heads = 2.0 * query + cases.held_query_groups(model) * model.head_dim * tp
     else:
         mla = model.mla
         heads = float(model.num_attention_heads)
@@ -109,14 +113,14 @@ def activation_parts(context: CostContext, cases: LayerCases, *, is_moe: bool) -
         latents = (mla.q_lora_rank or 0) + mla.kv_lora_rank
         # Latents before and after their norms; the attention's output feeds the projection.
         kept = kept + (width * (latents + mla.qk_rope_head_dim) + narrow * latents) * shared
-        kept = kept + width * value * split
+        kept = kept + context.kept_attention_bytes * value * split
         mla_up = width * (2.0 * query + value) * split
         operator_heads = query + 2.0 * value
     scores = nothing
     if context.attention_kernel == "unfused":
         scores = width / 2.0 * 5.0 * model.num_attention_heads * context.workload.sequence_length * split
-    # Pre-activations in 16 bits, and what the second product takes in.
-    per_unit = width * (2.0 if model.is_gated_mlp else 1.0) + narrow
+    # Pre-activations, and what the second product takes in.
+    per_unit = context.kept_pre_activation_bytes * (2.0 if model.is_gated_mlp else 1.0) + narrow
     mlp = moe = moe_act = shared_experts = routed = nothing
     operator_mlp = float(model.ffn_hidden_size)
     if is_moe and model.moe is not None:

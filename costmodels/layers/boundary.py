@@ -8,7 +8,7 @@ import numpy as np
 
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.layers.cases import LayerCases
-from meshwright.costmodels.parallelism.tensor import tensor_parallel_time
+from meshwright.costmodels.parallelism.tensor import tensor_parallel_times
 from meshwright.costmodels.plan_columns import FloatColumn, IntColumn
 from meshwright.costmodels.roofline import gemm_time, stream_time
 
@@ -75,15 +75,13 @@ def boundary_times(context: CostContext, cases: LayerCases) -> BoundaryTimes:
     lookup = stream_time(element * 2.0 * activations, bandwidth, stream)
     # One collective over the hidden activations each: the embedding's sum forward, the head's backward.
     nothing = np.zeros_like(tokens)
-    exchange = 0.5 * tensor_parallel_time(
-        context, cases.tp, tokens, cases.sequence_parallel, nothing, num_pairs=1.0
-    )
+    exchange = tensor_parallel_times(context, cases.tp, tokens, cases.sequence_parallel, nothing).both
     return BoundaryTimes(
         embedding_forward=lookup,
         embedding_backward=2.0 * lookup,
         head_forward=product + 0.5 * loss + norm,
         head_backward=input_gradient + weight_gradient + 0.5 * loss + 2.0 * norm,
         head_weight_gradient=weight_gradient,
-        embedding_communication=2.0 * exchange,
-        head_communication=2.0 * exchange,
+        embedding_communication=exchange,
+        head_communication=exchange,
     )

@@ -44,8 +44,13 @@ def elementwise_times(context: CostContext, cases: LayerCases, mlp_width: float)
     full = element * tokens * model.hidden_size
     hidden = np.where(cases.sequence_parallel, full / cases.tp, full)
     num_heads = model.num_attention_heads / cases.tp
+    repeated = np.zeros_like(tokens)
     if model.mla is None:
-        heads = element * tokens * model.head_dim * (num_heads + 2.0 * cases.held_query_groups(model))
+        groups = cases.held_query_groups(model)
+        heads = element * tokens * model.head_dim * (num_heads + 2.0 * groups)
+        if context.software.repeats_key_value_heads:
+            # Written once more for every query head, and their gradients read as often.
+            repeated = element * tokens * model.head_dim * 2.0 * (num_heads - groups)
         latents = np.zeros_like(tokens)
     else:
         mla = model.mla
@@ -61,13 +66,16 @@ def elementwise_times(context: CostContext, cases: LayerCases, mlp_width: float)
     rotary = 2.0 if model.position_embedding == "rope" else 0.0
     norms = num_norms * 2.0 * hidden + 2.0 * latents
     activation = (3.0 if model.is_gated_mlp else 2.0) * ffn
-    forward_bytes = norms + num_residuals * (3.0 + dropout) * hidden + activation + (2.0 + rotary) * heads
+    forward_bytes = (
+        norms + num_residuals * (3.0 + dropout) * hidden + activation + (2.0 + rotary) * heads + repeated
+    )
     backward_bytes = (
         num_norms * 5.0 * hidden
         + 5.0 * latents
         + num_residuals * (2.0 + dropout) * hidden
         + (5.0 if model.is_gated_mlp else 3.0) * ffn
         + (2.0 + rotary) * heads
+        + repeated
     )
     if model.has_mlp_bias:
         backward_bytes = backward_bytes + 2.0 * hidden + heads + ffn

@@ -16,10 +16,15 @@ from meshwright.costmodels.layers.attention import attention_times
 from meshwright.costmodels.layers.cases import LayerCases
 from meshwright.costmodels.layers.elementwise import elementwise_times
 from meshwright.costmodels.layers.experts import expert_times
-from meshwright.costmodels.layers.projections import Projection, linear_times, projections
+from meshwright.costmodels.layers.projections import (
+    Projection,
+    linear_times,
+    operator_recompute_time,
+    projections,
+)
 from meshwright.costmodels.parallelism.context import context_parallel_times
 from meshwright.costmodels.parallelism.expert import combine_time, dispatch_time, exposed_exchange_time
-from meshwright.costmodels.parallelism.tensor import tensor_parallel_time
+from meshwright.costmodels.parallelism.tensor import ExchangeTimes, tensor_parallel_times
 from meshwright.costmodels.plan_columns import FloatColumn, IntColumn
 
 __all__ = ["LayerTimes", "layer_times"]
@@ -50,6 +55,8 @@ class LayerTimes:
         Exposed communication by axis that it repeats, of those modules that communicate.
     selective_recompute, selective_axes : FloatColumn, Mapping[str, FloatColumn]
         What the software's own selective recompute repeats: compute, and exposed communication by axis.
+    full_recompute, full_axes : FloatColumn, Mapping[str, FloatColumn]
+        What recomputing the whole layer repeats.
     """
 
     forward: FloatColumn
@@ -61,6 +68,8 @@ class LayerTimes:
     module_axes: Mapping[str, Mapping[str, FloatColumn]]
     selective_recompute: FloatColumn
     selective_axes: Mapping[str, FloatColumn]
+    full_recompute: FloatColumn
+    full_axes: Mapping[str, FloatColumn]
 
     @property
     def forward_communication(self) -> FloatColumn:
@@ -88,6 +97,8 @@ class LayerTimes:
             module_axes={name: chosen(axes) for name, axes in self.module_axes.items()},
             selective_recompute=self.selective_recompute[index],
             selective_axes=chosen(self.selective_axes),
+            full_recompute=self.full_recompute[index],
+            full_axes=chosen(self.full_axes),
         )
 
 
@@ -127,14 +138,18 @@ def layer_times(context: CostContext, cases: LayerCases, *, is_moe: bool = False
         "layernorm": elementwise.norms,
         "mla_up_proj": linear_times(context, cases, _of(parts, "mla_up_proj")).forward,
     }
-    communication, latent_gather, mlp_pair = _tensor_parallel(
-        context, cases, gemms.forward, has_mlp=not is_moe or shared_width > 0.0
-    )
+    has_mlp = not is_moe or shared_width > 0.0
+    attention_pair, mlp_pair = _tensor_parallel(context, cases, gemms.forward, has_mlp=has_mlp)
+    communication = attention_pair.both + mlp_pair.both
+    backward_pairs = _tensor_parallel(context, cases, gemms.forward, has_mlp=has_mlp, is_backward=True)
+    backward_communication = backward_pairs[0].both + backward_pairs[1].both
+    # Without latents it is the hidden state that is gathered, which no module repeats.
+    latent_gather = attention_pair.gather if model.mla is not None else nothing
     context_forward, context_backward = context_parallel_times(
         context, cases, attention_forward, attention_backward
     )
     forward_axes = {"tp": communication, "cp": context_forward, "ep": nothing}
-    backward_axes = {"tp": communication, "cp": context_backward, "ep": nothing}
+    backward_axes = {"tp": backward_communication, "cp": context_backward, "ep": nothing}
     module_axes = {"core_attn": {"cp": context_forward}, "mla_up_proj": {"tp": latent_gather}}
     if is_moe:
         experts = expert_times(context, cases)
@@ -150,11 +165,11 @@ def layer_times(context: CostContext, cases: LayerCases, *, is_moe: bool = False
         modules["shared_experts"] = shared + (elementwise.activation if shared_width else 0.0)
         modules["moe_act"] = experts.activation
         modules["moe"] = experts.forward + modules["shared_experts"]
-        module_axes["shared_experts"] = {"tp": mlp_pair}
-        module_axes["moe"] = {"tp": mlp_pair, "ep": forward_axes["ep"]}
+        module_axes["shared_experts"] = {"tp": mlp_pair.both}
+        module_axes["moe"] = {"tp": mlp_pair.both, "ep": forward_axes["ep"]}
     else:
         modules["mlp"] = linear_times(context, cases, _of(parts, "mlp")).forward + elementwise.activation
-        module_axes["mlp"] = {"tp": mlp_pair}
+        module_axes["mlp"] = {"tp": mlp_pair.both}
     launch = context.calibration.gemm_curve(context.compute_precision).launch_time
     host = context.software.host_launch_latency
     forward = forward + kernels * forward_kernels * launch
@@ -169,10 +184,14 @@ def layer_times(context: CostContext, cases: LayerCases, *, is_moe: bool = False
     backward = np.maximum(backward, backward_launches)
     selective, selective_axes = attention_forward, {"cp": context_forward}
     if context.software.selective_recompute == "operators":
-        # Operator-level selective recompute keeps attention, every second product and the scattered sums; it
-        # gathers the sequence-parallel inputs again (torchtitan's policy), half of the forward exchange.
-        selective = 0.5 * gemms.forward + elementwise.forward
-        selective_axes = {"tp": np.where(cases.sequence_parallel, 0.5 * communication, 0.0)}
+        # Attention's output and the scattered sums are kept, inputs of split products are gathered again.
+        selective = operator_recompute_time(context, cases, parts) + elementwise.forward
+        selective_axes = {"tp": attention_pair.gather + mlp_pair.gather}
+    full, full_axes = forward, forward_axes
+    if context.software.recomputes_only_needed and not is_moe:
+        # The backward asks for what the last product takes in, not for what it makes.
+        full = forward - linear_times(context, cases, parts[-1:]).forward
+        full_axes = {**forward_axes, "tp": communication - mlp_pair.reduce}
     return LayerTimes(
         forward=forward,
         backward=backward,
@@ -183,42 +202,43 @@ def layer_times(context: CostContext, cases: LayerCases, *, is_moe: bool = False
         module_axes=module_axes,
         selective_recompute=selective,
         selective_axes=selective_axes,
+        full_recompute=full,
+        full_axes=full_axes,
     )
 
 
 def _tensor_parallel(
-    context: CostContext, cases: LayerCases, cover: FloatColumn, *, has_mlp: bool
-) -> tuple[FloatColumn, FloatColumn, FloatColumn]:
-    """Return the collectives of a layer in one direction, the gather of latents among them, and the MLP's pair [s].
+    context: CostContext, cases: LayerCases, cover: FloatColumn, *, has_mlp: bool, is_backward: bool = False
+) -> tuple[ExchangeTimes, ExchangeTimes]:
+    """Return the collectives of attention and of the MLP in one direction [s].
 
-    ``has_mlp`` is false where routed experts alone follow attention: those exchange over expert parallel ranks.
+    ``has_mlp`` is false where routed experts alone follow attention: those exchange over expert parallel ranks. The
+    MLP of a parallel block shares attention's.
     """
     model = context.model
     tokens = cases.num_tokens(context.workload.sequence_length)
     has_mlp_pair = has_mlp and not model.has_parallel_block
-    pairs = 2.0 if has_mlp_pair else 1.0
 
-    def pair(share: float) -> FloatColumn:
-        return tensor_parallel_time(
+    def pair(share: float) -> ExchangeTimes:
+        return tensor_parallel_times(
             context,
             cases.tp,
             tokens,
             cases.sequence_parallel,
-            cover / pairs,
-            num_pairs=1.0,
+            cover / (2.0 if has_mlp_pair else 1.0),
             gathered_share=share,
+            gathered_width=context.gathered_bytes,
+            is_backward=is_backward,
         )
 
+    nothing = np.zeros_like(cases.tp)
     whole = pair(1.0)
-    mlp = whole if has_mlp_pair else np.zeros_like(whole)
+    mlp = whole if has_mlp_pair else ExchangeTimes(gather=nothing, reduce=nothing)
     if model.mla is None:
-        return whole + mlp, np.zeros_like(whole), mlp
+        return whole, mlp
     # Without a query latent the hidden state itself is gathered for the queries.
     latents = (model.mla.q_lora_rank or model.hidden_size) + model.mla.kv_lora_rank
-    attention = pair((latents + model.mla.qk_rope_head_dim) / model.hidden_size)
-    # A pair is a gather and a scatter of about the same time.
-    gather = np.where(cases.sequence_parallel, np.maximum(attention - 0.5 * whole, 0.0), 0.0)
-    return attention + mlp, gather, mlp
+    return pair((latents + model.mla.qk_rope_head_dim) / model.hidden_size), mlp
 
 
 def _of(parts: list[Projection], module: str) -> list[Projection]:

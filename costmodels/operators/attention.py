@@ -165,13 +165,20 @@ def _coordinates(length_name: str) -> Callable[[Shape, DeviceRates], NDArray[np.
 
 
 def _steps(length_name: str) -> Callable[[Shape, DeviceRates], NDArray[np.float64]]:
+    is_decode = length_name == "context_length"
+
     def steps(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
         del rates
-        batch, length, heads, kv_heads = (
+        batch, length, heads, kv_heads, width = (
             np.log2(np.maximum(shape[name], 1.0))
-            for name in ("batch_size", length_name, "num_heads", "num_kv_heads")
+            for name in ("batch_size", length_name, "num_heads", "num_kv_heads", "head_dim")
         )
-        return in_columns([heads, kv_heads, batch + heads, batch + kv_heads + length, batch + heads + length])
+        columns = [heads, kv_heads, batch + heads, batch + kv_heads + length, batch + heads + length]
+        # Both sides of the roofline, but for a factor: kernels switch by how much there is to compute and to read.
+        queries, every_head = (0.0, kv_heads) if is_decode else (length, np.logaddexp2(heads, kv_heads))
+        return in_columns(
+            [*columns, batch + heads + queries + length + width, batch + every_head + length + width]
+        )
 
     return steps
 

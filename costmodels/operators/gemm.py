@@ -23,6 +23,13 @@ _FIELDS = ("m", "n", "k")
 # Output tiles of the common kernels, in rows and columns: trees see how full the last wave of each would be. On
 # Ampere a step over a tile edge costs 20 %; on Hopper the fitted weight of a wave term in the roofline is zero.
 _TILES = ((128.0, 128.0), (128.0, 256.0), (256.0, 128.0), (64.0, 64.0))
+# Rows of those tiles: the last one is computed in full, however few of its rows are there. Tokens come in any number,
+# while the widths of models are multiples of them.
+_TILE_ROWS = (128.0, 256.0)
+# Parts that share the inner dimension of one tile where there are fewer tiles than SMs, and about what each costs beside
+# the largest tiles in one part: a tenth more per doubling, as smaller tiles read their operands more often.
+_SPLIT_COSTS = ((1.0, 1.0), (2.0, 1.1), (4.0, 1.2), (8.0, 1.35))
+_TILE_COSTS = (1.1, 1.0, 1.0, 1.3)
 
 
 def gemm_bytes(
@@ -46,11 +53,19 @@ def _coordinates(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
 
 
 def _steps(shape: Shape, rates: DeviceRates) -> NDArray[np.float64]:
-    columns = []
-    for tile_m, tile_n in _TILES:
-        waves = np.ceil(shape["m"] / tile_m) * np.ceil(shape["n"] / tile_n) / rates.num_sms
+    m, n, k = (shape[name] for name in _FIELDS)
+    columns, least = [], np.full(m.shape, np.inf)
+    for (tile_m, tile_n), tile_cost in zip(_TILES, _TILE_COSTS, strict=True):
+        waves = np.ceil(m / tile_m) * np.ceil(n / tile_n) / rates.num_sms
         columns += [np.log2(np.ceil(waves) / waves), np.log2(waves)]
-    return in_columns(columns)
+        for split, split_cost in _SPLIT_COSTS:
+            work = np.ceil(split * waves) * (tile_cost * split_cost / split * tile_m * tile_n)
+            np.minimum(least, work, out=least)
+    columns += [np.log2(np.ceil(m / tile_rows) * tile_rows / m) for tile_rows in _TILE_ROWS]
+    # The least work of whole waves over that of the product: what a library that knows its kernels gets down to.
+    columns.append(np.log2(least * rates.num_sms / (m * n)))
+    # Both sides of the roofline: kernels switch by how much there is to compute and to read.
+    return in_columns([*columns, np.log2(m * n * k), np.log2(m * k + n * k + m * n)])
 
 
 def _gemm(name: str) -> Operator:

@@ -37,6 +37,9 @@ __all__ = [
 _SWITCHED_ON = 0.9
 # Gather forward, gather backward, reduce backward: the ring latencies FSDP pays per layer.
 _FSDP_COLLECTIVES = {"forward": 1.0, "backward": 2.0}
+# Operations around a collective of FSDP2: about eight views, allocations and copies for each of a layer's six tensors,
+# and its hooks.
+_FSDP_CALLS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,10 +52,15 @@ class SyncTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FsdpTimes:
-    """Exposed communication of one layer and micro-batch; arrays of shape ``(num_plans,)`` [s]."""
+    """Exposed communication of one layer and micro-batch; arrays of shape ``(num_plans,)`` [s].
+
+    ``forward_handling`` and ``backward_handling`` are what a processor that is its own device does around it.
+    """
 
     forward: FloatColumn
     backward: FloatColumn
+    forward_handling: FloatColumn
+    backward_handling: FloatColumn
 
 
 def shard_ranks(columns: PlanColumns) -> FloatColumn:
@@ -197,7 +205,6 @@ def _group_sync_times(
 
     all_reduce = timed("all_reduce", gradients, groups.replicas)
     scatter = timed("reduce_scatter", gradients, groups.replicas)
-    replica_reduce = timed("all_reduce", gradients / groups.shards.size, groups.across)
     # ZeRO-1 and 2 gather what was updated, ZeRO-3 all weights.
     gathered = np.where(columns.sharding >= Shardings.ZERO3, num_parameters, num_trained)
     gather = timed("all_gather", context.element_bytes * gathered, groups.shards)
@@ -209,12 +216,14 @@ def _group_sync_times(
     reduce = np.where(
         is_unsharded | (is_grouped & (columns.sharding == Shardings.ZERO1)), all_reduce, scatter
     )
-    # HSDP sums a shard inside its group, then the shards' copies across groups.
-    is_replicated = is_grouped & (columns.sharding >= Shardings.ZERO3)
-    reduce = np.where(
-        is_replicated, timed("reduce_scatter", gradients, groups.shards) + replica_reduce, reduce
-    )
-    reduce = np.where(per_micro_batch, np.where(is_grouped, replica_reduce, 0.0), reduce)
+    across = np.zeros(len(columns))
+    if is_grouped.any():
+        # HSDP sums a shard inside its group, then the shards' copies across groups.
+        across = timed("all_reduce", gradients / groups.shards.size, groups.across)
+        inside = timed("reduce_scatter", gradients, groups.shards)
+        is_replicated = is_grouped & (columns.sharding >= Shardings.ZERO3)
+        reduce = np.where(is_replicated, inside + across, reduce)
+    reduce = np.where(per_micro_batch, np.where(is_grouped, across, 0.0), reduce)
     # ZeRO-2 reduces on every micro-batch but gathers its updated weights once.
     gathers_once = (
         (columns.sharding == Shardings.ZERO1)
@@ -252,8 +261,11 @@ def fsdp_times(
     """
     software = context.software
     applies = is_fsdp_per_micro_batch(context, columns) & (shard_ranks(columns) > 1)
+    nothing = np.zeros(len(columns))
     if not applies.any():
-        return FsdpTimes(forward=np.zeros(len(columns)), backward=np.zeros(len(columns)))
+        return FsdpTimes(
+            forward=nothing, backward=nothing, forward_handling=nothing, backward_handling=nothing
+        )
     rows, inverse = columns.distinct("tp", "cp", "dp", "sharding_group", "ep", "etp", "secondary_group")
     parameters = unit_parameters(rows)
     dense_group = _dense_groups(context, rows).shards
@@ -285,15 +297,39 @@ def fsdp_times(
     gather = np.where(is_gathered, gather_once[inverse], 0.0)
     again = np.where(is_gathered, gather_again[inverse], 0.0)
     scatter = scatter_once[inverse]
+    unpacking, packing = nothing, nothing
     if context.gpu.architecture == "cpu":
         # A processor that is its own device copies and sums itself, and computes nothing meanwhile.
-        forward_window, backward_window = np.zeros_like(gather), np.zeros_like(gather)
+        forward_window, backward_window = nothing, nothing
+        unpacking, packing = (each[inverse] for each in _handling(context, rows, parameters))
+        unpacking, packing = np.where(applies & is_gathered, unpacking, 0.0), np.where(applies, packing, 0.0)
     forward = _exposed(gather, forward_window, software.fsdp_contention)
     backward = _exposed(again + scatter, backward_window, software.fsdp_contention)
     step = (shard_ranks(columns) - 1.0) * software.fsdp_step_latency
     forward += np.where(is_gathered, _FSDP_COLLECTIVES["forward"] * step, 0.0)
     backward += np.where(is_gathered, _FSDP_COLLECTIVES["backward"], 1.0) * step
-    return FsdpTimes(forward=np.where(applies, forward, 0.0), backward=np.where(applies, backward, 0.0))
+    return FsdpTimes(
+        forward=np.where(applies, forward, 0.0),
+        backward=np.where(applies, backward, 0.0),
+        forward_handling=unpacking,
+        backward_handling=unpacking + packing,
+    )
+
+
+def _handling(
+    context: CostContext, columns: PlanColumns, parameters: RankParameters
+) -> tuple[FloatColumn, FloatColumn]:
+    """Return the seconds of a processor around one unit's gather, and around its reduction.
+
+    Shards are copied into the buffer that is gathered, weights out of it, and gradients into the one that is reduced,
+    each read and written (``torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py``).
+    """
+    share = 1.0 / shard_ranks(columns)
+    gathered = 2.0 * context.element_bytes * parameters.total * (1.0 + share)
+    reduced = 2.0 * context.gradient_bytes * (parameters.dense_trained + parameters.expert_trained)
+    rate = context.gpu.memory_bandwidth_bytes_per_second * context.calibration.memory_stream_efficiency
+    calls = _FSDP_CALLS * context.software.host_launch_latency
+    return gathered / rate + calls, reduced / rate + calls
 
 
 def _exposed(duration: FloatColumn, window: FloatColumn, contention: float) -> FloatColumn:

@@ -378,7 +378,8 @@ def _beside_compute(
 ) -> FloatColumn:
     """Return what a copy beside compute costs: its overhang, and the device memory's time for the bytes hidden."""
     overhang = np.maximum(copy - window, 0.0)
-    hidden = np.divide(copy - overhang, copy, out=np.zeros_like(copy), where=copy > 0.0)
+    beside = copy - overhang
+    hidden = np.divide(beside, copy, out=np.zeros_like(beside), where=copy > 0.0)
     return overhang + hidden * num_bytes / rates.device
 
 

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.costmodels.collectives import Collective, collective_time
 from meshwright.costmodels.context import CostContext
 from meshwright.costmodels.plan_columns import FloatColumn
+from meshwright.costmodels.roofline import stream_time
 
-__all__ = ["tensor_parallel_time"]
+__all__ = ["ExchangeTimes", "tensor_parallel_times"]
 
 
-def tensor_parallel_time(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExchangeTimes:
+    """Exposed seconds before and behind one pair of a column-split and a row-split product.
+
+    Without sequence parallelism ``gather`` is 0 and ``reduce`` an all-reduce; with it they are an all-gather and a
+    reduce-scatter.
+    """
+
+    gather: FloatColumn
+    reduce: FloatColumn
+
+    @property
+    def both(self) -> FloatColumn:
+        """The pair [s]."""
+        return self.gather + self.reduce
+
+
+def tensor_parallel_times(
     context: CostContext,
     tp: FloatColumn,
     num_tokens: FloatColumn,
     sequence_parallel: NDArray[np.bool_],
     cover: FloatColumn,
-    num_pairs: float | None = None,
+    *,
     gathered_share: float = 1.0,
-) -> FloatColumn:
-    """Return the exposed seconds of one layer's collectives in one direction (forward or backward).
+    gathered_width: float | None = None,
+    is_backward: bool = False,
+) -> ExchangeTimes:
+    """Return the exposed collectives of one pair of split products in one direction (forward or backward).
 
-    Without sequence parallelism an all-reduce after attention and one after the MLP; with it an all-gather
-    before and a reduce-scatter after each (Korthikanti et al. 2022, section 4.2.2). A parallel block has one
-    pair. Ranks of a tensor parallel group are adjacent.
+    Without sequence parallelism an all-reduce behind them; with it an all-gather before and a reduce-scatter behind
+    (Korthikanti et al. 2022, section 4.2.2). Ranks of a tensor parallel group are adjacent.
 
     Parameters
     ----------
     context : CostContext
-        Job, calibration and software; ``async_tp`` among its features hides part of the time.
+        Job, calibration and software; ``async_tp`` among its features pipelines the collectives with their products.
     tp : FloatColumn
         Degree; 1 is free.
     num_tokens : FloatColumn
@@ -38,39 +59,56 @@ def tensor_parallel_time(
     sequence_parallel : NDArray[np.bool_]
         Whether activations outside the products are split.
     cover : FloatColumn
-        Matrix products of the layer the collectives may be pipelined with [s].
-    num_pairs : float | None
-        Collective pairs; None asks the model (2, or 1 with a parallel block).
+        Matrix products the collectives may be pipelined with [s].
     gathered_share : float
         Width of what enters the split products over the hidden size: latent attention gathers its latents.
-
-    Returns
-    -------
-    FloatColumn
-        Time [s].
+    gathered_width : float | None
+        Bytes per gathered element; None is that of activations.
+    is_backward : bool
+        Which direction: the sum of input gradients writes what is scattered in the order it is sent.
     """
     software = context.software
-    pairs = num_pairs if num_pairs is not None else (1.0 if context.model.has_parallel_block else 2.0)
-    num_bytes = context.element_bytes * num_tokens * context.model.hidden_size
+    elements = num_tokens * context.model.hidden_size
     group = context.place_group(tp, np.ones_like(tp))
-    efficiency = software.inter_node_efficiency
 
-    def timed(collective: Collective, share: float) -> FloatColumn:
+    def timed(collective: Collective, num_bytes: FloatColumn) -> FloatColumn:
         return collective_time(
-            collective, share * num_bytes, group, context.cluster, context.calibration, efficiency
+            collective, num_bytes, group, context.cluster, context.calibration, software.inter_node_efficiency
         )
 
-    reduce = timed("all_reduce", 1.0)
+    summed = context.element_bytes * elements
+    gathered = (gathered_width or context.element_bytes) * gathered_share * elements
+    reduce = timed("all_reduce", summed)
     if gathered_share != 1.0:
         # Outputs are summed forward, gradients of what entered backward: the mean of both directions.
-        reduce = 0.5 * (reduce + timed("all_reduce", gathered_share))
-    gather, scatter = timed("all_gather", gathered_share), timed("reduce_scatter", 1.0)
-    overlap = software.tp_overlap
-    if "async_tp" in context.features:
-        overlap = max(overlap, software.async_tp_overlap)
-    if "no_overlap" in context.features:
-        overlap = 0.0
+        reduce = 0.5 * (reduce + timed("all_reduce", gathered_share * summed))
+    gather, scatter = timed("all_gather", gathered), timed("reduce_scatter", summed)
     # Only the split form can be pipelined with its products, over one scale-up domain, and never beyond them.
+    overlap = np.where(tp <= context.cluster.node.num_gpus, _overlap(context), 0.0)
     split = gather + scatter
-    hidden = np.where(tp <= context.cluster.node.num_gpus, np.minimum(overlap * split, cover / pairs), 0.0)
-    return pairs * np.where(sequence_parallel, split - hidden, reduce)
+    exposed = 1.0 - np.minimum(overlap, cover / np.maximum(split, np.finfo(np.float32).tiny))
+    gather, scatter = gather * exposed, scatter * exposed
+    if software.copies_gathered_sequence and "async_tp" not in context.features:
+        gather = gather + _copy_time(context, tp, gathered)
+        if not (is_backward and software.splits_projections):
+            scatter = scatter + _copy_time(context, tp, summed)
+    return ExchangeTimes(
+        gather=np.where(sequence_parallel, gather, 0.0), reduce=np.where(sequence_parallel, scatter, reduce)
+    )
+
+
+def _overlap(context: CostContext) -> float:
+    """Return the share of the collectives that runs beside the products they are pipelined with."""
+    if "no_overlap" in context.features:
+        return 0.0
+    software = context.software
+    is_pipelined = "async_tp" in context.features
+    return max(software.tp_overlap, software.async_tp_overlap) if is_pipelined else software.tp_overlap
+
+
+def _copy_time(context: CostContext, tp: FloatColumn, num_bytes: FloatColumn) -> FloatColumn:
+    """Return the seconds of reading and writing a whole tensor once; nothing without tensor parallelism."""
+    calibration = context.calibration
+    bandwidth = context.gpu.memory_bandwidth_bytes_per_second
+    copied = stream_time(2.0 * num_bytes, bandwidth, calibration.memory_stream_efficiency)
+    return np.where(tp > 1.0, copied, 0.0)

@@ -21,7 +21,7 @@ def vocab_parallel_time(
     """Return what each virtual stage adds per micro-batch, forward and backward [s]; 0 without vocabulary parallelism.
 
     ``boundary_forward`` and ``boundary_backward`` are the seconds of embedding and head together, unsplit.
-    A 1/pp slice of them, and an all-reduce of the hidden activations over the stages: overlapped by half in vocab_1
+    A 1/pp slice of them, and an all-reduce of a rank's hidden activations over the stages: overlapped by half in vocab_1
     and vocab_2 (its barriers are scheduled apart), whole in interlaced (Yeung et al. 2024, arXiv 2411.05288). Where
     they are scheduled apart they are two passes of their own per micro-batch, each of which meets all stages at a
     barrier; vocab_2 saves one by rescaling two fp32 products of the hidden width afterwards, which costs more.
@@ -34,7 +34,10 @@ def vocab_parallel_time(
     stride = (columns.tp * columns.cp * columns.dp).astype(np.float64)
     exchange = collective_time(
         "all_reduce",
-        2.0 * tokens * context.model.hidden_size,
+        context.element_bytes
+        * tokens
+        / np.where(columns.sequence_parallel, columns.tp, 1)
+        * context.model.hidden_size,
         context.place_group(pp, stride),
         context.cluster,
         context.calibration,

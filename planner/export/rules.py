@@ -247,11 +247,23 @@ def expert_axes_need_experts(job: TrainingJob, plan: ParallelPlan) -> str | None
     return None
 
 
+def storage_has_settings(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Narrow storage that the prediction counts on must not fall back to 16 and 32 bits without a word."""
+    narrow = [each for each in ("bf16_moments", "fp8_activations") if each in job.features]
+    if not narrow:
+        return None
+    return (
+        f"features {', '.join(narrow)} narrow what a rank holds and are not written into the target's files; "
+        "leave them out."
+    )
+
+
 COMMON_RULES: tuple[Rule, ...] = (
     layers_run_alike,
     replicas_run_alike,
     gpus_share_a_vendor,
     settings_take_effect,
+    storage_has_settings,
     stages_hold_every_layer,
     ranks_fill_whole_nodes,
     batch_divides,

@@ -199,7 +199,8 @@ def _promising(
     limit = best.threshold * (1.0 + _ROUNDING)
     if not (of_row <= limit).any():
         return
-    row, *cell = np.nonzero(part.fits & (of_row <= limit)[..., np.newaxis])
+    # Recompute and the exchange of context parallel ranks are in no outline.
+    row, *cell = np.nonzero(part.fits & (of_row <= limit)[..., np.newaxis, np.newaxis])
     bounds = of_row[row, cell[0], cell[1]]
     order = np.argsort(bounds, kind="stable")
     step = max(1, _MOST_ROWS // len(part.free))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from meshwright.costmodels.bound import iteration_time_bound, schedule_time_bound
 from meshwright.costmodels.context import CostContext, cost_context
 from meshwright.costmodels.iteration import iteration_costs, uniform_costs
+from meshwright.costmodels.memory import peak_memory
 from meshwright.costmodels.plan_columns import PlanColumns
 from meshwright.costmodels.software import list_software
 from meshwright.hardware_specs.catalog import resolve_cluster
@@ -179,26 +181,34 @@ def test_a_schedule_alone_takes_no_longer_than_with_what_comes_on_top(case: Case
     assert iteration_time(alone, plain.schedule) <= case.seconds * (1 + 1e-12)
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"recompute": "none", "recompute_modules": (), "recompute_layers": None},
+    "recomputed": {"recompute": "full", "recompute_modules": ()},
+    "resident": {"activation_offload": False, "optimizer_offload": "none"},
+    "moved": {"activation_offload": True, "optimizer_offload": "cpu"},
+    "whole": {"sharding": "none", "sharding_group": None},
+    "zero1": {"sharding": "zero1", "sharding_group": None},
+    "zero3": {"sharding": "zero3", "sharding_group": None, "parameter_offload": "none"},
+    "fetched": {"sharding": "zero3", "sharding_group": None, "parameter_offload": "cpu"},
+    "gathered": {"cp_method": "all_gather"},
+}
+
+
 @settings(max_examples=100, deadline=None)
-@given(
-    case=cases(),
-    changes=st.lists(st.sampled_from(["plain", "recomputed", "resident"]), min_size=1, max_size=4),
-)
+@given(case=cases(), changes=st.lists(st.sampled_from(sorted(VARIANTS)), min_size=1, max_size=5))
 def test_plans_cost_together_what_they_cost_alone(case: Case, changes: list[str]) -> None:
-    variants = {
-        "plain": replace(case.plan, recompute="none", recompute_modules=(), recompute_layers=None),
-        "recomputed": replace(case.plan, recompute="full", recompute_modules=()),
-        "resident": replace(case.plan, activation_offload=False, optimizer_offload="none"),
-    }
-    plans = [case.plan, *(variants[name] for name in changes)]
+    plans = [case.plan, *(replace(case.plan, **VARIANTS[name]) for name in changes)]
     together = uniform_costs(case.context, plans)
     batch = case.context.workload.global_batch_size
-    bounds = iteration_time_bound(case.context, PlanColumns.from_plans(plans, batch))
-    for plan, costs, bound in zip(plans, together, bounds, strict=True):
+    columns = PlanColumns.from_plans(plans, batch)
+    bounds, peaks = iteration_time_bound(case.context, columns), peak_memory(case.context, columns)
+    for plan, costs, bound, peak in zip(plans, together, bounds, peaks, strict=True):
         alone = iteration_costs(case.context, plan)
         for name in IterationCosts.__slots__:
             assert np.array_equal(getattr(costs, name), getattr(alone, name)), name
-        assert bound == iteration_time_bound(case.context, PlanColumns.from_plans([plan], batch))[0]
+        one = PlanColumns.from_plans([plan], batch)
+        assert bound == iteration_time_bound(case.context, one)[0]
+        assert peak == peak_memory(case.context, one)[0]
 
 
 def test_unrelated_plans_do_not_move_a_bound() -> None:

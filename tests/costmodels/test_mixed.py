@@ -186,7 +186,7 @@ def test_experts_are_shared_by_replicas_of_one_kind_only() -> None:
 
 def test_formulas_of_one_kind_refuse_the_context_of_several() -> None:
     context = context_of(H100_A100)
-    with pytest.raises(SpecError, match="one kind of node only"):
+    with pytest.raises(SpecError, match="takes one kind of node"):
         _ = context.gpu
     assert "h100-sxm-80: " in context.calibration_text
     assert "; a100-sxm-80: " in context.calibration_text

@@ -49,8 +49,11 @@ def test_distinct_rows_are_the_combinations_and_every_plan_finds_its_own(
     combinations = set(zip(*(getattr(columns, name).tolist() for name in sorted(names)), strict=True))
     assert len(rows) == len(combinations)
     assert inverse.shape == (num_rows,)
+    few, spread = columns.thinned(*sorted(names))
+    assert len(few) == len(combinations)
     for name in names:
         assert getattr(rows, name)[inverse].tolist() == getattr(columns, name).tolist()
+        assert spread(getattr(few, name)).tolist() == getattr(columns, name).tolist()
 
 
 @settings(max_examples=100, deadline=None)
@@ -77,3 +80,13 @@ def test_a_mesh_finds_its_distinct_rows_too(data: st.DataObject, shape: tuple[in
     # Only as many dimensions as these fields have.
     assert inverse.shape == (1, second, 1)
     assert np.array_equal(rows.dp[inverse], columns.dp)
+    few, spread = columns.thinned(*names)
+    for name in names:
+        values = getattr(columns, name)
+        assert np.array_equal(np.broadcast_to(spread(getattr(few, name)), values.shape), values)
+    # Along each dimension no two entries agree in all fields.
+    kept = [getattr(few, name) for name in names]
+    for axis in range(3):
+        lines = [np.moveaxis(values, axis, 0) for values in kept if values.shape[axis] > 1]
+        every = list(zip(*lines, strict=True))
+        assert len({tuple(value.tobytes() for value in line) for line in every}) == len(every)

@@ -91,6 +91,21 @@ def test_a_scored_row_has_errors_of_time_and_memory(make_run: MakeRun) -> None:
     assert (row.status, row.reason, row.is_scorable) == ("scored", "", True)
 
 
+@pytest.mark.parametrize("kind", ["reserved", "driver", "allocated", "allocated_last_rank"])
+def test_memory_is_compared_by_what_the_row_read(make_run: MakeRun, kind: str) -> None:
+    run = make_run(pp=4, schedule="1f1b", recompute="none", measured_memory_gib=40, memory_kind=kind)
+    row = score_run(run)
+    assert row.prediction is not None
+    assert row.predicted_memory_bytes is not None
+    memory = row.prediction.memory
+    # Torch's allocator counts tensors: neither the context nor what it keeps in reserve.
+    tensors = [sum(memory.row(stage).values()) - memory.framework[stage] for stage in range(4)]
+    expected = {"allocated": max(tensors), "allocated_last_rank": tensors[-1]}
+    assert row.predicted_memory_bytes == pytest.approx(expected.get(kind, row.prediction.peak_memory_bytes))
+    assert row.memory_error == pytest.approx(row.predicted_memory_bytes / (40 * 2**30) - 1)
+    assert tensors[-1] < max(tensors) < row.prediction.peak_memory_bytes
+
+
 def test_a_run_that_does_not_fit_keeps_its_prediction(make_run: MakeRun) -> None:
     row = score_run(make_run(sharding="none"))
     assert row.status == "infeasible"

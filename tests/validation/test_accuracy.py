@@ -25,7 +25,7 @@ TODAY = {
     "mbridge": 6.5,
     "mtnlg": 20.1,
     "sc21": 2.9,
-    "tt": 8.1,
+    "tt": 6.4,
     "v100": 3.8,
     "vocab": 2.5,
     "zb": 5.7,
@@ -102,12 +102,19 @@ def test_the_megatron_papers_are_met(scores: Scores, source: str, gate: float) -
 
 
 @pytest.mark.parametrize("source", sorted(TODAY))
-def test_the_median_error_of_a_source_is_below_ten_percent(scores: Scores, source: str) -> None:
+def test_the_median_error_of_a_source_is_below_six_percent(scores: Scores, source: str) -> None:
     summary = summarise(source, scores.trusted(source), "time")
     if summary.num_scored >= 5:
-        assert percent(summary.median) <= 10.0
+        assert percent(summary.median) <= 6.0
     else:
         assert source in ("mbridge", "mtnlg", "v100")
+
+
+def test_asynchronous_tensor_parallelism_is_met(scores: Scores) -> None:
+    # Four of the twelve rows quantise row by row, which no column says: they come out 26 to 35 % too fast.
+    rows = scores.chosen(lambda row: "asyncTP" in row.run.source)
+    assert len(rows) == 12
+    assert percent(summarise("asyncTP", rows, "time").median) <= 6.0
 
 
 def test_nearly_every_timed_dense_row_is_scored(scores: Scores) -> None:
@@ -127,18 +134,21 @@ def test_rows_without_a_prediction_say_what_they_lack(scores: Scores) -> None:
         assert "not stated" in row.reason or "not costed yet" in row.reason, row.run.id
 
 
-def test_memory_of_the_vocabulary_baselines_is_met(scores: Scores) -> None:
-    rows = [row for row in scores.trusted("vocab") if row.run.cell("vocab_parallel") == "none"]
-    summary = summarise("vocab", rows, "memory")
-    assert summary.num_scored >= 7
-    assert percent(summary.median) <= 5.0
+@pytest.mark.parametrize(("source", "num_rows"), [("vocab", 39), ("zb", 36)])
+def test_memory_of_the_pipeline_schedules_is_met(scores: Scores, source: str, num_rows: int) -> None:
+    summary = summarise(source, scores.trusted(source), "memory")
+    assert summary.num_scored == num_rows
+    assert percent(summary.median) <= 3.0
 
 
-def test_memory_of_an_8b_model_under_fsdp_is_met(scores: Scores) -> None:
-    ids = {*(f"tt-{number:02}" for number in range(1, 11)), "tt-31", "tt-32"}
-    rows = scores.chosen(lambda row: row.run.id in ids and row.memory_error is not None)
-    assert len(rows) == 12
-    assert percent(summarise("tt", rows, "memory").median) <= 8.0
+@pytest.mark.parametrize(("model", "num_rows", "most"), [("8B", 12, 6.0), ("70B", 2, 8.0), ("405B", 5, 8.0)])
+def test_memory_of_every_run_under_fsdp_is_met(
+    scores: Scores, model: str, num_rows: int, most: float
+) -> None:
+    rows = scores.chosen(lambda row: row.run.id.startswith("tt-") and row.run.cell("model").endswith(model))
+    errors = [abs(row.memory_error) for row in rows if row.memory_error is not None]
+    assert len(errors) == num_rows
+    assert 100.0 * max(errors) <= most
 
 
 def test_four_rows_in_five_lie_in_the_predicted_interval(scores: Scores) -> None:
@@ -163,10 +173,11 @@ def test_the_sources_medians_are_met_on_average(scores: Scores) -> None:
     assert abs(percent(pool.rows.time.bias)) <= 3.0
 
 
-def test_nine_rows_in_ten_are_within_eleven_percent_with_the_recalled_ones(scores: Scores) -> None:
+def test_the_figures_hold_with_the_recalled_rows(scores: Scores) -> None:
     pool = pooled(scores.rows, POOLS[1])
     assert pool.rows.time.num_scored > 250
     assert percent(pool.rows.time.p90) <= 11.0
+    assert percent(pool.macro_median) <= 4.5
 
 
 @pytest.mark.parametrize("source", sorted(REGRET_TODAY))

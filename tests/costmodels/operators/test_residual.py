@@ -14,12 +14,7 @@ import meshwright
 from meshwright.costmodels.operators import OPERATORS, RbfResidual, StackedResidual, TreeResidual
 from meshwright.costmodels.operators.residual import GRID_STEP
 from meshwright.costmodels.operators.trees import MAX_LEAVES
-from meshwright.profiler.fitting.residual import (
-    LEARNING_RATE,
-    NUM_TREES,
-    fit_rbf,
-    fit_trees,
-)
+from meshwright.profiler.fitting.residual import fit_rbf
 
 SOURCE = str(Path(meshwright.__file__).parents[1])
 DIMENSIONS = pytest.mark.parametrize("num_dims", [1, 2, 3])
@@ -174,40 +169,11 @@ def test_a_residual_of_zero_weight_sum_stays_bounded_far_away(shift: float, num_
     assert abs(value[0] - residual.offset) <= reach + 1e-6
 
 
-def test_fitted_trees_are_the_sum_of_scikit_learns_own() -> None:
-    tree_module = pytest.importorskip("sklearn.tree", reason="scikit-learn grows the trees")
-    rng = np.random.default_rng(3)
-    # Multiples of 1/64 are the same in the 32 bits scikit-learn computes in.
-    points, unseen = (np.round(rng.uniform(0.0, 14.0, (300, 5)) * 64) / 64 for _ in range(2))
-    errors = wavy(points)
-    fitted = fit_trees(points, errors)
-    left_over, expected = errors - errors.mean(), np.full(len(unseen), errors.mean())
-    generator = np.random.RandomState(0)
-    for _ in range(NUM_TREES):
-        grown = tree_module.ExtraTreeRegressor(
-            max_leaf_nodes=MAX_LEAVES, max_features=None, min_samples_leaf=2, random_state=generator
-        ).fit(points, left_over)
-        left_over = left_over - LEARNING_RATE * grown.predict(points)
-        expected = expected + LEARNING_RATE * grown.predict(unseen)
-    np.testing.assert_allclose(fitted.log_correction(unseen), expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(fitted.log_correction(points), errors - left_over, rtol=1e-9, atol=1e-12)
-
-
-def test_children_of_fitted_trees_follow_their_parents() -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn grows the trees")
-    points = np.random.default_rng(4).uniform(0.0, 14.0, (60, 11))
-    trees = fit_trees(points, wavy(points))
-    assert len(trees.roots) == NUM_TREES
-    inner = np.flatnonzero(trees.left >= 0)
-    assert (trees.left[inner] > inner).all()
-    assert (trees.right[inner] > inner).all()
-    assert (trees.feature < 11).all()
-
-
 HASH_RESIDUALS = """
 import hashlib
 import numpy as np
 from meshwright.costmodels.operators import RbfResidual, TreeResidual
+from meshwright.profiler.fitting.trees import fit_trees
 from meshwright.simcore.compiled import has_compiler
 
 rng = np.random.default_rng(5)
@@ -231,6 +197,9 @@ for num_dims in (1, 2, 3):
         centres=rng.uniform(0.0, 9.0, (40, num_dims)), weights=weights - weights.mean(), offset=0.02, is_baked=True
     )
     digest.update(residual.log_correction(rng.uniform(-1.0, 10.0, (500, num_dims))).tobytes())
+grown = fit_trees(rng.uniform(0.0, 9.0, (30, 4)), rng.normal(0.0, 0.1, 30))
+for column in (grown.roots, grown.feature, grown.threshold, grown.left, grown.right, grown.value):
+    digest.update(column.tobytes())
 print(has_compiler(), digest.hexdigest())
 """
 

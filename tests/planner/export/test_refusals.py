@@ -353,6 +353,14 @@ def test_deepspeed_refuses(case):
     check_refusal("deepspeed", *DEEPSPEED_REFUSALS[case])
 
 
+@pytest.mark.parametrize("target", sorted(EXPORTERS))
+def test_narrow_storage_is_never_dropped_without_a_word(target):
+    job = dataclasses.replace(make_job(), features=("bf16_moments", "deepep", "fp8_activations"))
+    reasons = " ".join(EXPORTERS[target].unsupported(job, make_plan(dp=8)))
+    assert "features bf16_moments, fp8_activations" in reasons
+    assert "leave them out" in reasons
+
+
 def test_every_reason_is_listed_at_once():
     job = make_job(dataclasses.replace(LLAMA_8B, position_embedding="alibi"), precision="int8", length=8191)
     reasons = EXPORTERS["megatron"].unsupported(job, make_plan(tp=2, dp=8, cp=1, **SP))
