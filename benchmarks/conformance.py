@@ -29,6 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "conformance"))
 
+from conformance_missing import exit_missing, exit_with
 from conformance_questions import CLIENTS, TIER_1
 from conformance_report import Row, absent, row
 
@@ -37,6 +38,7 @@ _PATHS = {
     "torchtitan": "MESHWRIGHT_TORCHTITAN",
     "torchtitan-0.2": "MESHWRIGHT_TORCHTITAN_0_2",
 }
+_NEEDS = "the extra 'conformance' (pip install -e '.[conformance]') for tier 1, checkouts named by options for tier 2"
 _SHOWN = {
     "accelerate": "Accelerate loader and mesh",
     "deepspeed": "DeepSpeedConfig",
@@ -46,8 +48,8 @@ _SHOWN = {
 }
 
 
-def main() -> None:
-    """Print one line per target and client."""
+def main() -> int:
+    """Print one line per target and client; returns 1 where a client or Meshwright errs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +60,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true")
     options = vars(parser.parse_args())
     paths = {name: [part for part in options[name].split(os.pathsep) if part] for name in _PATHS}
-    start, rejected = time.perf_counter(), 0
+    start, rejected, num_asked = time.perf_counter(), 0, 0
     print(
         "| target | client | plans exported | accepted | broken plans refused by Meshwright | by the client |"
     )
@@ -71,14 +73,16 @@ def main() -> None:
             if reason is not None:
                 print(f"| {target} | {_SHOWN[client]} | skipped: {reason} | | | |")
                 continue
+            num_asked += 1
             found = row(target, client, paths)
             print(line(found), flush=True)
             rejected += len(found.exports) - found.num_accepted + len(found.missed)
             if options["verbose"]:
                 show(found)
     print(f"\n{time.perf_counter() - start:.0f} s")
-    if rejected:
-        sys.exit(1)
+    if not num_asked:
+        exit_missing("no client of the tier could be asked", _NEEDS)
+    return 1 if rejected else 0
 
 
 def line(found: Row) -> str:
@@ -104,4 +108,4 @@ def show(found: Row) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main, _NEEDS)

@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "conformance"))
 
 from conformance_corpus import corpus
+from conformance_missing import exit_with
 
 from meshwright.planner.export import EXPORTERS
 from meshwright.simcore.domain.job import TrainingJob
@@ -174,4 +175,4 @@ def bridge_container() -> Callable[[TrainingJob], Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "Megatron-Bridge and what it imports (see the first lines of this file)")

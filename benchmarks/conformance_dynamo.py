@@ -24,6 +24,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from conformance_bridge import StandIns
+from conformance_missing import exit_with
 from conformance_serving import Case, good_cases
 
 from meshwright.planner.export import SERVING_EXPORTERS
@@ -97,4 +98,4 @@ def dynamo_client() -> Callable[[dict[str, Any], Case], None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "NVIDIA Dynamo's own code (package ai-dynamo, see --help)")

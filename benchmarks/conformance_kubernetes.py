@@ -21,6 +21,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from conformance_missing import exit_with
 from conformance_serving import good_cases
 
 from meshwright.planner.export import SERVING_EXPORTERS
@@ -108,4 +109,4 @@ def _fields(value: dict[str, Any], schema: dict[str, Any], where: str) -> Iterat
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "the custom resource's published definition, as --help says")

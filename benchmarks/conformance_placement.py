@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from conformance_missing import exit_missing, exit_with
 from numpy.typing import NDArray
 
 from meshwright.planner.placement.balance import balance_slots
@@ -48,6 +49,7 @@ class Case(NamedTuple):
     placement: ExpertPlacement
 
 
+_NEEDS = "one folder per engine (sglang, vllm, vllm-ascend, trtllm) with its unzipped wheel, and torch and pydantic"
 # Reads a file as its engine does; returns what is wrong with it, or None.
 Client = Callable[[Path, Case], str | None]
 
@@ -62,13 +64,14 @@ def main() -> int:
         "engines", nargs="*", metavar="engine", help=f"of {', '.join(CLIENTS)}; all by default"
     )
     flags = parser.parse_args()
-    failed = 0
+    failed, num_asked = 0, 0
     with tempfile.TemporaryDirectory() as folder:
         for engine in flags.engines or CLIENTS:
             root = flags.folder / engine
             if not root.is_dir():
                 print(f"{engine}: not asked, no folder {root}")
                 continue
+            num_asked += 1
             client = CLIENTS[engine](root)
             counts = {"read as placed": 0, "REFUSED": 0}
             for case in cases(has_copies_apart=ENGINES[engine].has_copies_apart):
@@ -80,6 +83,8 @@ def main() -> int:
                     failed += 1
                     print(f"  {engine} {case.name}: {wrong}")
             print(f"{engine}: " + ", ".join(f"{count} {words}" for words, count in counts.items() if count))
+    if not num_asked:
+        exit_missing(f"no engine's code in {flags.folder}", _NEEDS)
     return 1 if failed else 0
 
 
@@ -324,4 +329,4 @@ CLIENTS: dict[str, Callable[[Path], Client]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, _NEEDS)

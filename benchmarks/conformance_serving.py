@@ -19,13 +19,14 @@ import io
 import itertools
 import json
 import logging
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
+
+from conformance_missing import exit_with
 
 from meshwright.hardware_specs.catalog import resolve_cluster
 from meshwright.planner.export import SERVING_EXPORTERS
@@ -331,4 +332,7 @@ def write_config(model: ModelSpec, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(
+        main,
+        "the engine's own code: pip download ENGINE --no-deps, unzip the wheel and name the folder in PYTHONPATH (see --help)",
+    )

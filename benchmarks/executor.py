@@ -1,9 +1,9 @@
-"""Compute of the executor on this machine's processor against its prediction, both in CPU time and interleaved.
+"""Compute and optimizer of the executor on this machine's processor against their predictions, in interleaved CPU time.
 
-Rounds alternate one pass of the profiler's matrix products and copies with steps of small models, all in this process
-on one thread, so that a neighbour who comes and goes slows both. Compared is the CPU time of forward and backward, as
-the median over all rounds, on models that no calibration has seen: once with a calibration of the profile alone, and
-once with constants of the software fitted to steps of four other models on top of it (``calibrate --from runs``).
+Worlds of one and of two processes, a thread each: all processes of a world take turns between a few seconds of the
+profiler's matrix products, copies and optimizer steps and a few steps of a small model, so that a neighbour who comes
+and goes, and the other process, slow both alike. Compared is the CPU time of the thread that computes, as the median
+over all turns, with the prediction from a calibration of that world's own profile; nothing is fitted to steps.
 
 Run: python benchmarks/executor.py [--rounds 3] [--keep FOLDER]
 """
@@ -11,21 +11,18 @@ Run: python benchmarks/executor.py [--rounds 3] [--keep FOLDER]
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-from meshwright.profiler.executor.launch import KEEPS_PAGES
-
-if any(os.environ.get(name) != value for name, value in KEEPS_PAGES.items()):
-    # What the workers of a run are started with; the C library reads it when a process begins.
-    os.environ.update({**KEEPS_PAGES, "OMP_NUM_THREADS": "1"})
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+from typing import Any
 
 import torch
 from torch import distributed
@@ -35,36 +32,35 @@ from meshwright.costmodels.calibration_writing import calibration_text
 from meshwright.costmodels.context import cost_context
 from meshwright.costmodels.prediction import predict
 from meshwright.hardware_specs.catalog import load_gpu, resolve_cluster
-from meshwright.profiler.device import Device, discover_device
-from meshwright.profiler.executor.evidence import append_row, measured_row
-from meshwright.profiler.executor.recording import Recorder, StepRecord
+from meshwright.profiler.device import discover_device
+from meshwright.profiler.executor.comparison import Comparison, compare
+from meshwright.profiler.executor.launch import KEEPS_PAGES
+from meshwright.profiler.executor.recording import Recorder
 from meshwright.profiler.executor.report import RankReport, merge_reports
 from meshwright.profiler.executor.worker import execute
 from meshwright.profiler.fitting.calibrate import calibrate
-from meshwright.profiler.fitting.software import fit_software, software_documents
-from meshwright.profiler.measured_runs import read_measured_runs
 from meshwright.profiler.profile import run_profile
 from meshwright.profiler.settings import ProfileSettings
 from meshwright.profiler.store import read_measurements
 from meshwright.simcore.domain.execution import Execution
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.model import ModelSpec
-from meshwright.simcore.domain.plan import ParallelPlan, Recompute
+from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.domain.workload import TrainingWorkload
 
-SOFTWARE = "meshwright-executor"
-COMPUTE = ("compute", "recompute", "embedding and head")
-PHASES = ("forward", "backward")
 # Thirty shapes are the least an operator is fitted to.
-POINTS = {"gemm": 45, "gemm_dgrad": 30, "gemm_wgrad": 30, "copies": 6}
-# What a loop over one product and one copy cannot tell: how products do among other work, and element-wise kernels.
-CONSTANTS = ("sustained_clock.bf16", "elementwise_factor")
+POINTS = {"gemm": 45, "gemm_dgrad": 30, "gemm_wgrad": 30, "copies": 6, "streaming": 5}
+SUITES = ("gemm", "copies", "optimizer")
+NUM_STEPS = 2
+# Of the profile between two cases, and for what it lacks in the end.
+SLICE_SECONDS, REST_SECONDS = 5.0, 600.0
+TERMS = ("compute in CPU time", "optimizer in CPU time")
 GOAL = 0.20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Case:
-    """A small training job on one process: layers, widths, tokens, recompute."""
+    """A small training job: layers, widths, micro-batch and how it is laid out."""
 
     layers: int
     hidden: int
@@ -74,21 +70,31 @@ class Case:
     vocab: int
     sequence: int
     micro_batch: int
-    num_micro_batches: int = 2
-    recompute: Recompute = "none"
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 0
 
     @property
     def label(self) -> str:
         """Name in the table."""
+        layout = ", ".join(f"{name} {value}" for name, value in self.layout.items() if name != "schedule")
         return (
             f"{self.layers} x {self.hidden}, ffn {self.ffn}, heads {self.heads}/{self.kv_heads}, "
-            f"{self.micro_batch} x {self.sequence}, {self.recompute}"
+            f"{self.micro_batch} x {self.sequence}{', ' if layout else ''}{layout}"
         )
 
     @property
-    def model(self) -> ModelSpec:
-        """The transformer."""
-        return ModelSpec(
+    def plan(self) -> ParallelPlan:
+        """Layout."""
+        pp = self.layout.get("pp", 1)
+        settings = {"dp": 1, "schedule": "none", **self.layout}
+        return ParallelPlan(
+            micro_batch_size=self.micro_batch, layers_per_stage=(self.layers // pp,) * pp, **settings
+        )
+
+    @property
+    def job(self) -> TrainingJob:
+        """Model, tokens of a step, and as many processes of this host as the plan needs."""
+        model = ModelSpec(
             name="small",
             num_layers=self.layers,
             hidden_size=self.hidden,
@@ -101,171 +107,166 @@ class Case:
             is_gated_mlp=True,
             has_tied_embeddings=False,
         )
-
-    @property
-    def plan(self) -> ParallelPlan:
-        """One process."""
-        return ParallelPlan(
-            dp=1,
-            micro_batch_size=self.micro_batch,
-            schedule="none",
-            recompute=self.recompute,
-            layers_per_stage=(self.layers,),
-        )
-
-    @property
-    def workload(self) -> TrainingWorkload:
-        """Tokens of a step."""
-        return TrainingWorkload(
-            global_batch_size=self.micro_batch * self.num_micro_batches,
-            sequence_length=self.sequence,
-            precision="fp32",
-        )
+        batch = self.batch or 2 * self.micro_batch * self.plan.dp
+        workload = TrainingWorkload(global_batch_size=batch, sequence_length=self.sequence, precision="fp32")
+        cluster = resolve_cluster("cpu-host-1:1")
+        cluster = replace(cluster, node=replace(cluster.node, num_gpus=self.plan.num_gpus))
+        return TrainingJob(model=model, cluster=cluster, workload=workload, software="meshwright-executor")
 
 
-FITTED = (
-    Case(2, 256, 1024, 4, 4, 1024, 256, 1),
-    Case(2, 384, 1536, 6, 6, 1024, 128, 2),
-    Case(1, 512, 1024, 8, 8, 3072, 256, 1),
-    Case(2, 320, 896, 5, 5, 2048, 64, 1),
-)
-HELD_OUT = (
-    Case(4, 256, 768, 4, 4, 2048, 128, 4),
-    Case(4, 256, 768, 4, 2, 2048, 128, 1),
-    Case(2, 512, 1536, 8, 8, 2048, 128, 2),
-    Case(3, 384, 1024, 6, 6, 4096, 256, 1),
-    Case(2, 256, 768, 4, 4, 2048, 512, 1),
-    Case(2, 256, 768, 4, 1, 2048, 256, 2, recompute="full"),
-    Case(2, 768, 2048, 12, 4, 1024, 128, 1, num_micro_batches=1),
-)
+FULL = {"recompute": "full"}
+PIPELINE = {"pp": 2, "schedule": "1f1b"}
+CASES: Mapping[int, Sequence[Case]] = {
+    1: (
+        Case(4, 256, 768, 4, 4, 2048, 128, 4),
+        Case(4, 256, 768, 4, 2, 2048, 128, 1),
+        Case(2, 512, 1536, 8, 8, 2048, 128, 2),
+        Case(3, 384, 1024, 6, 6, 4096, 256, 1),
+        Case(2, 256, 768, 4, 4, 2048, 512, 1),
+        Case(2, 256, 768, 4, 1, 2048, 256, 2, FULL),
+        Case(2, 768, 2048, 12, 4, 1024, 128, 1, batch=1),
+    ),
+    2: (
+        Case(4, 256, 768, 4, 2, 2048, 128, 2, {"dp": 2}),
+        Case(2, 512, 1536, 8, 8, 2048, 128, 1, {"dp": 2, "sharding": "zero1", **FULL}),
+        Case(4, 256, 768, 4, 2, 2048, 128, 2, {"dp": 2, "sharding": "zero3"}),
+        Case(4, 256, 768, 4, 4, 2048, 128, 2, {"tp": 2}),
+        Case(2, 512, 1536, 8, 8, 2048, 128, 2, {"tp": 2, "sequence_parallel": True}),
+        Case(4, 256, 768, 4, 2, 2048, 128, 2, PIPELINE, batch=8),
+        Case(4, 384, 1024, 6, 6, 1024, 256, 1, {**PIPELINE, **FULL}, batch=4),
+    ),
+}
 
 
 def main() -> None:
     """Measure, predict and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="passes of the profile, and of the steps")
-    parser.add_argument("--keep", type=Path, help="existing folder for the measurements and the calibration")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns of each model, and passes of the profile"
+    )
+    parser.add_argument("--keep", type=Path, help="existing folder for the measurements and the calibrations")
+    parser.add_argument("--rank", nargs=2, type=int, metavar=("RANK", "SIZE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    if options.rank:
+        measure(options.keep, options.rounds, *options.rank)
+        return
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
-        steps = measure(folder, options.rounds)
-        host = fit_profile(folder)
-        report("profile alone", steps, (host,))
-        stack = fit_steps(folder, steps, host)
-        report("profile and the steps of four other models", steps, (host, stack))
+        for size in CASES:
+            start(folder, options.rounds, size)
+            report(folder, size)
     print(f"{time.perf_counter() - begin:.0f} s, load average {os.getloadavg()[0]:.1f} at the end")
 
 
-def measure(folder: Path, rounds: int) -> dict[Case, list[StepRecord]]:
-    """Alternate passes of the profile with steps of every case."""
+def start(folder: Path, rounds: int, size: int) -> None:
+    """Run the processes of a world to their end."""
+    # What the workers of a run are started with.
+    environment = {**os.environ, **KEEPS_PAGES, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, __file__, "--rounds", str(rounds), "--keep", str(folder), "--rank"]
+    processes = [
+        subprocess.Popen([*words, str(rank), str(size)], env=environment, stdout=subprocess.DEVNULL)
+        for rank in range(size)
+    ]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit(f"a process of {size} failed")
+
+
+def measure(folder: Path, rounds: int, rank: int, size: int) -> None:
+    """Alternate slices of the profile with steps of every case, as one process; write what its steps took."""
+    torch.set_num_threads(1)
     device = discover_device("cpu")
-    steps: dict[Case, list[StepRecord]] = {case: [] for case in (*FITTED, *HELD_OUT)}
-    store = distributed.FileStore(str(folder / "meeting"), 1)
-    distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-    for index in range(rounds):
-        profile(folder / "host.jsonl", device, index)
-        for case in steps:
-            steps[case] += run_steps(case)
+    store = distributed.FileStore(str(folder / f"meeting{size}"), size)
+    distributed.init_process_group("gloo", rank=rank, world_size=size, store=store)
+    steps: dict[str, list[Mapping[str, float]]] = defaultdict(list)
+    stages: dict[str, int] = {}
+    path = folder / f"world{size}.{rank}.jsonl"
+    for turn in range(rounds * len(CASES[size])):
+        case = CASES[size][turn % len(CASES[size])]
+        distributed.barrier()
+        run_profile(path, device, settings(rounds, SLICE_SECONDS))
+        distributed.barrier()
+        recorder = Recorder(rank, None, torch.device("cpu"))
+        mesh = execute(execution(case), recorder)
+        stages[case.label] = mesh.at.pp
+        mesh.destroy()
+        steps[case.label] += [step.phase_cpu_seconds for step in recorder.steps[1:]]
+    run_profile(path, device, settings(rounds, REST_SECONDS))
     distributed.destroy_process_group()
-    return steps
+    written = {label: {"stage": stages[label], "steps": rows} for label, rows in steps.items()}
+    (folder / f"steps{size}.{rank}.json").write_text(json.dumps(written), encoding="utf-8")
 
 
-def profile(path: Path, device: Device, index: int) -> None:
-    """Measure every shape once more."""
-    settings = ProfileSettings(
-        points=POINTS, precisions=("fp32",), suites=("gemm", "copies"), num_passes=index + 1
+def settings(rounds: int, seconds: float) -> ProfileSettings:
+    """Return the settings of a profile that ends, or pauses, after some seconds."""
+    return ProfileSettings(
+        points=POINTS, precisions=("fp32",), suites=SUITES, num_passes=rounds, max_seconds=seconds
     )
-    run_profile(path, device, settings)
 
 
-def run_steps(case: Case, num_steps: int = 2) -> list[StepRecord]:
-    """Run a few steps after one that warms up."""
-    execution = Execution(
-        model=case.model,
+def execution(case: Case) -> Execution:
+    """Return a few steps of a case after one that warms up."""
+    job = case.job
+    return Execution(
+        model=job.model,
         plan=case.plan,
-        workload=case.workload,
+        workload=job.workload,
         device="cpu",
-        num_steps=num_steps,
+        num_steps=NUM_STEPS,
         num_warmup_steps=1,
     )
-    recorder = Recorder(0, None, torch.device("cpu"))
-    execute(execution, recorder)
-    return recorder.steps[1:]
 
 
-def fit_profile(folder: Path) -> Path:
-    """Return the calibration of what was profiled."""
-    measurements = read_measurements([folder / "host.jsonl"])
-    result = calibrate(measurements, load_gpu(measurements.gpu), name="host")
-    path = folder / "host.calibration.json"
-    path.write_text(calibration_text(result.document), encoding="utf-8")
-    return path
-
-
-def fit_steps(folder: Path, steps: Mapping[Case, list[StepRecord]], host: Path) -> Path:
-    """Return the calibration of the software, fitted to some of the steps as to any table of measured runs."""
-    table = folder / "runs.csv"
-    table.unlink(missing_ok=True)
-    for case in FITTED:
-        # What is not compared is taken as predicted, so that it moves nothing.
-        rest = sum(prediction(case, (host,)).values()) - predicted_compute(case, (host,))
-        seconds = statistics.median(compute_times(steps[case])) + rest
-        rank = RankReport(rank=0, stage=0, device="cpu", step_seconds=(seconds,))
-        append_row(table, measured_row(job_of(case), case.plan, merge_reports([rank]), "fitted"))
-    fit = fit_software(read_measured_runs(table), SOFTWARE, constants=CONSTANTS, calibration_paths=(host,))
-    moved = {**fit.constants, **{f"clock {gpu}": dict(each) for gpu, each in fit.sustained_clock.items()}}
-    print(f"fitted to {fit.num_rows} models: {moved}; left-out error {fit.error_left_out.mean:.1%}")
-    path = folder / "stack.calibration.json"
-    path.write_text(calibration_text(software_documents(fit, table, "stack")[0]), encoding="utf-8")
-    return path
-
-
-def job_of(case: Case) -> TrainingJob:
-    """Return the job of a case on one process of this host."""
-    return TrainingJob(
-        model=case.model,
-        cluster=resolve_cluster("cpu-host-1:1"),
-        workload=case.workload,
-        software=SOFTWARE,
-    )
-
-
-def prediction(case: Case, calibrations: Sequence[Path]) -> Mapping[str, float]:
-    """Return the predicted seconds of a step by group of terms."""
-    context = cost_context(job_of(case), calibration_paths=calibrations)
-    return iteration_breakdown(context, case.plan, predict(context, case.plan).iteration).grouped(0)
-
-
-def predicted_compute(case: Case, calibrations: Sequence[Path]) -> float:
-    """Return the predicted seconds of forward and backward."""
-    grouped = prediction(case, calibrations)
-    return sum(grouped[group] for group in COMPUTE)
-
-
-def compute_times(records: Sequence[StepRecord]) -> list[float]:
-    """Return the CPU seconds of forward and backward of each step."""
-    return [sum(record.phase_cpu_seconds[phase] for phase in PHASES) for record in records]
-
-
-def report(title: str, steps: Mapping[Case, list[StepRecord]], calibrations: Sequence[Path]) -> None:
-    """Print predicted against measured of every model that was held out."""
-    print(f"{title:<62} predicted  measured     error  CV of steps")
-    errors = []
-    for case in HELD_OUT:
-        times = compute_times(steps[case])
-        predicted, measured = predicted_compute(case, calibrations), statistics.median(times)
-        errors.append(predicted / measured - 1.0)
-        spread = statistics.stdev(times) / statistics.fmean(times)
+def report(folder: Path, size: int) -> None:
+    """Print predicted against measured of every case of a world."""
+    # All ranks did the same: the first one's measurements are a world's.
+    measurements = read_measurements([folder / f"world{size}.0.jsonl"])
+    calibration = folder / f"world{size}.calibration.json"
+    result = calibrate(measurements, load_gpu(measurements.gpu), name=f"world{size}")
+    calibration.write_text(calibration_text(result.document), encoding="utf-8")
+    ranks = [json.loads((folder / f"steps{size}.{rank}.json").read_text()) for rank in range(size)]
+    title = f"{size} process{'es' if size > 1 else ''}, predicted against measured"
+    print(f"{title:<66} {'compute':>28} {'optimizer':>30}")
+    errors: dict[str, list[float]] = {name: [] for name in TERMS}
+    for case in CASES[size]:
+        comparison = compared(case, [rank[case.label] for rank in ranks], calibration)
+        cells = []
+        for name in TERMS:
+            term = comparison.term(name)
+            error = term.predicted / term.measured - 1.0
+            errors[name].append(error)
+            cells.append(f"{1e3 * term.predicted:7.1f} {1e3 * term.measured:7.1f} ms {error:+7.1%}")
+        print(f"{case.label:<66} {'    '.join(cells)}")
+    for name, signed in errors.items():
+        sizes = [abs(error) for error in signed]
         print(
-            f"{case.label:<62} {1e3 * predicted:6.1f} ms {1e3 * measured:6.1f} ms"
-            f"  {errors[-1]:+8.1%}  {spread:8.1%}"
+            f"{name}: {sum(each <= GOAL for each in sizes)} of {len(sizes)} within {GOAL:.0%}; mean error"
+            f" {statistics.fmean(sizes):.1%}, median {statistics.median(signed):+.1%}, largest {max(sizes):.1%}"
         )
-    sizes = [abs(error) for error in errors]
-    print(
-        f"{sum(size <= GOAL for size in sizes)} of {len(sizes)} within {GOAL:.0%}; mean error"
-        f" {statistics.fmean(sizes):.1%}, median {statistics.median(errors):+.1%}, largest {max(sizes):.1%}"
+
+
+def compared(case: Case, ranks: Sequence[Mapping[str, Any]], calibration: Path) -> Comparison:
+    """Return what was predicted of a case beside what its ranks measured."""
+    reports = []
+    for number, rank in enumerate(ranks):
+        phases = {name for step in rank["steps"] for name in step}
+        reports.append(
+            RankReport(
+                rank=number,
+                stage=rank["stage"],
+                device="cpu",
+                step_seconds=tuple(sum(step.values()) for step in rank["steps"]),
+                phase_cpu_seconds={
+                    name: tuple(step.get(name, 0.0) for step in rank["steps"]) for name in phases
+                },
+            )
+        )
+    context = cost_context(case.job, calibration_paths=(calibration,))
+    prediction = predict(context, case.plan)
+    breakdown = iteration_breakdown(context, case.plan, prediction.iteration)
+    return compare(
+        case.plan, prediction, breakdown, merge_reports(reports), device="cpu", is_same_device=True
     )
 
 

@@ -1,7 +1,7 @@
 """Operator models on shapes they did not see: errors, intervals and speed, beside the peers' schemes.
 
-Needs the extras ``aiconfigurator`` and ``calibrate``. Every figure is the mean over three seeds; a seed holds out
-a fixed random 30 % of a table (at most 6,000 shapes) and picks the training shapes from the rest.
+Needs the extra ``aiconfigurator``, and scikit-learn for the peers' forest. Every figure is the mean over three seeds;
+a seed holds out a fixed random 30 % of a table (at most 6,000 shapes) and picks the training shapes from the rest.
 
 Run: python benchmarks/operators.py [--root FOLDER] [--part errors|speed]
 """

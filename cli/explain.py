@@ -75,6 +75,7 @@ def command(
     explanation = explain_plan(context, document.plan, flops)  # type: ignore[arg-type]  # click.Choice holds the words
     variant = outcome = None
     if forced is not None:
+        document.job.cluster.require_one_kind("explain --against")
         question = Question(
             limits=limits,
             flops=flops,  # type: ignore[arg-type]  # as above

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+# The file of a mixed cluster's bundle that says which kind each node must be.
+_NODE_ORDER = "node-order.txt"
+
 
 @click.command("export", short_help="Write the files that launch a plan.")
 @click.argument("plan", type=click.Path(path_type=Path), required=False)
@@ -82,8 +85,9 @@ def _training_bundle(
     plan: Path, target: str, version: str | None, launcher: str, writes_placement: bool
 ) -> ExportBundle:
     from meshwright.planner.export import EXPORTERS, SERVING_EXPORTERS
+    from meshwright.planner.export.base import ExportFile
     from meshwright.planner.export.selection import find_exporter
-    from meshwright.planner.kinds_text import node_order_sentence
+    from meshwright.planner.kinds_text import node_order_sentence, node_order_text
     from meshwright.planner.plan_file import read_plan
     from meshwright.simcore.domain.device_mapping import DeviceMapping
 
@@ -93,8 +97,12 @@ def _training_bundle(
     if writes_placement and placed.device_mapping is None:
         placed = dataclasses.replace(placed, device_mapping=DeviceMapping())
     bundle = exporter.export(document.job, placed, launcher)  # type: ignore[arg-type]  # click.Choice
-    order = node_order_sentence(document.job.cluster, placed)
-    return dataclasses.replace(bundle, notes=(order, *bundle.notes)) if order else bundle
+    cluster = document.job.cluster
+    if not cluster.is_mixed:
+        return bundle
+    order = ExportFile(_NODE_ORDER, node_order_text(cluster, placed))
+    notes = (node_order_sentence(cluster, placed), *bundle.notes)
+    return dataclasses.replace(bundle, notes=notes, files=(*bundle.files, order))
 
 
 def _serving_bundle(plan: Path, target: str, version: str | None) -> ExportBundle:

@@ -10,7 +10,23 @@ from typing import Any
 
 import click
 
-__all__ = ["CommonOptions", "common_options"]
+__all__ = ["CommonOptions", "Seed", "common_options"]
+
+_LARGEST_SEED = 2**32 - 1
+
+
+class Seed(click.ParamType[int]):
+    """A seed of every generator of random numbers in use: 0 to 2**32 - 1 (numpy, Python and PyTorch take those)."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return a seed; fails with one sentence."""
+        if isinstance(value, int):
+            return value
+        if not (value.isascii() and value.isdigit() and int(value) <= _LARGEST_SEED):
+            self.fail(f"'{value}' is no seed; give a whole number from 0 to {_LARGEST_SEED}", param, ctx)
+        return int(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +54,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
     @click.option(
         "--seed",
-        type=int,
+        type=Seed(),
         default=0,
         show_default=True,
         help="For whatever draws random numbers: profiles and fits; planning draws none.",

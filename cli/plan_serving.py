@@ -150,12 +150,13 @@ def plan_serving(
         write_serving_plans,
     )
     from meshwright.planner.serving.answer import answer_request
+    from meshwright.planner.serving.costs import JobCosts
 
     verify = serving["verify"]
     with ProgressLine(common.quiet or common.as_json) as progress:
         answer = answer_request(
             request,
-            calibration_paths=common.calibrations,
+            costs=JobCosts(request.job, common.calibrations),
             seed=common.seed,
             num_shapes=5 if verify is None else verify,
             progress=progress,

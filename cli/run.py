@@ -106,8 +106,6 @@ def command(
     from meshwright.simcore.domain.execution import Execution
 
     seconds = _seconds(timeout)
-    if common.seed < 0:
-        raise SpecError(f"--seed: {common.seed} draws no weights; give 0 or more")
     if is_serving_plan(plan):
         if append is not None:
             raise SpecError(
@@ -127,6 +125,7 @@ def command(
         if value is not None:
             raise SpecError(f"{flag} is for serving plans; a training plan says its own")
     document = read_plan(plan)
+    document.job.cluster.require_one_kind("run")
     has_cpu = document.job.cluster.gpu.architecture == "cpu"
     execution = Execution(
         model=document.job.model,
@@ -248,10 +247,12 @@ def _seconds(text: str) -> float:
 
     try:
         seconds = parse_quantity(text, "seconds")
-    except SpecError as error:
-        raise SpecError(f"--timeout: {error}") from None
+    except SpecError:
+        seconds = 0.0
     if not 1.0 <= seconds <= _DAY_SECONDS:
-        raise SpecError(f"--timeout: '{text}' must lie between 1 s and a day")
+        raise SpecError(
+            f"--timeout: '{text}' is no time from 1 s to a day; write a number and a unit, e.g. 60s or 10min"
+        )
     return seconds
 
 

@@ -111,7 +111,6 @@ def _pool_run(
     seed: int,
 ) -> _PoolRun:
     from meshwright.errors import SpecError, UnsupportedByTargetError
-    from meshwright.planner.serving.costs import pool_cluster
     from meshwright.profiler.executor.serving_run import NUM_DECODES, pool_execution, unsupported_pool
 
     job, plan = document.job, document.plan
@@ -122,7 +121,7 @@ def _pool_run(
     prompt = run.prompt or min(longest, max(1, round(lengths.mean if lengths else 1)))
     held = pool.kv_cache_tokens or costs.kv_cache_tokens(plan, pool)
     room = min(pool.max_num_sequences, longest // prompt, held // (prompt + NUM_DECODES))
-    is_cpu = pool_cluster(job, pool).gpu.architecture == "cpu"
+    is_cpu = job.cluster_of(pool.role).gpu.architecture == "cpu"
     execution = pool_execution(
         job.model,
         plan,
@@ -186,6 +185,7 @@ def _show(
     from meshwright.profiler.executor.report import report_text
     from meshwright.profiler.executor.serving_run import step_times
     from meshwright.simcore.domain.execution import execution_mapping
+    from meshwright.units import format_change
 
     rows, written = [], []
     for each, report in zip(runs, reports, strict=True):
@@ -238,7 +238,7 @@ def _show(
             str(row["prompt"]),
             f"{row['predicted_seconds']:.4g} s",
             f"{row['measured_seconds']:.4g} s",
-            f"{error:+.1%}" if isinstance(error, float) else "-",
+            format_change(error) if isinstance(error, float) else "-",
         )
     console.print(table)
     console.print(note, soft_wrap=True)

@@ -362,7 +362,7 @@ class ClusterSpec:
         SpecError
             If the cluster has several: what asks for one would take all for the first.
         """
-        self.require_one_kind()
+        self.require_one_kind("what asks for one GPU")
         return self.node.gpu
 
     @property
@@ -370,8 +370,13 @@ class ClusterSpec:
         """The accelerators, one for each of :attr:`kinds`."""
         return tuple(kind.gpu for kind in self.kinds)
 
-    def require_one_kind(self) -> None:
+    def require_one_kind(self, what: str) -> None:
         """Refuse a mixed cluster, on behalf of something that takes nodes of one kind only.
+
+        Parameters
+        ----------
+        what : str
+            What the user asked for, as the subject of the sentence.
 
         Raises
         ------
@@ -379,9 +384,10 @@ class ClusterSpec:
             If the cluster is mixed.
         """
         if self.is_mixed:
+            one = f"{self.kinds[0].id}:{self.kind_of_node.count(0)}"
             raise SpecError(
-                f"cluster {self.id} mixes {' and '.join(kind.id for kind in self.kinds)}, and this works on one kind of "
-                f"node only; name a cluster of one of them, e.g. {self.kinds[0].id}:{self.kind_of_node.count(0)}"
+                f"cluster {self.id} mixes {' and '.join(kind.id for kind in self.kinds)}, and {what} takes one kind of "
+                f"node; name a cluster (or plan for one) of a single kind, e.g. {one}"
             )
 
     def seen_as(self, kind: NodeSpec) -> ClusterSpec:

@@ -11,6 +11,7 @@ from meshwright.costmodels.software import NUMBER_FIELDS, load_software
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.catalog import load_gpu, resolve_cluster
 from meshwright.planner.scenario import (
+    JobT,
     Scenario,
     scenario_context,
     with_cluster,
@@ -24,7 +25,15 @@ from meshwright.planner.scenario import (
 from meshwright.simcore.domain.workload import PRECISIONS
 from meshwright.units import Kind, format_quantity, parse_quantity
 
-__all__ = ["CHANGES", "Change", "ChangeKind", "ChangeValue", "apply_changes", "parse_change"]
+__all__ = [
+    "CHANGES",
+    "MACHINE_CHANGES",
+    "Change",
+    "ChangeKind",
+    "ChangeValue",
+    "apply_changes",
+    "parse_change",
+]
 
 ChangeKind = Kind | Literal["count", "number", "word"]
 ChangeValue = float | str
@@ -46,7 +55,7 @@ class Change:
         What it is, for the user.
     kind : ChangeKind
         Quantity with that unit, ``count`` (whole number), ``number`` or ``word``.
-    read : Callable[[Scenario], ChangeValue | None]
+    read : Callable[[Scenario[Any]], ChangeValue | None]
         Present value in SI; None where the job has none.
     write : Callable[[Scenario, ChangeValue], Scenario]
         Returns the scenario with another value.
@@ -55,8 +64,8 @@ class Change:
     key: str
     meaning: str
     kind: ChangeKind
-    read: Callable[[Scenario], ChangeValue | None]
-    write: Callable[[Scenario, Any], Scenario]
+    read: Callable[[Scenario[Any]], ChangeValue | None]
+    write: Callable[[Scenario[Any], Any], Scenario[Any]]
 
     def parse(self, text: str) -> ChangeValue:
         """Return a value from its text.
@@ -88,8 +97,8 @@ class Change:
         return format_quantity(value, cast("Kind", self.kind))
 
 
-def parse_change(text: str) -> tuple[Change, ChangeValue]:
-    """Return the change that ``KEY=VALUE`` asks for.
+def parse_change(text: str, known: Mapping[str, Change] | None = None) -> tuple[Change, ChangeValue]:
+    """Return the change that ``KEY=VALUE`` asks for, one of those known; of a training job without any.
 
     Raises
     ------
@@ -99,14 +108,13 @@ def parse_change(text: str) -> tuple[Change, ChangeValue]:
     key, separator, value = (part.strip() for part in text.partition("="))
     if not separator or not key or not value:
         raise SpecError(f"'{text}': write KEY=VALUE, such as gpu.memory=141GiB")
-    if key not in CHANGES:
-        raise SpecError(
-            f"unknown key '{key}'{did_you_mean(key, CHANGES) or '.'} Known: {', '.join(CHANGES)}."
-        )
-    return CHANGES[key], CHANGES[key].parse(value)
+    known = CHANGES if known is None else known
+    if key not in known:
+        raise SpecError(f"unknown key '{key}'{did_you_mean(key, known) or '.'} Known: {', '.join(known)}.")
+    return known[key], known[key].parse(value)
 
 
-def apply_changes(scenario: Scenario, changes: Iterable[tuple[Change, ChangeValue]]) -> Scenario:
+def apply_changes(scenario: Scenario[JobT], changes: Iterable[tuple[Change, ChangeValue]]) -> Scenario[JobT]:
     """Return the scenario with the changes; exchanged clusters, GPUs and software come before their numbers.
 
     Raises
@@ -146,35 +154,35 @@ def _number(text: str) -> float:
     return value
 
 
-def _new_cluster(scenario: Scenario, name: str) -> Scenario:
+def _new_cluster(scenario: Scenario[Any], name: str) -> Scenario[Any]:
     return replace(scenario, job=replace(scenario.job, cluster=resolve_cluster(name)), measured_gpu=None)
 
 
-def _new_gpu(scenario: Scenario, name: str) -> Scenario:
+def _new_gpu(scenario: Scenario[Any], name: str) -> Scenario[Any]:
     return replace(with_node(scenario, gpu=load_gpu(name)), measured_gpu=None)
 
 
-def _new_software(scenario: Scenario, name: str) -> Scenario:
+def _new_software(scenario: Scenario[Any], name: str) -> Scenario[Any]:
     return replace(scenario, job=replace(scenario.job, software=load_software(name).id))
 
 
-def _with_host_bandwidth(scenario: Scenario, value: float) -> Scenario:
+def _with_host_bandwidth(scenario: Scenario[Any], value: float) -> Scenario[Any]:
     return with_gpu(scenario, host_link=replace(scenario.gpu.host_link, bandwidth_bytes_per_second=value))
 
 
-def _with_nic_bandwidth(scenario: Scenario, value: float) -> Scenario:
+def _with_nic_bandwidth(scenario: Scenario[Any], value: float) -> Scenario[Any]:
     return with_node(scenario, nic=replace(scenario.node.nic, bandwidth_bytes_per_second=value))
 
 
-def _with_constant(scenario: Scenario, name: str, value: float) -> Scenario:
+def _with_constant(scenario: Scenario[Any], name: str, value: float) -> Scenario[Any]:
     if name.endswith("_efficiency") and value <= 0.0:
         raise SpecError("must be above zero")
     return replace(scenario, constants={**scenario.constants, name: value})
 
 
-def _with_fabric(scenario: Scenario, **changes: float) -> Scenario:
+def _with_fabric(scenario: Scenario[Any], **changes: float) -> Scenario[Any]:
     fabric = scenario.job.cluster.fabric
-    return with_cluster(scenario, fabric=replace(fabric, **changes))  # type: ignore[arg-type]  # numbers only
+    return with_cluster(scenario, fabric=replace(fabric, **changes))
 
 
 def _peak(precision: str) -> Change:
@@ -232,7 +240,7 @@ def _constant(name: str) -> Change:
     )
 
 
-_ALL: tuple[Change, ...] = (
+_MACHINES: tuple[Change, ...] = (
     Change(
         key="cluster",
         meaning="other machines: NODE:COUNT, a preset or a file",
@@ -303,6 +311,9 @@ _ALL: tuple[Change, ...] = (
         read=lambda scenario: scenario.job.cluster.fabric.oversubscription,
         write=lambda scenario, value: _with_fabric(scenario, oversubscription=value),
     ),
+)
+
+_TRAINING: tuple[Change, ...] = (
     _workload("global_batch_size", "sequences per iteration", "count"),
     _workload("sequence_length", "tokens per sequence", "count"),
     _workload("precision", "number format", "word"),
@@ -326,5 +337,7 @@ _ALL: tuple[Change, ...] = (
     *(_constant(name) for name in NUMBER_FIELDS),
 )
 
-CHANGES: Mapping[str, Change] = {change.key: change for change in _ALL}
-"""Everything that can be changed, by key."""
+CHANGES: Mapping[str, Change] = {change.key: change for change in (*_MACHINES, *_TRAINING)}
+"""Everything that can be changed of a training job, by key."""
+MACHINE_CHANGES: Mapping[str, Change] = {change.key: change for change in _MACHINES}
+"""What can be changed of the machines of any job."""

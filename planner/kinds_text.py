@@ -14,7 +14,13 @@ from meshwright.simcore.domain.device_mapping import DeviceMapping
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
 
-__all__ = ["machines_text", "node_order_sentence", "placement_sentence", "stages_by_kind"]
+__all__ = [
+    "machines_text",
+    "node_order_sentence",
+    "node_order_text",
+    "placement_sentence",
+    "stages_by_kind",
+]
 
 
 def machines_text(cluster: ClusterSpec, plan: ParallelPlan | None = None) -> str:
@@ -65,16 +71,27 @@ def node_order_sentence(cluster: ClusterSpec, plan: ParallelPlan) -> str:
     """
     if not cluster.is_mixed:
         return ""
-    mapping = plan.device_mapping or DeviceMapping()
-    nodes = range(-(-plan.num_gpus // cluster.node.num_gpus))
-    kinds = cluster.kind_of_node
+    ids = _kind_ids(cluster, plan)
     parts = [
-        f"{_range_text('node', list(members))} {cluster.kinds[kind].id}"
-        for kind, members in itertools.groupby(nodes, key=lambda node: kinds[mapping.host_of_node(node)])
+        f"{_range_text('node', list(members))} {kind}"
+        for kind, members in itertools.groupby(range(len(ids)), key=ids.__getitem__)
     ]
     return (
         f"Number the nodes by kind (NODE_RANK), or stages run on other GPUs than planned: {', '.join(parts)}."
     )
+
+
+def node_order_text(cluster: ClusterSpec, plan: ParallelPlan) -> str:
+    """Return the same as lines for a file of an export: each NODE_RANK and the kind its node must be."""
+    lines = [f"{node} {kind}" for node, kind in enumerate(_kind_ids(cluster, plan))]
+    return "\n".join([f"# {node_order_sentence(cluster, plan)}", *lines, ""])
+
+
+def _kind_ids(cluster: ClusterSpec, plan: ParallelPlan) -> list[str]:
+    """Return the kind that each node of the launch must be."""
+    mapping = plan.device_mapping or DeviceMapping()
+    nodes = range(-(-plan.num_gpus // cluster.node.num_gpus))
+    return [cluster.kinds[cluster.kind_of_node[mapping.host_of_node(node)]].id for node in nodes]
 
 
 def _group_text(cluster: ClusterSpec, plan: ParallelPlan, group: ReplicaGroup) -> str:

@@ -1,19 +1,30 @@
-"""How much each property of machines and software matters to a plan: iteration time with it scaled down and up."""
+"""How much each property of machines and software matters to a plan: its figure with the property scaled down and up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Generic
 
 from meshwright.errors import SpecError
 from meshwright.planner.changes import CHANGES
-from meshwright.planner.scenario import Scenario, scenario_context, with_peak
-from meshwright.planner.search.base import Progress
-from meshwright.planner.whatif import Outcome, Question, best_plan, given_plan
-from meshwright.simcore.domain.plan import ParallelPlan
+from meshwright.planner.scenario import JobT, Scenario, with_peak
+from meshwright.planner.whatif import OutcomeT, Subject, figure_change
+from meshwright.simcore.domain.serving import ServingJob
 
-__all__ = ["LEVERS", "Effect", "Lever", "Sensitivities", "sensitivities", "time_change"]
+__all__ = ["LEVERS", "SERVING_LEVERS", "Effect", "Lever", "Sensitivities", "sensitivities"]
 
+# Levers of both kinds: serving plans leave host memory alone and have engines in place of software.
+_SERVING_KEYS = (
+    "gpu.bf16",
+    "gpu.fp16",
+    "gpu.memory_bandwidth",
+    "gpu.memory",
+    "node.link_bandwidth",
+    "fabric.bandwidth",
+    "node.link_latency",
+    "fabric.latency",
+)
 # Beyond it nothing of the data sheet is left that a model could hold on to.
 _LARGEST_FACTOR = 10.0
 
@@ -28,7 +39,7 @@ class Lever:
         What it is, for the user.
     keys : tuple[str, ...]
         Keys of :data:`meshwright.planner.changes.CHANGES` it moves, the first of which is shown.
-    scale : Callable[[Scenario, float], Scenario]
+    scale : Callable[[Scenario[Any], float], Scenario[Any]]
         Returns the scenario with the property times a factor.
     moves_the_best : bool
         Whether it only shows in which plans fit, so that the best plan has to be searched anew.
@@ -36,12 +47,12 @@ class Lever:
 
     name: str
     keys: tuple[str, ...]
-    scale: Callable[[Scenario, float], Scenario]
+    scale: Callable[[Scenario[Any], float], Scenario[Any]]
     moves_the_best: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Effect:
+class Effect(Generic[OutcomeT]):
     """A lever moved down and up.
 
     Parameters
@@ -50,27 +61,27 @@ class Effect:
         What was scaled.
     value : str
         Its present value.
-    low, high : Outcome
+    low, high : OutcomeT
         The given plan with the property divided and multiplied by the factor.
-    best_low, best_high : Outcome | None
+    best_low, best_high : OutcomeT | None
         The best plan then; None where it was not searched.
     largest : float
-        Largest change of the iteration time of the given plan, as a share.
+        Largest change of the figure of the given plan, as a share.
     """
 
     lever: Lever
     value: str
-    low: Outcome
-    high: Outcome
-    best_low: Outcome | None
-    best_high: Outcome | None
+    low: OutcomeT
+    high: OutcomeT
+    best_low: OutcomeT | None
+    best_high: OutcomeT | None
     largest: float
 
 
-def _keys(*keys: str) -> Callable[[Scenario, float], Scenario]:
+def _keys(*keys: str) -> Callable[[Scenario[Any], float], Scenario[Any]]:
     """Return the function that multiplies the values of some keys."""
 
-    def scale(scenario: Scenario, factor: float) -> Scenario:
+    def scale(scenario: Scenario[Any], factor: float) -> Scenario[Any]:
         for key in keys:
             value = CHANGES[key].read(scenario)
             if not isinstance(value, str) and value:
@@ -80,14 +91,18 @@ def _keys(*keys: str) -> Callable[[Scenario, float], Scenario]:
     return scale
 
 
-def _all_peaks(scenario: Scenario, factor: float) -> Scenario:
+def _all_peaks(scenario: Scenario[Any], factor: float) -> Scenario[Any]:
     for precision, peak in scenario.gpu.peak_flops_per_second.items():
         scenario = with_peak(scenario, precision, peak * factor)
     return scenario
 
 
-def _launch_time(scenario: Scenario, factor: float) -> Scenario:
+def _launch_time(scenario: Scenario[Any], factor: float) -> Scenario[Any]:
     return replace(scenario, launch_time=scenario.launch_time * factor)
+
+
+def _host_time(scenario: Scenario[Any], factor: float) -> Scenario[Any]:
+    return replace(scenario, host_time=scenario.host_time * factor)
 
 
 def _lever(name: str, *keys: str, moves_the_best: bool = False) -> Lever:
@@ -106,46 +121,48 @@ LEVERS: tuple[Lever, ...] = (
     Lever(name="kernel launch time", keys=(), scale=_launch_time),
     _lever("fixed time per iteration", "software.fixed_time"),
 )
-"""What the table of sensitivities moves."""
+"""What the table of sensitivities moves for a training plan."""
+
+SERVING_LEVERS: tuple[Lever, ...] = (
+    *(lever for lever in LEVERS if set(lever.keys) <= {*_SERVING_KEYS}),
+    Lever(name="host time of a step", keys=(), scale=_host_time),
+)
+"""What it moves for a serving plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sensitivities:
+class Sensitivities(Generic[OutcomeT]):
     """What every lever does to one plan.
 
     Parameters
     ----------
-    today, best_today : Outcome
+    today, best_today : OutcomeT
         The given plan and the best plan with nothing scaled.
     factor : float
         What properties are divided and multiplied by.
-    effects : tuple[Effect, ...]
+    effects : tuple[Effect[OutcomeT], ...]
         The levers, the largest effect on the given plan first.
     """
 
-    today: Outcome
-    best_today: Outcome
+    today: OutcomeT
+    best_today: OutcomeT
     factor: float
-    effects: tuple[Effect, ...]
+    effects: tuple[Effect[OutcomeT], ...]
 
 
 def sensitivities(
-    scenario: Scenario,
-    plan: ParallelPlan,
-    question: Question,
-    progress: Progress,
+    scenario: Scenario[JobT],
+    subject: Subject[JobT, OutcomeT],
     *,
     factor: float = 2.0,
     searches_all: bool = False,
-) -> Sensitivities:
+) -> Sensitivities[OutcomeT]:
     """Return how a plan, and where asked the best plan, responds to each lever.
 
     Parameters
     ----------
-    scenario, plan, question : Scenario, ParallelPlan, Question
-        The job, the given plan and how to search.
-    progress : Progress
-        Told of every search.
+    scenario, subject : Scenario, Subject
+        The job, and the given plan with its search.
     factor : float
         Above 1.
     searches_all : bool
@@ -158,46 +175,36 @@ def sensitivities(
     """
     if not 1.0 < factor <= _LARGEST_FACTOR:
         raise SpecError(f"the factor must lie above 1 and up to {_LARGEST_FACTOR:g}, not {factor:g}")
-    context = scenario_context(scenario)
-    today = given_plan(context, plan, question)
-    best_today = best_plan(scenario, context, question, progress)
-    effects = []
-    for lever in LEVERS:
+    today, best_today = subject.given(scenario), subject.best(scenario)
+    effects: list[Effect[OutcomeT]] = []
+    for lever in _levers(scenario):
         if lever.keys == ("gpu.host_bandwidth",) and scenario.gpu.scale_up is None:
             # GPUs talk over the host link: it is the intra-node bandwidth already.
             continue
         is_searched = searches_all or lever.moves_the_best
-        outcomes: list[Outcome] = []
-        best: list[Outcome | None] = []
-        for scale in (1.0 / factor, factor):
-            scaled = lever.scale(scenario, scale)
-            scaled_context = scenario_context(scaled)
-            outcomes.append(given_plan(scaled_context, plan, question))
-            best.append(best_plan(scaled, scaled_context, question, progress) if is_searched else None)
+        scaled = [lever.scale(scenario, scale) for scale in (1.0 / factor, factor)]
+        low, high = (subject.given(each) for each in scaled)
+        best_low, best_high = (subject.best(each) if is_searched else None for each in scaled)
         effects.append(
             Effect(
                 lever=lever,
                 value=_present(scenario, lever),
-                low=outcomes[0],
-                high=outcomes[1],
-                best_low=best[0],
-                best_high=best[1],
-                largest=max(abs(time_change(today, each) or 0.0) for each in outcomes),
+                low=low,
+                high=high,
+                best_low=best_low,
+                best_high=best_high,
+                largest=max(abs(figure_change(today, each) or 0.0) for each in (low, high)),
             )
         )
     ordered = sorted(effects, key=lambda effect: -effect.largest)
     return Sensitivities(today=today, best_today=best_today, factor=factor, effects=tuple(ordered))
 
 
-def time_change(before: Outcome, after: Outcome) -> float | None:
-    """Return the change of the iteration time as a share; None where either plan cannot run."""
-    if before.explanation is None or after.explanation is None:
-        return None
-    seconds = before.explanation.prediction.iteration_time
-    return after.explanation.prediction.iteration_time / seconds - 1.0
+def _levers(scenario: Scenario[Any]) -> tuple[Lever, ...]:
+    return SERVING_LEVERS if isinstance(scenario.job, ServingJob) else LEVERS
 
 
-def _present(scenario: Scenario, lever: Lever) -> str:
+def _present(scenario: Scenario[Any], lever: Lever) -> str:
     for key in lever.keys:
         value = CHANGES[key].read(scenario)
         if value is not None:

@@ -1,8 +1,8 @@
 """How one function is timed, and what its failure means.
 
-On a GPU: CUDA events around one call (replayed as a CUDA graph when it is short), the caches flushed before each
-repeat. On a CPU: the process's own CPU time on one thread, which a busy neighbour does not lengthen. In both,
-repeats go on until the median is known well enough.
+On a GPU: CUDA events around one call (replayed as a CUDA graph when it is short). On a CPU: the process's own CPU time
+on one thread, which a neighbour's turns are not in. In both, the caches are flushed before each repeat (on a CPU the
+core's own), and repeats go on until the median is known well enough.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ __all__ = ["Failure", "MeasureLimits", "Timing", "TimingMode", "measure", "media
 TimingMode = Literal["graph", "eager", "cpu"]
 Function = Callable[[], object]
 
-# Long enough for the clock that counts a process's CPU time, short enough to fit between scheduler slices [s].
-_CPU_LOOP_SECONDS = 500e-6
-_MAX_CPU_LOOP = 10_000
+# Twice the cache that one core of a current server has for itself, 1 or 2 MiB.
+_CORE_CACHE_BYTES = 2**22
 # Repeats queued before the host waits for the GPU, and the GPU time they may take [s].
 _BATCH = 8
 _BATCH_SECONDS = 0.1
@@ -216,33 +215,24 @@ def _measure_cpu(function: Function, limits: MeasureLimits) -> Timing:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        num_calls = _calls_per_repeat(function, limits)
+        # Between two calls of a kernel a training step runs others, whose operands leave none of its own in the cache
+        # of a core; a cache that all cores share keeps some.
+        buffer = torch.empty(_CORE_CACHE_BYTES, dtype=torch.uint8)
+        for _ in range(limits.num_warm_ups):
+            function()
         samples: list[float] = []
         while not _is_enough(samples, started, limits):
-            samples.append(_cpu_time(function, num_calls))
+            if limits.flushes_cache:
+                buffer.fill_(0)
+            samples.append(_cpu_time(function))
     finally:
         torch.set_num_threads(num_threads)
     return timing_of(samples, "cpu", time.perf_counter() - started)
 
 
-def _calls_per_repeat(function: Function, limits: MeasureLimits) -> int:
-    """Warm up, and return how many calls last long enough for the timer."""
-    for _ in range(limits.num_warm_ups):
-        function()
-    num_calls = 1
-    while num_calls < _MAX_CPU_LOOP:
-        total = _cpu_time(function, num_calls) * num_calls
-        if total >= _CPU_LOOP_SECONDS:
-            break
-        wanted = num_calls * _CPU_LOOP_SECONDS / max(total, 1e-9)
-        num_calls = min(_MAX_CPU_LOOP, max(2 * num_calls, int(wanted) + 1))
-    return num_calls
-
-
-def _cpu_time(function: Function, num_calls: int) -> float:
-    """Return the CPU seconds of one call, from a loop of ``num_calls``."""
+def _cpu_time(function: Function) -> float:
+    """Return the CPU seconds of one call."""
     begin = time.process_time()
-    for _ in range(num_calls):
-        function()
-    # The clock ticks in nanoseconds: a loop that costs none of them is an empty function.
-    return max(time.process_time() - begin, 1e-9) / num_calls
+    function()
+    # The clock ticks in nanoseconds: a call that costs none of them is an empty function.
+    return max(time.process_time() - begin, 1e-9)

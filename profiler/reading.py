@@ -13,9 +13,11 @@ from meshwright.costmodels.operators import OPERATORS
 from meshwright.errors import SpecError, did_you_mean
 from meshwright.hardware_specs.catalog import load_gpu
 from meshwright.profiler.device import Device
+from meshwright.profiler.eager_layers import eager_elementwise_factor
 from meshwright.profiler.layer_samples import LAYER, layer_samples
 from meshwright.profiler.measurements import (
     CollectiveSamples,
+    LayerSample,
     MeasuredConstant,
     Measurements,
     OperatorSamples,
@@ -31,6 +33,7 @@ _MAX_BYTES = 200_000_000
 _BACKWARD_FLOPS = 2.5
 # Copies below this many times the last-level cache partly stay in it.
 _CACHE_MULTIPLE = 4.0
+_LAUNCH_LATENCY = "software.all.host_launch_latency"
 
 Key = tuple[str, str]
 Times = dict[tuple[float, ...], list[float]]
@@ -86,6 +89,8 @@ def read_measurements(paths: Sequence[Path], gpu: str | None = None) -> Measurem
     }
     identity = _gpu_of(device, gpu, paths[0])
     bandwidth = load_gpu(identity).memory_bandwidth_bytes_per_second
+    whole_layers = layer_samples(layers)
+    found = {**derived_constants(samples, bandwidth, device.l2_bytes), **measured}
     return Measurements(
         gpu=identity,
         kernels=" and ".join(sorted({f"torch {_torch_version(header.device)}" for header in headers})),
@@ -93,8 +98,8 @@ def read_measurements(paths: Sequence[Path], gpu: str | None = None) -> Measurem
         collectives=tuple(
             _collective_samples(key, times, source) for key, times in sorted(collectives.items())
         ),
-        constants={**derived_constants(samples, bandwidth, device.l2_bytes), **measured},
-        layers=layer_samples(layers),
+        constants={**_eager_constant(whole_layers, found, bandwidth, source), **found},
+        layers=whole_layers,
         inputs=tuple(inputs),
     )
 
@@ -149,6 +154,26 @@ def derived_constants(
             value=statistics.median(ratios), source=f"{source}; {len(ratios)} shapes forward and backward"
         )
     return found
+
+
+def _eager_constant(
+    layers: Sequence[LayerSample],
+    constants: Mapping[str, MeasuredConstant],
+    bandwidth_bytes_per_second: float,
+    source: str,
+) -> Mapping[str, MeasuredConstant]:
+    """Return the eager layer's factor where copies, launches and a layer eager and compiled were measured."""
+    stream, launch = constants.get("memory_stream.efficiency"), constants.get(_LAUNCH_LATENCY)
+    if stream is None or launch is None:
+        return {}
+    factor = eager_elementwise_factor(layers, stream.value * bandwidth_bytes_per_second, launch.value)
+    if factor is None:
+        return {}
+    return {
+        "software.all.eager_elementwise_factor": MeasuredConstant(
+            value=factor, source=f"{source}; a layer eager and compiled"
+        )
+    }
 
 
 def _by_shape(samples: OperatorSamples) -> dict[tuple[float, ...], float]:

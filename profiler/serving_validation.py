@@ -244,21 +244,22 @@ class ServingValidator:
         rank keep ``x`` times the time of an answer running; the lesser of both counts. Queues are not stated.
         """
         setup, most = decode_setup(run)
-        served = self.served(setup)
-        table = step_table(served, setup.plan.pools[0])
+        served, pool = self.served(setup), setup.plan.pools[0]
+        table, drafts = step_table(served, pool), pool.num_speculative_tokens
+        pace = pool.acceptance.tokens_per_step(drafts)
         prefill, ranks = prefill_setup(run)
         prompts = step_table(self.served(prefill), prefill.plan.pools[0])
         rate = ranks / prompt_step_time(prompts, setup.input_length)
         context = setup.input_length + 0.5 * setup.output_length
         batch = most
         for _ in range(_LITTLE_ROUNDS):
-            answer = (setup.output_length - 1) * decode_step_time(table, batch, context)
+            answer = (setup.output_length - 1) / pace * decode_step_time(table, batch, context, drafts)
             batch = max(1.0, min(most, rate * answer))
         return ScoredServingRun(
             run=run,
             status="scored",
             reason=f"decode steps only, {constants_remark(served.constants)}",
-            tpot=decode_step_time(table, batch, context),
+            tpot=decode_step_time(table, batch, context, drafts) / pace,
         )
 
 

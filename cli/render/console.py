@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
+from typing import TextIO
 
 from rich import box
 from rich.console import Console
@@ -14,7 +16,7 @@ from rich.table import Table
 __all__ = ["ProgressLine", "make_table", "print_json", "stderr_console", "stdout_console"]
 
 _SCHEMA_VERSION = 1
-# Tables keep their columns when the output is a file or a pipe.
+# Tables keep their columns when the output is a file or a pipe and COLUMNS says nothing.
 _PIPE_WIDTH = 160
 # A line this often is enough to see that a long search lives.
 _PLAIN_INTERVAL_SECONDS = 2.0
@@ -22,12 +24,17 @@ _PLAIN_INTERVAL_SECONDS = 2.0
 
 def stdout_console() -> Console:
     """Return the console of results; colours and width only for a terminal."""
-    return _plain_text_console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, stderr=False)
+    return _plain_text_console(width=_width(sys.stdout), stderr=False)
 
 
 def stderr_console() -> Console:
     """Return the console of notes and progress."""
-    return _plain_text_console(width=None if sys.stderr.isatty() else _PIPE_WIDTH, stderr=True)
+    return _plain_text_console(width=_width(sys.stderr), stderr=True)
+
+
+def _width(stream: TextIO) -> int | None:
+    """Return the width of a stream's lines; None leaves it to the terminal, or to COLUMNS."""
+    return None if stream.isatty() or os.environ.get("COLUMNS", "").isdigit() else _PIPE_WIDTH
 
 
 def _plain_text_console(*, width: int | None, stderr: bool) -> Console:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from meshwright.cli.render.console import make_table
 from meshwright.costmodels.contention import ContentionOutcome
-from meshwright.units import format_quantity
+from meshwright.units import format_change, format_quantity
 
 __all__ = ["contention_mapping", "print_contention"]
 
@@ -45,7 +45,7 @@ def print_contention(console: Console, outcome: ContentionOutcome) -> None:
     """Print times, links and communications."""
     times = make_table("Iteration time with contention", (("", False), ("time", True), ("slowdown", True)))
     times.add_row("without contention", f"{outcome.alone_time:.4g} s", "")
-    times.add_row("with contention", f"{outcome.contended_time:.4g} s", f"{outcome.slowdown:+.2%}")
+    times.add_row("with contention", f"{outcome.contended_time:.4g} s", format_change(outcome.slowdown, 2))
     console.print(times)
     _print_links(console, outcome)
     _print_communications(console, outcome)
@@ -105,7 +105,7 @@ def _print_communications(console: Console, outcome: ContentionOutcome) -> None:
             str(count),
             _milliseconds(alone / count),
             _milliseconds(taken / count),
-            f"{taken / alone - 1.0:+.1%}",
+            format_change(taken / alone - 1.0),
         )
     if order:
         console.print(table)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from meshwright.cli.render.console import make_table
 from meshwright.simcore.training.jitter import JitterResult
+from meshwright.units import format_change
 
 __all__ = ["jitter_mapping", "print_jitter"]
 
@@ -50,7 +51,7 @@ def print_jitter(console: Console, result: JitterResult) -> None:
         rows = {"with jitter": result.mean}
     for name, seconds in rows.items():
         extra = seconds / result.jitter_free_time - 1.0 if result.jitter_free_time else 0.0
-        table.add_row(name, f"{seconds:.4g} s", f"{extra:+.2%}")
+        table.add_row(name, f"{seconds:.4g} s", format_change(extra, 2))
     console.print(table)
     console.print(
         f"Lost to stragglers: {result.lost_share:.1%} of the mean iteration, {result.lost_inside_replicas:.1%} inside "

@@ -13,6 +13,7 @@ from meshwright.planner.placement.certificates import Certificate
 from meshwright.planner.placement.job import PlacementJob
 from meshwright.planner.placement.request import PlacementAnswer
 from meshwright.planner.placement.token_groups import SpeculativeGrouping
+from meshwright.units import format_change
 
 __all__ = ["is_gain_claimed", "placement_mapping", "print_placement", "report_text"]
 
@@ -132,7 +133,7 @@ def print_placement(
             continue
         name_with_batch = f"{name}, batch of {ours.active_batch}" if field == "active_experts" else name
         between = () if near is None else (f"{getattr(near, field):.4f}",)
-        change = f"{after / before - 1.0:+.2%}" if before else ""
+        change = format_change(after / before - 1.0, 2) if before else ""
         table.add_row(name_with_batch, f"{before:.4f}", *between, f"{after:.4f}", change)
     console.print(table)
     if answer.grouping is not None:

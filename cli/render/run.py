@@ -25,7 +25,7 @@ from meshwright.profiler.executor.comparison import (
 )
 from meshwright.profiler.executor.report import ExecutionReport
 from meshwright.simcore.domain.execution import Execution
-from meshwright.units import format_quantity
+from meshwright.units import format_change, format_quantity
 
 __all__ = ["RunProgress", "print_commands", "print_run", "run_mapping"]
 
@@ -165,12 +165,12 @@ def _comparison_table(title: str, comparison: Comparison, *, has_stages: bool) -
         name = f"{term.name}, stage {comparison.stage}" if is_of_stage else term.name
         error = term.error if comparison.is_same_device else None
         # Where next to nothing was measured a ratio says nothing.
-        is_shown = error is not None and abs(error) < 10.0
+        shown = "-" if error is None or abs(error) >= 10.0 else format_change(error)
         table.add_row(
             name,
             _shown(term, term.predicted),
             _shown(term, term.measured),
-            f"{error:+.1%}" if is_shown else "-",
+            shown,
         )
     return table
 

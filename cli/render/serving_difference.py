@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+from rich.table import Table
+
 from meshwright.cli.render.console import stdout_console
 from meshwright.cli.render.difference import fields_table, short_names
 from meshwright.cli.render.terms import byte_cells, difference_table
@@ -17,9 +19,9 @@ from meshwright.planner.serving.comparison import (
     serving_sentence,
 )
 from meshwright.planner.serving.run import ServingRun
-from meshwright.units import format_quantity
+from meshwright.units import format_change, format_quantity
 
-__all__ = ["print_serving_difference", "serving_difference_mapping"]
+__all__ = ["latency_table", "print_serving_difference", "serving_difference_mapping"]
 
 
 def serving_difference_mapping(
@@ -46,14 +48,19 @@ def print_serving_difference(names: tuple[str, str], first: ServingRun, second: 
         console.print(fields_table(names, found))
     else:
         console.print("The plans and their jobs are the same.")
-    latencies = latency_terms(first, second)
     memory, figures = memory_terms(first, second), figure_terms(first, second)
-    console.print(difference_table("Latencies", names, latencies, _cells(latencies, _seconds)))
+    console.print(latency_table("Latencies", names, first, second))
     console.print(difference_table("Memory of a rank", names, memory, byte_cells(memory)))
     console.print(difference_table("Throughput and cost", names, figures, _cells(figures, _figure)))
     console.print(f"Why: {serving_sentence(first, second)}", soft_wrap=True)
     if first.document.job.workload != second.document.job.workload:
         console.print("Each plan serves the load of its own job; these differ.", soft_wrap=True)
+
+
+def latency_table(title: str, names: tuple[str, str], first: ServingRun, second: ServingRun) -> Table:
+    """Return the time to the first token by part, and means and tails of what users wait for."""
+    latencies = latency_terms(first, second)
+    return difference_table(title, names, latencies, _cells(latencies, _seconds))
 
 
 def _rows(differences: Sequence[TermDifference]) -> list[dict[str, object]]:
@@ -76,6 +83,6 @@ def _cells(
     cells = {}
     for each in differences:
         first, second = ("-" if value is None else shown(value) for value in (each.first, each.second))
-        change = f"{each.change / each.first:+.1%}" if each.change is not None and each.first else ""
+        change = format_change(each.change / each.first) if each.change is not None and each.first else ""
         cells[each.name] = (first, second, change)
     return cells

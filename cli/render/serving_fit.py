@@ -8,7 +8,7 @@ from dataclasses import asdict
 from meshwright.cli.render.console import make_table, stdout_console
 from meshwright.costmodels.serving.constants import TIME_CONSTANTS
 from meshwright.profiler.fitting.serving import ServingFit
-from meshwright.units import format_quantity
+from meshwright.units import format_change, format_quantity
 
 __all__ = ["print_serving_fit", "serving_fit_mapping"]
 
@@ -40,7 +40,7 @@ def print_serving_fit(fit: ServingFit) -> None:
     )
     for row in fit.rows:
         errors = (row.tpot_before, row.tpot_after, row.ttft_before, row.ttft_after)
-        runs.add_row(row.id, *(f"{error:+.1%}" for error in errors))
+        runs.add_row(row.id, *(format_change(error) for error in errors))
     console.print(runs)
     for name, reason in fit.skipped.items():
         console.print(f"skipped {name}: {reason}", markup=False, soft_wrap=True)

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from meshwright.cli.options import CommonOptions
 from meshwright.cli.render.console import make_table, print_json, stdout_console
-from meshwright.cli.render.serving_plans import pool_text
-from meshwright.planner.serving.costs import JobCosts, pool_cluster
+from meshwright.cli.render.serving_plan_table import pool_text
+from meshwright.planner.serving.costs import JobCosts
 from meshwright.planner.serving.infeasible import infeasible_serving
 from meshwright.planner.serving.job_file import ServingRequest
 from meshwright.planner.serving.long_context import LongContextRow, long_context_rows
@@ -61,7 +61,7 @@ def print_long_context(job: ServingJob, plan: ServingPlan, costs: JobCosts, *, a
     pool = plan.pools[-1]
     # Of that pool's GPU alone, what calibration and constants say of a prefill pool is left out.
     plan = replace(plan, pools=(replace(pool, role="aggregated"),))
-    gpu = pool_cluster(job, pool).gpu.id
+    gpu = job.cluster_of(pool.role).gpu.id
     rows = long_context_rows(job, plan, pool, costs)
     notes = costs.certainty_notes(plan)
     if as_json:

@@ -9,24 +9,20 @@ from pathlib import Path
 from rich.table import Table
 
 from meshwright.cli.render.console import make_table, stdout_console
+from meshwright.cli.render.serving_plan_table import load_text, plan_text, plans_table
 from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_yaml, replace_file
 from meshwright.planner.serving.answer import ServingAnswer, plan_figures
 from meshwright.planner.serving.infeasible import option_text
-from meshwright.planner.serving.plan_file import (
-    ServingPlanDocument,
-    serving_plan_mapping,
-    serving_plan_text,
-)
+from meshwright.planner.serving.pareto import FrontPoint
+from meshwright.planner.serving.plan_file import ServingPlanDocument, serving_plan_mapping, serving_plan_text
 from meshwright.planner.serving.request_lengths import longest_request
-from meshwright.planner.serving.search import RankedUnit, is_closed_loop
+from meshwright.planner.serving.search import is_closed_loop
 from meshwright.planner.serving.target import target_sentence
 from meshwright.planner.serving.workload_section import slo_mapping, workload_mapping
-from meshwright.simcore.domain.serving import ServingPlan, ServingPool
 from meshwright.units import format_quantity
 
 __all__ = [
     "failed_note",
-    "pool_text",
     "print_serving_report",
     "serving_report_mapping",
     "write_serving_plans",
@@ -43,36 +39,11 @@ def serving_report_mapping(answer: ServingAnswer, num_plans: int) -> dict[str, o
     """Return the report as plain data: what was asked, counts, ranking with figures, front, certainty."""
     request, outcome = answer.request, answer.outcome
     winner = outcome.ranked[0]
-    cheapest = outcome.cheapest
     return {
         "schema_version": 1,
         "written_by": "meshwright",
         "kind": "serving_report",
-        "model": request.job.model.name,
-        "cluster": request.job.cluster.id,
-        **(
-            {"prefill_cluster": request.job.prefill_cluster.id}
-            if request.job.prefill_cluster is not None
-            else {}
-        ),
-        "num_gpus": answer.sizing.total_gpus,
-        "objective": request.objective,
-        "workload": workload_mapping(request.job.workload),
-        "slo": slo_mapping(request.job.slo),
-        "mean_input_tokens": answer.profile.mean_prompt,
-        "mean_output_tokens": answer.profile.mean_output,
-        "stated_load": answer.sizing.demand,
-        "num_failed_requests_left_out": answer.num_failed,
-        **(
-            {
-                "cheapest": {
-                    "num_gpus": cheapest.plan.num_gpus,
-                    "plan": serving_plan_mapping(cheapest.plan),
-                }
-            }
-            if cheapest is not None
-            else {}
-        ),
+        **_asked_mapping(answer),
         **answer.costs.calibration_identities(winner.plan),
         "constants": list(answer.costs.certainty_notes(winner.plan)),
         "bounds_seconds": answer.bounds_seconds,
@@ -92,19 +63,50 @@ def serving_report_mapping(answer: ServingAnswer, num_plans: int) -> dict[str, o
             {"plan": serving_plan_mapping(ranked.plan), "prediction": dict(plan_figures(answer, ranked))}
             for ranked in outcome.ranked[:num_plans]
         ],
-        "pareto_front": [
-            {
-                "tokens_per_second_per_user": point.tokens_per_second_per_user,
-                "output_tokens_per_second_per_gpu": point.tokens_per_second_per_gpu,
-                "ttft_seconds": point.ttft,
-                "mode": point.mode,
-                "engine": point.option.engine,
-                "precision": point.option.precision,
-                "degrees": dict(point.option.degrees),
-                "sequences_per_rank": point.num_decodes,
+        "pareto_front": [_front_mapping(point) for point in answer.front],
+    }
+
+
+def _asked_mapping(answer: ServingAnswer) -> dict[str, object]:
+    """Return what was asked, its load, and the fewest GPUs that carry it."""
+    request, cheapest = answer.request, answer.outcome.cheapest
+    job = request.job
+    return {
+        "model": job.model.name,
+        "cluster": job.cluster.id,
+        **({} if job.prefill_cluster is None else {"prefill_cluster": job.prefill_cluster.id}),
+        "num_gpus": answer.sizing.total_gpus,
+        "objective": request.objective,
+        "workload": workload_mapping(job.workload),
+        "slo": slo_mapping(job.slo),
+        "mean_input_tokens": answer.profile.mean_prompt,
+        "mean_output_tokens": answer.profile.mean_output,
+        "stated_load": answer.sizing.demand,
+        "num_failed_requests_left_out": answer.num_failed,
+        **(
+            {}
+            if cheapest is None
+            else {
+                "cheapest": {
+                    "num_gpus": cheapest.plan.num_gpus,
+                    "plan": serving_plan_mapping(cheapest.plan),
+                }
             }
-            for point in answer.front
-        ],
+        ),
+    }
+
+
+def _front_mapping(point: FrontPoint) -> dict[str, object]:
+    return {
+        "tokens_per_second_per_user": point.tokens_per_second_per_user,
+        "output_tokens_per_second_per_gpu": point.tokens_per_second_per_gpu,
+        "ttft_seconds": point.ttft,
+        "mode": point.mode,
+        "engine": point.option.engine,
+        "precision": point.option.precision,
+        "degrees": dict(point.option.degrees),
+        "num_speculative_tokens": point.option.num_speculative_tokens,
+        "sequences_per_rank": point.num_decodes,
     }
 
 
@@ -142,7 +144,11 @@ def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, qu
     """Print the ranked table, the front, what binds, the GPUs the load needs, and where the constants come from."""
     console = stdout_console()
     outcome, request = answer.outcome, answer.request
-    console.print(_plans_table(answer, num_plans))
+    console.print(_title(answer), style="bold", soft_wrap=True)
+    shared, table = plans_table(answer, num_plans)
+    if shared:
+        console.print(shared, soft_wrap=True)
+    console.print(table)
     console.print(
         "Pareto front by steady state, limits aside: tokens/s a user sees against tokens/s a GPU makes",
         style="bold",
@@ -153,7 +159,7 @@ def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, qu
     figures = plan_figures(answer, winner)
     binding = ", ".join(str(name) for name in figures["binding"]) or "nothing"  # type: ignore[attr-defined]
     console.print(
-        f"Binds: {binding} stops the winner beyond {_load(figures['load'])} {answer.load_unit}"
+        f"Binds: {binding} stops the winner beyond {load_text(figures['load'])} {answer.load_unit}"
         + (f"; among all simulated: {_counts(outcome.binding)}" if outcome.binding else "")
         + ".",
         soft_wrap=True,
@@ -161,8 +167,8 @@ def print_serving_report(answer: ServingAnswer, out: Path, num_plans: int, *, qu
     cheapest = outcome.cheapest
     if cheapest is not None:
         console.print(
-            f"Cheapest for the stated load of {_load(answer.sizing.demand)} {answer.load_unit}: "
-            f"{cheapest.plan.num_gpus} GPU{'s' if cheapest.plan.num_gpus > 1 else ''} with {_plan_text(cheapest.plan)}.",
+            f"Cheapest for the stated load of {load_text(answer.sizing.demand)} {answer.load_unit}: "
+            f"{cheapest.plan.num_gpus} GPU{'s' if cheapest.plan.num_gpus > 1 else ''} with {plan_text(cheapest.plan)}.",
             soft_wrap=True,
         )
     _print_search(answer, quiet=quiet)
@@ -236,62 +242,12 @@ def failed_note(num_failed: int) -> str:
     return f"Note: {num_failed:,} recorded {what} without an answer (failed) left out."
 
 
-def pool_text(pool: ServingPool) -> str:
-    """Return a pool in a few words."""
-    degrees = " ".join(
-        f"{name} {getattr(pool, name)}"
-        for name in ("tp", "pp", "attention_dp", "moe_tp", "ep", "redundant_experts")
-        if getattr(pool, name) > (name != "redundant_experts")
-    )
-    return f"{pool.num_replicas} x ({degrees or '1 GPU'})"
-
-
-def _plan_text(plan: ServingPlan) -> str:
-    roles = " + ".join(f"{pool.role} {pool_text(pool)}" for pool in plan.pools)
-    return f"{plan.engine} {plan.precision} {roles}"
-
-
-def _plans_table(answer: ServingAnswer, num_plans: int) -> Table:
-    job = answer.request.job
+def _title(answer: ServingAnswer) -> str:
     limits = ", ".join(f"{name} {text}" for name, text in _slo_texts(answer)) or "no limit"
-    title = (
-        f"{job.model.name} on {_gpus_text(answer)}: "
-        f"{answer.profile.mean_prompt:,.0f} tokens in, {answer.profile.mean_output:,.0f} out, {limits}; best: "
-        f"{_OBJECTIVES[answer.request.objective]}"
+    return (
+        f"{answer.request.job.model.name} on {_gpus_text(answer)}: {answer.profile.mean_prompt:,.0f} tokens in, "
+        f"{answer.profile.mean_output:,.0f} out, {limits}; best: {_OBJECTIVES[answer.request.objective]}"
     )
-    columns = (
-        ("#", True),
-        ("engine", False),
-        ("precision", False),
-        ("pools", False),
-        ("GPUs", True),
-        ("budget", True),
-        ("batch", True),
-        ("cache", False),
-        ("draft", True),
-        (answer.load_unit, True),
-        ("tok/s/GPU", True),
-        ("tok/s/user", True),
-        ("TTFT p99", True),
-        ("TPOT p99", True),
-        ("$/M tok", True),
-        ("J/tok", True),
-        ("binds", False),
-    )
-    rows = [_plan_row(answer, ranked) for ranked in answer.outcome.ranked[:num_plans]]
-    # What no plan makes use of has no column.
-    shown = [
-        index
-        for index, (name, _) in enumerate(columns)
-        if name not in ("cache", "draft", "$/M tok") or any(row[index - 1] != "-" for row in rows)
-    ]
-    table = make_table(title, tuple(columns[index] for index in shown))
-    for column in table.columns:
-        column.no_wrap = column.header != "pools"
-    for place, row in enumerate(rows, start=1):
-        cells = (str(place), *row)
-        table.add_row(*(cells[index] for index in shown), style="bold green" if place == 1 else None)
-    return table
 
 
 def _gpus_text(answer: ServingAnswer) -> str:
@@ -301,57 +257,31 @@ def _gpus_text(answer: ServingAnswer) -> str:
     return text if apart is None else f"{text}, prefill on {apart.num_gpus} x {apart.gpu.id}"
 
 
-def _plan_row(answer: ServingAnswer, ranked: RankedUnit) -> tuple[str, ...]:
-    figures, plan = plan_figures(answer, ranked), ranked.plan
-    last = plan.pools[-1]
-    pools = (
-        pool_text(last)
-        if not plan.is_disaggregated
-        else f"P {pool_text(plan.pools[0])} + D {pool_text(last)}"
-    )
-    first = plan.pools[0]
-    precision = plan.precision if plan.kv_precision == "bf16" else f"{plan.precision}/kv {plan.kv_precision}"
-    return (
-        plan.engine,
-        precision,
-        pools,
-        str(plan.num_gpus),
-        str(first.max_num_batched_tokens),
-        str(last.max_num_sequences),
-        "yes" if first.has_prefix_cache else "-",
-        str(last.num_speculative_tokens or "-"),
-        _load(figures["load"]),
-        f"{figures['output_tokens_per_second_per_gpu']:,.0f}",
-        f"{figures['tokens_per_second_per_user']:,.0f}",
-        _time(figures, "ttft"),
-        _time(figures, "tpot"),
-        f"{figures['dollars_per_million_output_tokens']:.3g}"
-        if "dollars_per_million_output_tokens" in figures
-        else "-",
-        f"{figures['joules_per_output_token']:.3g}" if "joules_per_output_token" in figures else "-",
-        " ".join(str(name) for name in figures["binding"]),  # type: ignore[attr-defined]
-    )
-
-
 def _front_table(answer: ServingAnswer) -> Table:
     table = make_table(
         "",
         (
-            ("tok/s/user", True),
-            ("tok/s/GPU", True),
+            ("tok/s\n/user", True),
+            ("tok/s\n/GPU", True),
             ("prompt", True),
             ("mode", False),
             ("decoding shape", False),
             ("sequences", True),
         ),
     )
+    table.columns[4].no_wrap = False
     for point in answer.front:
         table.add_row(
             f"{point.tokens_per_second_per_user:,.1f}",
             f"{point.tokens_per_second_per_gpu:,.0f}",
             format_quantity(point.ttft, "seconds", 3),
             point.mode,
-            option_text(point.option),
+            option_text(point.option)
+            + (
+                f", drafts {point.option.num_speculative_tokens}"
+                if point.option.num_speculative_tokens
+                else ""
+            ),
             f"{point.num_decodes:,.0f}",
         )
     return table
@@ -362,7 +292,7 @@ def _reason(answer: ServingAnswer) -> str:
     winner = outcome.ranked[0]
     if not winner.bracket.num_runs:
         return (
-            f"{_plan_text(winner.unit.plan)} has the best bound; nothing was simulated, so loads are upper bounds and "
+            f"{plan_text(winner.unit.plan)} has the best bound; nothing was simulated, so loads are upper bounds and "
             "latencies lower ones."
         )
     certificate = "no configuration that was not simulated has a bound above it"
@@ -371,12 +301,14 @@ def _reason(answer: ServingAnswer) -> str:
             f"the optimum is not certified: by their bounds, others not simulated {_gap_text(answer)}"
         )
     if len(outcome.ranked) == 1:
-        return f"{_plan_text(winner.unit.plan)} is the only shape simulated that keeps the limits; {certificate}."
+        return (
+            f"{plan_text(winner.unit.plan)} is the only shape simulated that keeps the limits; {certificate}."
+        )
     rival = outcome.ranked[1]
     gain = abs(winner.value / rival.value - 1.0)
     margin = f"is {gain:.1%} better than" if gain >= 0.0005 else "ties with"
     clear = "" if outcome.is_separated else " (within what the simulated loads tell apart)"
-    return f"{_plan_text(winner.unit.plan)} {margin} {_plan_text(rival.unit.plan)}{clear}; {certificate}."
+    return f"{plan_text(winner.unit.plan)} {margin} {plan_text(rival.unit.plan)}{clear}; {certificate}."
 
 
 def _gap_text(answer: ServingAnswer) -> str:
@@ -409,20 +341,5 @@ def _slo_texts(answer: ServingAnswer) -> list[tuple[str, str]]:
     ]
 
 
-def _time(figures: object, metric: str) -> str:
-    assert isinstance(figures, dict)
-    for statistic in ("p99", "mean"):
-        value = figures.get(f"{metric}_{statistic}_seconds")
-        if value is not None:
-            mark = "" if statistic == "p99" else " mean"
-            return format_quantity(float(value), "seconds", 3) + mark
-    return "-"
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _load(value: object) -> str:
-    assert isinstance(value, int | float)
-    return f"{value:,.4g}"

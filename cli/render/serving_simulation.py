@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from meshwright.cli.render.console import make_table, stdout_console
-from meshwright.cli.render.serving_plans import failed_note, pool_text
+from meshwright.cli.render.serving_plan_table import gpus_text, pool_text
+from meshwright.cli.render.serving_plans import failed_note
 from meshwright.cli.render.serving_timeline import write_serving_timeline
 from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_trace, replace_file
-from meshwright.planner.serving.costs import pool_cluster
 from meshwright.planner.serving.plan_file import serving_plan_mapping
 from meshwright.planner.serving.run import ServingRun
 from meshwright.planner.serving.workload_section import slo_mapping, workload_mapping
@@ -118,7 +117,7 @@ def print_serving_simulation(run: ServingRun, written: list[str], *, explains: b
     plan, job = document.plan, document.job
     pools = " + ".join(f"{pool.role} {pool_text(pool)}" for pool in plan.pools)
     title = (
-        f"{job.model.name} on {_gpus_text(run)}: {plan.engine} {plan.precision}, {pools}; "
+        f"{job.model.name} on {gpus_text(job, plan)}: {plan.engine} {plan.precision}, {pools}; "
         f"{run.result.num_requests:,} requests in {format_quantity(metrics.duration, 'seconds', 3)}"
     )
     console.print(title, style="bold", soft_wrap=True)
@@ -166,14 +165,6 @@ def print_serving_simulation(run: ServingRun, written: list[str], *, explains: b
         console.print(f"Calibration: {note}.", soft_wrap=True)
     for line in written:
         console.print(f"Wrote {line}", soft_wrap=True)
-
-
-def _gpus_text(run: ServingRun) -> str:
-    job, plan = run.document.job, run.document.plan
-    counts: Counter[str] = Counter()
-    for pool in plan.pools:
-        counts[pool_cluster(job, pool).gpu.id] += pool.num_gpus
-    return " + ".join(f"{count} x {gpu}" for gpu, count in counts.items())
 
 
 def _phase_joules(run: ServingRun) -> str:

@@ -19,6 +19,7 @@ from meshwright.profiler.serving_validation import (
     rank_correlations,
     summarise_serving,
 )
+from meshwright.units import format_change
 
 __all__ = [
     "is_our_serving_results",
@@ -85,7 +86,9 @@ def print_serving_validation(path: Path, rows: Sequence[ScoredServingRun], out: 
     console = stdout_console()
     headline = [row for row in rows if row.group == "ok"]
     for name, key in {"quality": lambda row: row.group, **_KEYS}.items():
-        console.print(_table(name, _errors(rows if name == "quality" else headline, key)))
+        errors = _errors(rows if name == "quality" else headline, key)
+        if errors:
+            console.print(_table(name, errors))
     ranks = make_table(
         "Order of runs of one model on one system: Spearman's correlation",
         (("model", False), ("system", False), ("rows", True), ("TPOT", True), ("TTFT", True)),
@@ -130,16 +133,20 @@ def _table(name: str, errors: Sequence[ServingErrors]) -> Table:
             f"{each.coverage:.0%}",
             _percent(each.tpot_median),
             _percent(each.tpot_p90),
-            _percent(each.tpot_bias, "+.1%"),
+            _bias(each.tpot_bias),
             _percent(each.ttft_median),
             _percent(each.ttft_p90),
-            _percent(each.ttft_bias, "+.1%"),
+            _bias(each.ttft_bias),
         )
     return table
 
 
-def _percent(value: float | None, form: str = ".1%") -> str:
-    return "-" if value is None else f"{value:{form}}"
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _bias(value: float | None) -> str:
+    return "-" if value is None else format_change(value)
 
 
 def _headline(errors: ServingErrors) -> str:

@@ -11,7 +11,7 @@ from meshwright.cli.render.console import make_table
 from meshwright.costmodels.breakdown import GROUPS, Breakdown
 from meshwright.costmodels.prediction import Prediction
 from meshwright.planner.difference import TermDifference
-from meshwright.units import format_quantity
+from meshwright.units import format_change, format_quantity
 
 __all__ = [
     "byte_cells",
@@ -217,7 +217,7 @@ def figure_cells(differences: Sequence[TermDifference]) -> dict[str, tuple[str, 
     for each in differences:
         change = ""
         if each.change is not None and each.first:
-            change = f"{each.change / each.first:+.1%}"
+            change = format_change(each.change / each.first)
         cells[each.name] = (shown(each, each.first), shown(each, each.second), change)
     return cells
 

@@ -68,6 +68,10 @@ class EngineConstants:
         Time of routed experts over the tables', which were measured under a power law of routing.
     fuses_rotary_cache : bool
         The attention kernel rotates queries and keys and writes the cache.
+    split_norm_kernels : float
+        Small kernels of norms over all heads of a layer whose heads are split, once for queries and keys.
+    absorbs_prompts : bool
+        Latent attention runs prompts in the absorbed form of its decode steps.
     prefill_attention_factor : float
         Time of attention over prompts over the kernel's own.
     decode_skew : float
@@ -111,6 +115,8 @@ class EngineConstants:
     max_graph_tokens: float = 512.0
     fuses_all_reduce_norm: bool = False
     fuses_rotary_cache: bool = False
+    split_norm_kernels: float = 4.0
+    absorbs_prompts: bool = False
     expert_factor: float = 1.0
     prefill_attention_factor: float = 1.0
     decode_skew: float = 0.0
@@ -141,6 +147,7 @@ _FLAGS: tuple[str, ...] = (
     "is_host_hidden",
     "fuses_all_reduce_norm",
     "fuses_rotary_cache",
+    "absorbs_prompts",
     "has_output_lag",
 )
 FITTABLE: tuple[str, ...] = tuple(each.name for each in fields(EngineConstants) if each.type == "float")
@@ -191,6 +198,7 @@ class _Block:
 
     first: tuple[int, ...]
     below: tuple[int, ...]
+    build: str
     includes_unstated: bool
     unstated_only: bool
     kind: str
@@ -199,12 +207,14 @@ class _Block:
     evidence: str
     values: Mapping[str, float | bool | str]
 
-    def applies(self, key: tuple[int, ...] | None, kind: str, architecture: str) -> bool:
-        """Whether the block is for a release (None: not stated), kind of model and architecture."""
-        if key is None:
+    def applies(self, version: str, kind: str, architecture: str) -> bool:
+        """Whether the block is for a release or build, kind of model and architecture."""
+        if version == UNSTATED:
             in_range = self.includes_unstated or self.unstated_only
+        elif self.build and version.startswith(self.build):
+            in_range = True
         else:
-            in_range = not self.unstated_only and self.first <= key < self.below
+            in_range = not self.unstated_only and self.first <= release_key(version) < self.below
         return in_range and self.kind in ("any", kind) and self.architecture in ("any", architecture)
 
 
@@ -230,13 +240,12 @@ def engine_constants(engine: str, version: str, *, is_moe: bool, architecture: s
         raise SpecError(
             f"unknown engine '{engine}'{did_you_mean(engine, ENGINES)}; known: {', '.join(ENGINES)}"
         )
-    key = None if version == UNSTATED else release_key(version)
     kind = "moe" if is_moe else "dense"
     values: dict[str, float | bool | str] = {}
     certainty: dict[str, Certainty] = {}
     evidence = []
     for block in _blocks(engine):
-        if block.applies(key, kind, architecture):
+        if block.applies(version, kind, architecture):
             values |= block.values
             certainty |= dict.fromkeys(block.values, block.certainty)
             evidence.append(block.evidence)
@@ -292,6 +301,7 @@ def _block(section: Section) -> _Block:
     block = _Block(
         first=release_key(first) if first else (-1,),
         below=release_key(below) if below else (*_NO_RELEASE, 1),
+        build=section.optional_text("build") or "",
         includes_unstated=section.boolean("includes_unstated", default=False),
         unstated_only=section.boolean("unstated_only", default=False),
         kind=section.choice("models", _KINDS, default="any"),

@@ -7,11 +7,9 @@ the experts, and a handful of small kernels. Attention over the cache depends on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meshwright.costmodels.collectives import (
     Collective,
@@ -21,36 +19,21 @@ from meshwright.costmodels.collectives import (
     send_time,
 )
 from meshwright.costmodels.operators import element_bytes
-from meshwright.costmodels.serving.constants import EngineConstants
-from meshwright.costmodels.serving.formats import ServingFormats
-from meshwright.costmodels.serving.kernels import ServingKernels
-from meshwright.hardware_specs.specs import ClusterSpec
-from meshwright.simcore.domain.model import ModelSpec
+from meshwright.costmodels.serving.attention import DECODE_BATCH_SIZES, decode_attention, prefill_attention
+from meshwright.costmodels.serving.served import Column, ServedModel
 from meshwright.simcore.domain.serving import ServingPool
 from meshwright.simcore.serving.step_table import StepTable
 
 __all__ = ["TOKEN_COUNTS", "ServedModel", "StepBreakdown", "step_breakdown", "step_table"]
 
-Column = NDArray[np.float64]
-
 TOKEN_COUNTS = np.unique(
     np.concatenate(([1.0, 32768.0], 2.0 ** np.arange(1, 15), 3.0 * 2.0 ** np.arange(13)))
-)
-_BATCH_SIZES = np.array([1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024], dtype=np.float64)
-_SPARSE_CONTEXTS = np.array(
-    [1, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072], dtype=np.float64
-)
-_PROMPT_LENGTHS = np.array(
-    [128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768, 65536, 131072],
-    dtype=np.float64,
 )
 # A step that holds prompts samples for its decoding sequences and the last token of each prompt only.
 _SAMPLED_ROWS = 256.0
 _ACTIVATION_BYTES = 2.0
 # Inside a rack NCCL's curves are measured up to 8 or so ranks; between nodes as for training.
 _INTER_NODE_EFFICIENCY = 0.8
-# Share of a memory's data-sheet bandwidth that reading and writing in order reaches.
-_STREAM_EFFICIENCY = 0.8
 # DeepEP and its kin replace gather and scatter beyond this many expert ranks (DeepSeek-V3, arXiv 2412.19437, 3.2.2).
 _WIDE_EP = 16
 # Small kernels of a layer beside products, attention and experts: two norms with the residual, rotary embedding, cache
@@ -59,51 +42,21 @@ _WIDE_EP = 16
 _BASE_KERNELS, _QK_NORM_KERNELS, _ROUTER_KERNELS, _MLA_KERNELS = 5.0, 1.0, 1.0, 4.0
 _ACTIVATION_KERNELS, _ROTARY_KERNELS = 1.0, 2.0
 # Convolution and recurrence are counted apart; the gated delta rule also splits, normalises and gates in small kernels.
-_LINEAR_KERNELS = 4.0
+_LINEAR_KERNELS = 9.0
 # Quantising the inputs of a layer's products in blocks takes a kernel each: two products around the attention, two in a
 # dense or shared MLP. Scales of whole tensors are applied by the norms before.
 _QUANTISED_PAIR = 2.0
 _BLOCK_FORMATS = ("fp8_block", "mxfp8", "nvfp4")
-# What the host starts per layer beside small kernels: two products around the attention, or the five of MLA with its
-# absorbed ones, and the attention over prompts and over the cache; the two products of an MLP; router, its top-k,
-# permutation, two grouped products with their quantisation, and the weighted sum of routed experts.
-_ATTENTION_LAUNCHES, _MLA_LAUNCHES, _MLP_PRODUCTS, _EXPERT_LAUNCHES = 4.0, 7.0, 2.0, 7.0
-# Norms over all heads of a split layer: sums of squares, their all-reduce's inputs and outputs, scaling.
-_SPLIT_NORM_KERNELS = 4.0
+# What the host starts per layer of a step with prompts beside small kernels: two products around the attention, and the
+# attention over prompts and over the cache; for MLA five products, the up-projection's splits, copies and concatenations,
+# and the absorbed form of what decodes beside; chunks of a linear recurrence; the two products of an MLP; router, its
+# top-k, permutation, two grouped products with their quantisation, and the weighted sum of routed experts.
+_ATTENTION_LAUNCHES, _MLA_LAUNCHES, _LINEAR_LAUNCHES = 4.0, 30.0, 40.0
+_MLP_PRODUCTS, _EXPERT_LAUNCHES = 2.0, 7.0
 # Gated delta rule as sglang 0.5.14 times it on H200 and B200 (aiconfigurator-core 0.12.0, table gdn): a state is read
 # and written at 85 % of the memory's bandwidth; prompts move 14 kB per token and value head after 45 us.
 _STATE_PASSES, _STATE_EFFICIENCY, _RECURRENT_LATENCY = 2.0, 0.85, 6e-6
 _CHUNK_LATENCY, _CHUNK_BYTES = 45e-6, 14e3
-# Sparse attention (same source, tables dsa): scores, top-k and gather of a decode step take 20 us and read one 8-bit key
-# per token; prompts compute at half of the 16-bit peak, 64 heads at least.
-_INDEX_LATENCY, _SPARSE_EFFICIENCY, _SPARSE_HEADS = 20e-6, 0.5, 64.0
-# Width of scores and values of absorbed latent attention, and of the prompts the kernel was measured with.
-_MEASURED_PREFILL_WIDTH = 192.0 + 128.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ServedModel:
-    """Everything a step's cost depends on but the pool.
-
-    Parameters
-    ----------
-    model : ModelSpec
-        The model.
-    formats : ServingFormats
-        Number formats of its parts.
-    cluster : ClusterSpec
-        Where it runs.
-    kernels : ServingKernels
-        Kernels of the engine on the device.
-    constants : EngineConstants
-        What the engine costs beside them.
-    """
-
-    model: ModelSpec
-    formats: ServingFormats
-    cluster: ClusterSpec
-    kernels: ServingKernels
-    constants: EngineConstants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,13 +94,13 @@ def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
     constants = served.constants
     parts = step_breakdown(served, pool)
     sends = _send_time(served, pool)
-    lengths, prefill = _prefill_attention(served, pool)
-    contexts, decode = _decode_attention(served, pool)
+    lengths, prefill = prefill_attention(served, pool)
+    contexts, decode = decode_attention(served, pool)
     return StepTable(
         token_counts=TOKEN_COUNTS,
         graph_token_time=parts.body + parts.head + sends,
         eager_token_time=parts.body + parts.prompt_head + sends,
-        decode_batch_sizes=_BATCH_SIZES,
+        decode_batch_sizes=DECODE_BATCH_SIZES,
         decode_contexts=contexts,
         decode_attention_time=decode,
         prompt_lengths=lengths,
@@ -287,11 +240,6 @@ def _experts(served: ServedModel, pool: ServingPool) -> Column:
     return router + served.constants.expert_factor * grouped
 
 
-def _stream_rate(served: ServedModel) -> float:
-    """Return the bytes per second that kernels bound by the memory read and write [B/s]."""
-    return _STREAM_EFFICIENCY * served.cluster.gpu.memory_bandwidth_bytes_per_second
-
-
 def _copies_time(served: ServedModel, pool: ServingPool, tokens: Column) -> Column:
     """Return the reading of the weights of copies that have a token, beyond those of one copy each.
 
@@ -308,7 +256,7 @@ def _copies_time(served: ServedModel, pool: ServingPool, tokens: Column) -> Colu
     )
     more = slots * (1.0 - np.exp(-rows / slots)) - single * (1.0 - np.exp(-rows / single))
     weights = model.num_expert_parameters / pool.moe_tp * element_bytes(served.formats.experts)
-    time: Column = more * weights / _stream_rate(served)
+    time: Column = more * weights / served.stream_rate
     return time
 
 
@@ -316,7 +264,8 @@ def _num_small_kernels(served: ServedModel, pool: ServingPool) -> float:
     """Return norms, rotary embeddings, cache writes, activations and quantisation of all layers."""
     model, constants = served.model, served.constants
     moe_layers, layers = float(model.num_moe_layers), float(model.num_layers)
-    norms = _QK_NORM_KERNELS if model.is_qk_norm_per_head or pool.tp == 1 else _SPLIT_NORM_KERNELS
+    is_whole = model.is_qk_norm_per_head or pool.tp == 1
+    norms = _QK_NORM_KERNELS if is_whole else constants.split_norm_kernels
     count = layers * (_BASE_KERNELS + norms * model.has_qk_norm + _MLA_KERNELS * (model.mla is not None))
     # The experts' kernel holds their activation.
     count += moe_layers * (_ROUTER_KERNELS - _ACTIVATION_KERNELS)
@@ -348,7 +297,7 @@ def _small_kernels(served: ServedModel, pool: ServingPool) -> Column:
     width = 2.0 * 4.0 * hidden + 4.0 * (heads + 2.0 * kv_heads) * model.head_dim
     mlp_width = (model.num_layers - moe_layers) / layers * model.ffn_hidden_size
     num_bytes = layers * _ACTIVATION_BYTES * (width + 3.0 * mlp_width / pool.tp)
-    rate = _stream_rate(served)
+    rate = served.stream_rate
     total: Column = (
         _num_small_kernels(served, pool) * constants.kernel_time
         + constants.elementwise_factor * num_bytes * TOKEN_COUNTS / rate
@@ -363,6 +312,7 @@ def _num_launches(served: ServedModel, pool: ServingPool) -> float:
     count = _num_small_kernels(served, pool)
     attention = _ATTENTION_LAUNCHES if model.mla is None else _MLA_LAUNCHES
     count += layers * attention + (layers - moe_layers) * _MLP_PRODUCTS
+    count += model.num_linear_layers * _LINEAR_LAUNCHES
     if model.moe is not None:
         shared = _MLP_PRODUCTS if model.moe.shared_ffn_hidden_size else 0.0
         count += moe_layers * (_EXPERT_LAUNCHES + shared)
@@ -441,7 +391,7 @@ def _head(served: ServedModel, pool: ServingPool, rows: Column) -> Column:
     if pool.tp > 1:
         logits = rows * model.vocab_size * _ACTIVATION_BYTES
         gathered = _collective(served, "all_gather", logits, pool.tp)
-    rate = _stream_rate(served)
+    rate = served.stream_rate
     return product + gathered + constants.logit_bytes * rows * model.vocab_size / rate
 
 
@@ -453,111 +403,3 @@ def _send_time(served: ServedModel, pool: ServingPool) -> Column:
     num_bytes = TOKEN_COUNTS * served.model.hidden_size * _ACTIVATION_BYTES / pool.tp
     one = send_time(num_bytes, crosses, served.cluster, _INTER_NODE_EFFICIENCY)
     return (pool.pp - 1.0) * one
-
-
-def _windowed_layers(model: ModelSpec) -> float:
-    if model.sliding_window is None:
-        return 0.0
-    full = 0 if model.full_attention_interval is None else model.num_layers // model.full_attention_interval
-    return float(model.num_layers - full)
-
-
-def _decode_attention(served: ServedModel, pool: ServingPool) -> tuple[Column, Column]:
-    """Return contexts and the attention of one decode step, all layers, ``(num_batch_sizes, num_contexts)``."""
-    model = served.model
-    contexts = _SPARSE_CONTEXTS
-    windowed = _windowed_layers(model)
-    layers = model.num_layers - model.num_linear_layers
-    batch, context = (each.ravel() for each in np.meshgrid(_BATCH_SIZES, contexts, indexing="ij"))
-    time = (layers - windowed) * _decode(served, pool, batch, context)
-    if windowed and model.sliding_window is not None:
-        time = time + windowed * _decode(
-            served, pool, batch, np.minimum(context, float(model.sliding_window))
-        )
-    return contexts, time.reshape(len(_BATCH_SIZES), len(contexts))
-
-
-def _decode(served: ServedModel, pool: ServingPool, batch: Column, context: Column) -> Column:
-    model = served.model
-    # Draft tokens of one sequence share its cache: they are further rows of each head.
-    heads = max(1.0, model.num_attention_heads / pool.tp) * (1.0 + pool.num_speculative_tokens)
-    shape: dict[str, Column] = {
-        "batch_size": batch,
-        "context_length": context,
-        "num_heads": np.full_like(batch, heads),
-    }
-    if model.mla is not None:
-        kv_cache = served.formats.kv_cache
-        if model.mla.index_top_k is None:
-            return served.kernels.attention_time("mla_decode", kv_cache, shape)
-        keys = batch * context * model.mla.index_head_dim
-        rate = _stream_rate(served)
-        picked = {**shape, "context_length": np.minimum(context, float(model.mla.index_top_k))}
-        return served.kernels.attention_time("mla_decode", kv_cache, picked) + _INDEX_LATENCY + keys / rate
-    kv_heads = max(1.0, model.num_query_groups / pool.tp)
-    shape |= {"num_kv_heads": np.full_like(batch, kv_heads), "head_dim": np.full_like(batch, model.head_dim)}
-    return served.kernels.attention_time("attention_decode", served.formats.kv_cache, shape)
-
-
-def _prefill_attention(served: ServedModel, pool: ServingPool) -> tuple[Column, Column]:
-    """Return lengths from 0 and the attention of one whole prompt of each, all layers [s]."""
-    model = served.model
-    heads = max(1.0, model.num_attention_heads / pool.tp)
-
-    def kernel(lengths: Column) -> Column:
-        shape: dict[str, Column] = {
-            "batch_size": np.ones_like(lengths),
-            "sequence_length": lengths,
-            "num_heads": np.full_like(lengths, heads),
-        }
-        if model.mla is not None:
-            width = model.head_dim + model.mla.v_head_dim
-            whole = served.kernels.attention_time("mla_prefill", served.formats.kv_cache, shape)
-            whole = whole * width / _MEASURED_PREFILL_WIDTH
-            return whole if model.mla.index_top_k is None else _sparse_prefill(served, heads, lengths, whole)
-        kv_heads = max(1.0, model.num_query_groups / pool.tp)
-        shape |= {
-            "num_kv_heads": np.full_like(lengths, kv_heads),
-            "head_dim": np.full_like(lengths, model.head_dim),
-        }
-        return served.kernels.attention_time("attention_prefill", served.formats.kv_cache, shape)
-
-    windowed = _windowed_layers(model)
-    time = (model.num_layers - model.num_linear_layers - windowed) * kernel(_PROMPT_LENGTHS)
-    if windowed and model.sliding_window is not None:
-        time = time + windowed * _windowed_prefill(kernel, float(model.sliding_window))
-    time = served.constants.prefill_attention_factor * np.maximum.accumulate(time)
-    return _with_zero(_PROMPT_LENGTHS, time)
-
-
-def _sparse_prefill(served: ServedModel, heads: float, lengths: Column, whole: Column) -> Column:
-    """Return prompts of which each token attends to the keys its indexer picks, in absorbed form (DSA)."""
-    mla = served.model.mla
-    assert mla is not None
-    assert mla.index_top_k is not None
-    top = float(mla.index_top_k)
-    scores = np.where(lengths <= top, 0.5 * lengths**2, 0.5 * top**2 + top * (lengths - top))
-    width = 2.0 * mla.kv_lora_rank + mla.qk_rope_head_dim
-    flops = 2.0 * max(heads, _SPARSE_HEADS) * scores * width
-    rate = _SPARSE_EFFICIENCY * served.cluster.gpu.peak("bf16")
-    index = mla.index_num_heads * lengths**2 * mla.index_head_dim / (2.0 * rate)
-    time: Column = np.where(lengths <= top, whole, flops / rate + index)
-    return time
-
-
-def _windowed_prefill(kernel: Callable[[Column], Column], window: float) -> Column:
-    """Return the time of a prompt whose tokens see ``window`` keys: as long as the causal half, linear beyond.
-
-    A token beyond the window multiplies with ``window`` keys where a causal prompt's mean is half of it.
-    """
-    # The slope of a kernel long enough to be bound by its products, where launches and ramps no longer count.
-    reference = np.array([8192.0])
-    per_score = float(kernel(reference)[0]) / (0.5 * reference[0] ** 2)
-    inside = kernel(np.minimum(_PROMPT_LENGTHS, window))
-    time: Column = inside + per_score * window * np.maximum(0.0, _PROMPT_LENGTHS - window)
-    return time
-
-
-def _with_zero(lengths: Column, time: Column) -> tuple[Column, Column]:
-    axes: Sequence[Column] = (np.zeros(1), lengths)
-    return np.concatenate(axes), np.concatenate((np.zeros(1), time))

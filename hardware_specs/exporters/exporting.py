@@ -49,18 +49,15 @@ def export_topology(cluster: ClusterSpec, target: str) -> str:
     Raises
     ------
     SpecError
-        If no exporter has that name.
+        If no exporter has that name, or the cluster mixes kinds of node.
     UnsupportedByTargetError
         If the simulator cannot express the cluster; lists every reason.
     """
     if target not in EXPORTERS:
         raise SpecError(f"no topology exporter '{target}'{did_you_mean(target, EXPORTERS) or '.'}")
     exporter = EXPORTERS[target]
-    mixed = (
-        "it knows nodes of one kind, and the cluster mixes "
-        + " and ".join(kind.id for kind in cluster.kinds),
-    )
-    reasons = mixed if cluster.is_mixed else exporter.unsupported(cluster)
+    cluster.require_one_kind("specs export")
+    reasons = exporter.unsupported(cluster)
     if reasons:
         raise UnsupportedByTargetError(
             "\n".join(

@@ -33,7 +33,7 @@ def pool_title(job: ServingJob, plan: ServingPlan, pool: ServingPool, engine: st
     """Return the first comment of a pool's files."""
     count = f"{pool.num_replicas} replicas" if pool.num_replicas > 1 else "1 replica"
     each = f"{pool.gpus_per_replica} GPUs each" if pool.num_replicas > 1 else f"{pool.gpus_per_replica} GPUs"
-    where = f" of {label(pool.gpu)}" if pool.gpu is not None else ""
+    where = "" if job.prefill_cluster is None else f" of {label(job.cluster_of(pool.role).gpu.id)}"
     return f"Meshwright: {label(job.model.name)}, {pool_name(pool)}, {count}, {each}{where}, {engine}."
 
 
@@ -52,8 +52,8 @@ def serving_notes(job: ServingJob, plan: ServingPlan, version: str) -> tuple[str
             "The size of the KV cache is the prediction's; drop its option to let the engine fill the memory."
         )
     for pool in plan.pools:
-        if pool.gpu is not None:
-            notes.append(f"The {pool_name(pool)} runs on {label(pool.gpu)} GPUs.")
+        if job.prefill_cluster is not None and plan.is_disaggregated:
+            notes.append(f"The {pool_name(pool)} runs on {label(job.cluster_of(pool.role).gpu.id)} GPUs.")
         if pool.redundant_experts:
             notes.append(
                 f"The {pool_name(pool)} holds {pool.redundant_experts} redundant experts, which the engine places by itself "

@@ -84,7 +84,7 @@ def read_placement_job(flags: PlacementFlags) -> PlacementJob:
         If a name is unknown, a file is bad, or the experts do not fit the ranks: what, where and how to fix it.
     """
     model, cluster = load_model(flags.model), resolve_cluster(flags.cluster)
-    cluster.require_one_kind()
+    cluster.require_one_kind("place")
     moe = model.moe
     if moe is None:
         raise SpecError(f"model {model.name} has no experts; only mixture-of-experts models have a placement")

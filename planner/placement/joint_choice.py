@@ -17,6 +17,7 @@ from meshwright.planner.placement.layout import capacity_drop, sampled_routing
 from meshwright.planner.placement.request import PlacementAnswer
 from meshwright.planner.placement.routing import RoutingData, split_held_out
 from meshwright.planner.placement.solving import solve_placement
+from meshwright.units import format_change
 
 __all__ = ["ChoiceLimits", "JointChoice", "LayoutCandidate", "choose_layout"]
 
@@ -279,7 +280,7 @@ def _reasons(
     fastest_allowed = allowed[0]
     if fastest_allowed != best:
         reasons.append(
-            f"{_name(fastest_allowed)} is {fastest_allowed.layer_seconds / best.layer_seconds - 1.0:+.1%} in time, within "
+            f"{_name(fastest_allowed)} is {format_change(fastest_allowed.layer_seconds / best.layer_seconds - 1.0)} in time, within "
             f"the {_RESOLUTION:.0%} the model tells apart, and holds {fastest_allowed.weight_bytes / 1e9:,.1f} GB of "
             f"weights instead of {best.weight_bytes / 1e9:,.1f} GB"
         )
@@ -298,7 +299,7 @@ def _reasons(
 
 
 def _against(best: LayoutCandidate, other: LayoutCandidate) -> str:
-    return f"{_name(other)} takes {other.layer_seconds / best.layer_seconds - 1.0:+.1%} time"
+    return f"{_name(other)} takes {format_change(other.layer_seconds / best.layer_seconds - 1.0)} time"
 
 
 def _name(each: LayoutCandidate) -> str:

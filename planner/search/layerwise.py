@@ -54,7 +54,7 @@ class LayerwiseSearch:
                 f"constraints.target '{request.limits.target}' cannot express layer-wise plans, nor can any other "
                 "target: leave out the target, or search uniform plans (--search exhaustive)"
             )
-        request.context.cluster.require_one_kind()
+        request.context.cluster.require_one_kind("--search layerwise")
         require_equal_layers(request.context)
         started = time.monotonic()
         # Of limited time uniform plans get half.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -32,25 +31,21 @@ from meshwright.planner.serving.space import candidate_space, scheduler_choices
 from meshwright.planner.serving.unit_simulation import JobSimulator
 from meshwright.simcore.serving.traces import load_requests
 
-__all__ = ["ServingAnswer", "answer_request", "plan_figures"]
+__all__ = ["PricedRequest", "ServingAnswer", "answer_request", "plan_figures", "priced_request"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ServingAnswer:
-    """The answer to a serving request.
+class PricedRequest:
+    """A serving request with its load and its cost models.
 
     Parameters
     ----------
     request, profile, sizing :
         What was asked, its load, its objective.
-    outcome : SearchOutcome
-        What the search found.
-    front : tuple[FrontPoint, ...]
-        Interactivity against throughput per GPU, by steady state.
     costs : JobCosts
         The cost models, for the certainty of each plan.
-    bounds_seconds, seconds : float
-        Wall time of the bounds, and of everything [s].
+    simulator : JobSimulator
+        Serves the load at any rate.
     num_failed : int
         Recorded requests that failed and were left out.
     """
@@ -58,11 +53,8 @@ class ServingAnswer:
     request: ServingRequest
     profile: LoadProfile
     sizing: Sizing
-    outcome: SearchOutcome
-    front: tuple[FrontPoint, ...]
     costs: JobCosts
-    bounds_seconds: float
-    seconds: float
+    simulator: JobSimulator
     num_failed: int = 0
 
     @property
@@ -71,10 +63,64 @@ class ServingAnswer:
         return "clients" if is_closed_loop(self.request) else "requests/s"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ServingAnswer(PricedRequest):
+    """The answer to a serving request.
+
+    Parameters
+    ----------
+    outcome : SearchOutcome
+        What the search found.
+    front : tuple[FrontPoint, ...]
+        Interactivity against throughput per GPU, by steady state.
+    bounds_seconds, seconds : float
+        Wall time of the bounds, and of everything [s].
+    """
+
+    outcome: SearchOutcome
+    front: tuple[FrontPoint, ...]
+    bounds_seconds: float
+    seconds: float
+
+
+def priced_request(request: ServingRequest, costs: JobCosts | None = None, seed: int = 0) -> PricedRequest:
+    """Return a request with its load and cost models; built-in calibrations without ``costs``.
+
+    Raises
+    ------
+    SpecError
+        If the trace is unusable, or no request decodes.
+    """
+    job = request.job
+    trace = load_requests(job.workload, seed=seed) if job.workload.requests_file is not None else None
+    costs = JobCosts(job) if costs is None else costs
+    simulator = JobSimulator(job, costs, trace=trace, seed=seed)
+    profile = simulator.profile()
+    if profile.mean_output <= 1.0:
+        raise SpecError(
+            "requests: every answer is one token; there is nothing to decode and no plan to compare"
+        )
+    apart = job.prefill_cluster
+    return PricedRequest(
+        request=request,
+        profile=profile,
+        sizing=Sizing(
+            objective=request.objective,
+            max_gpus=min(job.cluster.num_gpus, request.limits.max_gpus or job.cluster.num_gpus),
+            demand=simulator.demand(),
+            mean_output=profile.mean_output,
+            max_prefill_gpus=None if apart is None else apart.num_gpus,
+        ),
+        costs=costs,
+        simulator=simulator,
+        num_failed=0 if trace is None else trace.num_failed,
+    )
+
+
 def answer_request(
     request: ServingRequest,
     *,
-    calibration_paths: Sequence[Path] = (),
+    costs: JobCosts | None = None,
     seed: int = 0,
     num_shapes: int = 5,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
@@ -85,8 +131,8 @@ def answer_request(
     ----------
     request : ServingRequest
         What to plan.
-    calibration_paths : Sequence[Path]
-        The user's calibrations.
+    costs : JobCosts | None
+        Cost models of its job; those of the built-in calibrations without.
     seed : int
         Of the requests that are drawn.
     num_shapes : int
@@ -102,47 +148,26 @@ def answer_request(
         If the trace is unusable or nothing limits the load.
     """
     started = time.perf_counter()
-    job = request.job
-    max_gpus = min(job.cluster.num_gpus, request.limits.max_gpus or job.cluster.num_gpus)
-    apart = job.prefill_cluster
-    trace = load_requests(job.workload, seed=seed) if job.workload.requests_file is not None else None
-    costs = JobCosts(job, calibration_paths)
-    simulator = JobSimulator(job, costs, trace=trace, seed=seed)
-    profile = simulator.profile()
-    if profile.mean_output <= 1.0:
-        raise SpecError(
-            "requests: every answer is one token; there is nothing to decode and no plan to compare"
-        )
-    sizing = Sizing(
-        objective=request.objective,
-        max_gpus=max_gpus,
-        demand=simulator.demand(),
-        mean_output=profile.mean_output,
-        max_prefill_gpus=None if apart is None else apart.num_gpus,
-    )
+    priced = priced_request(request, costs, seed)
+    profile, sizing = priced.profile, priced.sizing
     progress("bounds", 0, 0)
-    space = candidate_space(request, profile, costs, max_gpus)
+    space = candidate_space(request, profile, priced.costs, sizing.max_gpus)
     if space.is_empty:
-        raise infeasible_serving(request, profile, sizing, space, costs)
+        raise infeasible_serving(request, profile, sizing, space, priced.costs)
     bounds_seconds = time.perf_counter() - started
-    outcome = search_units(request, sizing, space, simulator, progress, num_shapes=num_shapes)
+    outcome = search_units(request, sizing, space, priced.simulator, progress, num_shapes=num_shapes)
     if not outcome.ranked:
-        raise infeasible_serving(request, profile, sizing, space, costs, outcome.units, outcome.missed)
-    front = interactivity_front(space, profile, scheduler_choices(request, profile))
+        raise infeasible_serving(request, profile, sizing, space, priced.costs, outcome.units, outcome.missed)
     return ServingAnswer(
-        request=request,
-        profile=profile,
-        sizing=sizing,
+        **{each.name: getattr(priced, each.name) for each in fields(priced)},
         outcome=outcome,
-        front=front,
-        costs=costs,
+        front=interactivity_front(space, profile, scheduler_choices(request, profile)),
         bounds_seconds=bounds_seconds,
         seconds=time.perf_counter() - started,
-        num_failed=0 if trace is None else trace.num_failed,
     )
 
 
-def plan_figures(answer: ServingAnswer, ranked: RankedUnit) -> Mapping[str, object]:
+def plan_figures(answer: PricedRequest, ranked: RankedUnit) -> Mapping[str, object]:
     """Return the figures of one plan at the highest load that keeps the limits, units in the key names."""
     point, plan, job = ranked.point, ranked.plan, answer.request.job
     units = ranked.num_units

@@ -54,6 +54,8 @@ class ReplicaOption:
         Tokens of the cache of one rank.
     table : StepTable
         Step times of one replica.
+    num_speculative_tokens : int
+        Drafts that the step times are for.
     is_prefill_only : bool
         On a cluster that only prefill pools use.
     expert_imbalance : float | None
@@ -67,6 +69,7 @@ class ReplicaOption:
     degrees: dict[str, int]
     kv_cache_tokens: int
     table: StepTable
+    num_speculative_tokens: int = 0
     is_prefill_only: bool = False
     expert_imbalance: float | None = None
 
@@ -172,63 +175,75 @@ def replica_columns(
     role : PoolRole
         ``aggregated`` or ``decode``.
     """
+    return concatenate(
+        [
+            _setting_columns(index, option, profile, slo, choices, role, drafted, has_prefix_cache)
+            for drafted in choices.num_speculative_tokens
+            for has_prefix_cache in choices.has_prefix_cache
+        ]
+    )
+
+
+def _setting_columns(
+    index: int,
+    option: ReplicaOption,
+    profile: LoadProfile,
+    slo: Slo,
+    choices: SchedulerChoices,
+    role: PoolRole,
+    drafted: int,
+    has_prefix_cache: bool,
+) -> CandidateColumns:
+    """Return the candidates of one draft length with or without a prefix cache: every batch with every budget."""
     caps = np.array(choices.max_num_sequences, dtype=np.int64)
+    budgets = np.array(choices.budgets, dtype=np.float64)
     # A pipeline's batches are in flight side by side; the states are those of one of them.
     grid = state_grid(max(1, int(np.ceil(caps.max() * option.table.stage_share))))
-    budgets = np.array(choices.budgets, dtype=np.float64)
     ranks = option.degrees["attention_dp"]
-    parts = []
-    for drafted in choices.num_speculative_tokens:
-        for has_prefix_cache in choices.has_prefix_cache:
 
-            def steady(
-                load: LoadProfile, drafted: int = drafted, cache: bool = has_prefix_cache
-            ) -> SteadyState:
-                return replica_steady_state(
-                    option.table,
-                    load,
-                    num_decodes=grid,
-                    budgets=budgets,
-                    policy=option.policy,
-                    role=role,
-                    num_speculative_tokens=drafted,
-                    tokens_per_step=choices.acceptance.tokens_per_step(drafted),
-                    has_prefix_cache=cache,
-                    prompt=_slo_prompt(slo, profile),
-                    num_ranks=ranks,
-                    gap_statistics=gap_statistics(slo),
-                )
+    def steady(load: LoadProfile) -> SteadyState:
+        return replica_steady_state(
+            option.table,
+            load,
+            num_decodes=grid,
+            budgets=budgets,
+            policy=option.policy,
+            role=role,
+            num_speculative_tokens=drafted,
+            tokens_per_step=choices.acceptance.tokens_per_step(drafted),
+            has_prefix_cache=has_prefix_cache,
+            prompt=_slo_prompt(slo, profile),
+            num_ranks=ranks,
+            gap_statistics=gap_statistics(slo),
+        )
 
-            state = steady(profile)
-            best = _best_states(option, state, slo, profile, caps)
-            rows, columns = np.meshgrid(np.arange(len(caps)), np.arange(len(budgets)), indexing="ij")
-            states = best.state
-            at = (np.maximum(states, 0).ravel(), columns.ravel())
-            rate = np.where(states.ravel() >= 0, state.rate[best.rate_state.ravel(), columns.ravel()], 0.0)
-            tpot, ttft = state.tpot[at], state.ttft[at]
-            estimate = rate
-            if profile.comes_in_groups and role == "aggregated":
-                apart = steady(replace(profile, comes_in_groups=False))
-                likely = _best_states(option, apart, slo, profile, caps)
-                estimate = np.where(
-                    likely.state.ravel() >= 0, apart.rate[likely.rate_state.ravel(), columns.ravel()], 0.0
-                )
-            parts.append(
-                CandidateColumns(
-                    option=np.full(rows.size, index, dtype=np.int64),
-                    budget=budgets[columns.ravel()].astype(np.int64),
-                    max_num_sequences=caps[rows.ravel()],
-                    num_speculative_tokens=np.full(rows.size, drafted, dtype=np.int64),
-                    has_prefix_cache=np.full(rows.size, has_prefix_cache, dtype=np.int64),
-                    rate=rate * ranks,
-                    estimate=estimate * ranks,
-                    clients=rate * ranks * (ttft + (profile.mean_output - 1.0) * tpot),
-                    tpot=tpot,
-                    ttft=ttft,
-                    cause=best.cause.ravel(),
-                )
-            )
-    return concatenate(parts)
+    def best_rate(state: SteadyState, best: _BestStates) -> FloatArray:
+        return np.where(best.state.ravel() >= 0, state.rate[best.rate_state.ravel(), columns], 0.0)
+
+    rows, columns = (
+        axis.ravel() for axis in np.meshgrid(np.arange(len(caps)), np.arange(len(budgets)), indexing="ij")
+    )
+    state = steady(profile)
+    best = _best_states(option, state, slo, profile, caps)
+    at = (np.maximum(best.state, 0).ravel(), columns)
+    rate, tpot, ttft = best_rate(state, best), state.tpot[at], state.ttft[at]
+    estimate = rate
+    if profile.comes_in_groups and role == "aggregated":
+        apart = steady(replace(profile, comes_in_groups=False))
+        estimate = best_rate(apart, _best_states(option, apart, slo, profile, caps))
+    return CandidateColumns(
+        option=np.full(rows.size, index, dtype=np.int64),
+        budget=budgets[columns].astype(np.int64),
+        max_num_sequences=caps[rows],
+        num_speculative_tokens=np.full(rows.size, drafted, dtype=np.int64),
+        has_prefix_cache=np.full(rows.size, has_prefix_cache, dtype=np.int64),
+        rate=rate * ranks,
+        estimate=estimate * ranks,
+        clients=rate * ranks * (ttft + (profile.mean_output - 1.0) * tpot),
+        tpot=tpot,
+        ttft=ttft,
+        cause=best.cause.ravel(),
+    )
 
 
 def prefill_columns(

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 
-from meshwright.errors import InfeasiblePlanError, SpecError
-from meshwright.planner.changes import Change, ChangeValue, apply_changes
 from meshwright.planner.difference import FieldDifference, TermDifference, section_differences
-from meshwright.planner.scenario import Scenario
 from meshwright.planner.serving.plan_file import ServingPlanDocument, serving_plan_mapping
 from meshwright.planner.serving.run import ServingRun
-from meshwright.simcore.domain.serving import PoolRole, ServingJob, ServingPool, pools_by_cluster
+from meshwright.simcore.domain.serving import PoolRole, ServingPool
 from meshwright.units import format_quantity
 
 __all__ = [
-    "MACHINE_KEYS",
-    "changed_document",
     "figure_terms",
     "latency_terms",
     "memory_terms",
     "serving_field_differences",
     "serving_sentence",
 ]
-
-MACHINE_KEYS: tuple[str, ...] = ("cluster", "gpu", "fabric", "node.nics", "node.power", "node.price")
-"""What a serving plan's machines can be changed in: whole keys, or what comes before their first dot."""
 
 _ROLES: tuple[PoolRole, ...] = ("aggregated", "prefill", "decode")
 
@@ -108,38 +100,6 @@ def serving_sentence(first: ServingRun, second: ServingRun) -> str:
     if ttft.change and most.change:
         sentence += f", most of it {most.name.removeprefix('TTFT: ')} ({_signed(most.change)})"
     return f"{sentence}; each further token {_change_text(tpot)}."
-
-
-def changed_document(
-    document: ServingPlanDocument, changes: list[tuple[Change, ChangeValue]]
-) -> ServingPlanDocument:
-    """Return a plan on changed machines; prefill pools on a cluster of their own stay as they are.
-
-    Raises
-    ------
-    SpecError
-        If a change is of something else than machines, or impossible: names the key.
-    InfeasiblePlanError
-        If the changed machines have fewer GPUs than the plan's pools.
-    """
-    for change, _ in changes:
-        if not {change.key, change.key.split(".", maxsplit=1)[0]} & set(MACHINE_KEYS):
-            raise SpecError(
-                f"{change.key}: a serving plan is asked about machines only: {', '.join(MACHINE_KEYS)} and what is below "
-                "them; plan again for another load"
-            )
-    # A scenario changes the cluster of any job; its calibration is the serving cost models' own.
-    scenario = apply_changes(Scenario(job=document.job), changes)  # type: ignore[arg-type]  # only its cluster is used
-    job: ServingJob = scenario.job  # type: ignore[assignment]  # what was put in
-    for pools, cluster in pools_by_cluster(job, document.plan):
-        needed = sum(pool.num_gpus for pool in pools)
-        if needed > cluster.num_gpus:
-            raise InfeasiblePlanError(
-                f"{', '.join(change.key for change, _ in changes)}: the plan's pools need {needed} GPUs, and {cluster.id} "
-                f"has {cluster.num_gpus}; change to at least {-(-needed // cluster.node.num_gpus)} nodes, or plan again",
-                {},
-            )
-    return replace(document, job=job)
 
 
 def _without_pools(document: ServingPlanDocument) -> dict[str, object]:

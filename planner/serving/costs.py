@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -12,18 +12,40 @@ from numpy.typing import NDArray
 
 from meshwright.costmodels.calibration import DeviceCalibration
 from meshwright.costmodels.operators import OperatorModel
+from meshwright.costmodels.serving.carried import carried_kernels, with_host_time
 from meshwright.costmodels.serving.constants import CERTAINTIES, EngineConstants
 from meshwright.costmodels.serving.kernels import load_serving_kernels
 from meshwright.costmodels.serving.memory import ServingMemory, kv_bytes_per_token, serving_memory
 from meshwright.costmodels.serving.replica import served_model
 from meshwright.costmodels.serving.step import ServedModel, step_table
 from meshwright.errors import InfeasiblePlanError
-from meshwright.hardware_specs.catalog import load_gpu
-from meshwright.hardware_specs.specs import ClusterSpec, GpuSpec
+from meshwright.hardware_specs.specs import GpuSpec
 from meshwright.simcore.domain.serving import PoolRole, ServingJob, ServingPlan, ServingPool
 from meshwright.simcore.serving.step_table import StepTable
 
-__all__ = ["JobCosts", "pool_cluster"]
+__all__ = ["AS_MEASURED", "Departure", "JobCosts", "check_stated_cache"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """How GPUs depart from those that were measured.
+
+    Parameters
+    ----------
+    measured_gpu : GpuSpec | None
+        The GPU whose kernels apply, before any of its numbers changed; None when none did.
+    collective_latency, launch_time, host_time : float
+        Factors on the start-up of collectives inside a node, on the device's launch time of a kernel, and on the host's work
+        of a step.
+    """
+
+    measured_gpu: GpuSpec | None = None
+    collective_latency: float = 1.0
+    launch_time: float = 1.0
+    host_time: float = 1.0
+
+
+AS_MEASURED = Departure()
 
 
 class JobCosts:
@@ -35,28 +57,43 @@ class JobCosts:
         Model and cluster.
     calibration_paths : Sequence[Path]
         The user's calibrations; the built-in ones without any.
+    departure : Departure
+        How the cluster's GPUs depart from those that were measured; a prefill cluster's never do.
     """
 
-    def __init__(self, job: ServingJob, calibration_paths: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, job: ServingJob, calibration_paths: Sequence[Path] = (), departure: Departure = AS_MEASURED
+    ) -> None:
         self._job = job
         self._paths = tuple(calibration_paths)
-        self._served: dict[tuple[str, str, str, str, bool, str | None], ServedModel] = {}
+        self._departure = departure
+        self._served: dict[tuple[str, str, str, str, bool], ServedModel] = {}
 
     def served(self, plan: ServingPlan, pool: ServingPool) -> ServedModel:
         """Return the model as the plan's engine runs it on the pool's GPUs."""
-        cluster = pool_cluster(self._job, pool)
+        cluster = self._job.cluster_of(pool.role)
         is_apart = cluster is not self._job.cluster
-        key = (plan.engine, plan.engine_version, plan.precision, plan.kv_precision, is_apart, pool.gpu)
+        key = (plan.engine, plan.engine_version, plan.precision, plan.kv_precision, is_apart)
         if key not in self._served:
-            model = self._job.model
-            kernels = load_serving_kernels(cluster.gpu, cluster.node, plan.engine, self._paths)
+            departure = AS_MEASURED if is_apart else self._departure
+            measured = replace(cluster.node, gpu=departure.measured_gpu or cluster.gpu)
+            kernels = carried_kernels(
+                load_serving_kernels(measured.gpu, measured, plan.engine, self._paths),
+                self._job.model,
+                measured.gpu,
+                cluster.gpu,
+                collective_latency=departure.collective_latency,
+                launch_time=departure.launch_time,
+            )
             remembered = {
                 name: cast("OperatorModel", _Remembered(operator))
                 for name, operator in kernels.operators.items()
             }
-            self._served[key] = served_model(
-                model, cluster, plan, kernels=replace(kernels, operators=remembered)
+            served = served_model(
+                self._job.model, cluster, plan, kernels=replace(kernels, operators=remembered)
             )
+            constants = with_host_time(served.constants, departure.host_time, departure.launch_time)
+            self._served[key] = replace(served, constants=constants)
         return self._served[key]
 
     def memory(self, plan: ServingPlan, pool: ServingPool) -> ServingMemory:
@@ -114,7 +151,25 @@ class JobCosts:
         return self.served(plan, pool).kernels.calibration
 
     def _gpu(self, pool: ServingPool) -> GpuSpec:
-        return pool_cluster(self._job, pool).gpu
+        return self._job.cluster_of(pool.role).gpu
+
+
+def check_stated_cache(costs: JobCosts, plan: ServingPlan) -> None:
+    """Raise when a pool states a larger cache than its memory holds.
+
+    Raises
+    ------
+    InfeasiblePlanError
+        Names the pool and what it holds.
+    """
+    for pool in plan.pools:
+        stated, held = pool.kv_cache_tokens, costs.memory(plan, pool).kv_cache_tokens
+        if stated is not None and stated > held:
+            raise InfeasiblePlanError(
+                f"{pool.role} pool: kv_cache_tokens {stated:,} do not fit; beside the weights a rank holds {held:,}; lower it "
+                "or leave it out",
+                {"memory": 1},
+            )
 
 
 def _certainty_notes(constants: EngineConstants) -> tuple[str, ...]:
@@ -155,16 +210,3 @@ class _Remembered:
             times.setflags(write=False)
             self._times[key] = times
         return self._times[key]
-
-
-def pool_cluster(job: ServingJob, pool: ServingPool) -> ClusterSpec:
-    """Return the cluster as a pool sees it: that of its role, with GPUs of its own where it names some.
-
-    Such nodes take as much power beside their GPUs, and their price is that of the GPUs.
-    """
-    cluster = job.cluster_of(pool.role)
-    if pool.gpu is None or pool.gpu == cluster.gpu.id:
-        return cluster
-    node, gpu = cluster.node, load_gpu(pool.gpu)
-    power = node.power_watts + node.num_gpus * (gpu.power_watts - node.gpu.power_watts)
-    return replace(cluster, node=replace(node, gpu=gpu, power_watts=power, price_dollars_per_hour=None))

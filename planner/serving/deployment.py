@@ -8,7 +8,7 @@ from meshwright.costmodels.serving.memory import kv_bytes_per_token
 from meshwright.costmodels.serving.replica import engine_behaviour
 from meshwright.errors import InfeasiblePlanError, UnsupportedByTargetError
 from meshwright.hardware_specs.specs import ClusterSpec
-from meshwright.planner.serving.costs import JobCosts, pool_cluster
+from meshwright.planner.serving.costs import JobCosts
 from meshwright.planner.serving.replica_shapes import has_units, rule_numbers, vendor_reason
 from meshwright.simcore.domain.serving import EngineName, PolicyName, ServingJob, ServingPlan, ServingPool
 from meshwright.simcore.serving.behaviour import TransferLink
@@ -45,7 +45,7 @@ def check_engine_runs(job: ServingJob, plan: ServingPlan) -> None:
                 f"{pool.role} pool: policy {pool.policy} (it has {', '.join(known)}; the other policies are for "
                 "engines of their own)"
             )
-        gpu = pool_cluster(job, pool).gpu
+        gpu = job.cluster_of(pool.role).gpu
         vendor = vendor_reason(plan.engine, gpu)
         if vendor is not None:
             reasons.append(f"{pool.role} pool: {vendor}")
@@ -100,7 +100,7 @@ def transfer_link(job: ServingJob, plan: ServingPlan, costs: JobCosts) -> Transf
     return TransferLink(
         bytes_per_token=kv_bytes_per_token(served.model, served.formats, whole),
         bandwidth=min(
-            _bandwidth_per_gpu(pool_cluster(job, each), is_one_node=is_one_node) * each.tp * each.pp
+            _bandwidth_per_gpu(job.cluster_of(each.role), is_one_node=is_one_node) * each.tp * each.pp
             for each in plan.pools
         ),
         latency=_TRANSFER_LATENCY,

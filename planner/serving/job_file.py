@@ -129,6 +129,9 @@ def read_serving_request(path: Path | None, flags: ServingFlags) -> ServingReque
         )
     workload = _workload(section, flags)
     slo = _slo(section, flags)
+    for each in (cluster, apart):
+        if each is not None:
+            each.require_one_kind("plan --serve")
     gpus = (cluster.gpu,) if apart is None else (cluster.gpu, apart.gpu)
     engines, version = _engines(section, flags, gpus)
     objective = _word(section, "objective", flags.objective, SERVING_OBJECTIVES) or "goodput_per_gpu"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meshwright.planner.serving.costs import JobCosts, pool_cluster
+from meshwright.planner.serving.costs import JobCosts
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan, ServingPool
 from meshwright.simcore.serving.step_table import StepTable
 from meshwright.simcore.serving.step_times import decode_step_time, prefill_attention, step_time
@@ -75,7 +75,9 @@ def long_context_rows(
         If the weights leave no room for a cache.
     """
     memory, table = costs.memory(plan, pool), costs.step_table(plan, pool)
-    link = pool_cluster(job, pool).node.host_link_bandwidth_per_gpu
+    link = job.cluster_of(pool.role).node.host_link_bandwidth_per_gpu
+    drafts = pool.num_speculative_tokens
+    pace = pool.acceptance.tokens_per_step(drafts)
     rows = []
     for context in CONTEXT_LENGTHS:
         concurrency = memory.kv_cache_tokens * pool.attention_dp / context
@@ -87,10 +89,11 @@ def long_context_rows(
                 kv_bytes=per_rank * pool.tp * pool.pp,
                 prefill_time=_prefill_time(table, context, pool.max_num_batched_tokens),
                 concurrency=concurrency,
-                decode_time=decode_step_time(table, 1.0, context),
+                decode_time=decode_step_time(table, 1.0, context, drafts) / pace,
                 full_decode_time=decode_step_time(
-                    table, min(together, float(pool.max_num_sequences)), context
-                ),
+                    table, min(together, float(pool.max_num_sequences)), context, drafts
+                )
+                / pace,
                 swap_time=2.0 * per_rank / link,
                 is_beyond_model=context > job.model.max_position_embeddings,
             )

@@ -12,7 +12,6 @@ from meshwright.planner.serving.candidates import ReplicaOption, SchedulerChoice
 from meshwright.planner.serving.load_profile import LoadProfile
 from meshwright.planner.serving.space import CandidateSpace
 from meshwright.planner.serving.steady_state import replica_steady_state
-from meshwright.simcore.domain.serving import PoolRole
 
 __all__ = ["FrontPoint", "interactivity_front"]
 
@@ -60,59 +59,78 @@ def interactivity_front(
     max_points : int
         Points to keep, spread evenly over the front.
     """
-    budgets = np.array(choices.budgets, dtype=np.float64)
     grid = state_grid(max(choices.max_num_sequences))
     prefill = _prefill_rate_per_gpu(space)
-    user, gpu, ttft, index, modes, decodes = ([] for _ in range(6))
+    found = []
     for number, option in enumerate(space.options):
         if option.is_prefill_only:
             continue
-        roles: list[tuple[str, PoolRole]] = []
         if space.aggregated is not None:
-            roles.append(("aggregated", "aggregated"))
+            found.append(_states(number, option, profile, choices, grid, None))
         if space.decode is not None and _format(option) in prefill:
-            roles.append(("disaggregated", "decode"))
-        for mode, role in roles:
-            state = replica_steady_state(
-                option.table,
-                profile,
-                num_decodes=grid,
-                budgets=budgets if role == "aggregated" else budgets[:1],
-                policy=option.policy,
-                role=role,
-                num_ranks=option.degrees["attention_dp"],
-            )
-            holds = (state.kv_tokens <= option.kv_cache_tokens) & state.lasts & (state.rate > 0.0)
-            rate = state.rate * option.degrees["attention_dp"]
-            gpus = np.full(rate.shape, float(option.num_gpus))
-            first = state.ttft
-            if mode == "disaggregated":
-                per_gpu, seconds = prefill[_format(option)]
-                gpus = gpus + rate / per_gpu
-                first = np.full(rate.shape, seconds)
-            per_user, per_gpu_rate = 1.0 / state.tpot[holds], (rate * profile.mean_output / gpus)[holds]
-            user.append(per_user)
-            gpu.append(per_gpu_rate)
-            ttft.append(first[holds])
-            decodes.append(state.num_decodes[holds])
-            index.append(np.full(per_user.size, number))
-            modes.append(np.full(per_user.size, mode))
-    if not user:
+            found.append(_states(number, option, profile, choices, grid, prefill[_format(option)]))
+    if not found:
         return ()
-    columns = [np.concatenate(part) for part in (user, gpu, ttft, decodes, index, modes)]
-    rows = _front_rows(columns[0], columns[1])
+    user, gpu, ttft, decodes, index, is_apart = (
+        np.concatenate([state[column] for state in found]) for column in range(6)
+    )
+    rows = _front_rows(user, gpu)
     if len(rows) > max_points:
         rows = rows[np.unique(np.round(np.linspace(0, len(rows) - 1, max_points)).astype(np.int64))]
     return tuple(
         FrontPoint(
-            tokens_per_second_per_user=float(columns[0][row]),
-            tokens_per_second_per_gpu=float(columns[1][row]),
-            ttft=float(columns[2][row]),
-            num_decodes=float(columns[3][row]),
-            option=space.options[int(columns[4][row])],
-            mode=str(columns[5][row]),
+            tokens_per_second_per_user=float(user[row]),
+            tokens_per_second_per_gpu=float(gpu[row]),
+            ttft=float(ttft[row]),
+            num_decodes=float(decodes[row]),
+            option=space.options[int(index[row])],
+            mode="disaggregated" if is_apart[row] else "aggregated",
         )
         for row in rows
+    )
+
+
+def _states(
+    number: int,
+    option: ReplicaOption,
+    profile: LoadProfile,
+    choices: SchedulerChoices,
+    grid: FloatArray,
+    prefill: tuple[float, float] | None,
+) -> tuple[FloatArray, ...]:
+    """Return the states an option can hold as columns: user, GPU, first token, sequences, option, whether pools are apart.
+
+    Parameters
+    ----------
+    prefill : tuple[float, float] | None
+        Requests per second and GPU of the prefill pool that feeds it, and its seconds; None where it prefills itself.
+    """
+    drafts, ranks = option.num_speculative_tokens, option.degrees["attention_dp"]
+    budgets = np.array(choices.budgets, dtype=np.float64)
+    state = replica_steady_state(
+        option.table,
+        profile,
+        num_decodes=grid,
+        # A decode pool's budget only has to hold its batch.
+        budgets=budgets if prefill is None else budgets.max(keepdims=True),
+        policy=option.policy,
+        role="aggregated" if prefill is None else "decode",
+        num_speculative_tokens=drafts,
+        tokens_per_step=choices.acceptance.tokens_per_step(drafts),
+        num_ranks=ranks,
+    )
+    holds = (state.kv_tokens <= option.kv_cache_tokens) & state.lasts & (state.rate > 0.0)
+    rate = state.rate[holds] * ranks
+    gpus, ttft = np.full(rate.shape, float(option.num_gpus)), state.ttft[holds]
+    if prefill is not None:
+        gpus, ttft = gpus + rate / prefill[0], np.full(rate.shape, prefill[1])
+    return (
+        1.0 / state.tpot[holds],
+        rate * profile.mean_output / gpus,
+        ttft,
+        state.num_decodes[holds],
+        np.full(rate.shape, float(number)),
+        np.full(rate.shape, float(prefill is not None)),
     )
 
 

@@ -173,7 +173,6 @@ def read_serving_plan(path: Path) -> ServingPlanDocument:
 
 def _pool_mapping(pool: ServingPool) -> dict[str, object]:
     rare = (
-        "gpu",
         "attention_dp",
         "moe_tp",
         "ep",
@@ -235,7 +234,6 @@ def _pool(section: Section) -> ServingPool:
     }
     role = cast("PoolRole", section.choice("role", POOL_ROLES, default="aggregated"))
     policy = cast("PolicyName", section.choice("policy", POLICIES, default="chunked_prefill"))
-    gpu = section.optional_text("gpu")
     kv_cache_tokens = section.optional_integer("kv_cache_tokens")
     expert_imbalance = section.optional_number("expert_imbalance")
     has_prefix_cache = section.boolean("has_prefix_cache", default=False)
@@ -246,7 +244,6 @@ def _pool(section: Section) -> ServingPool:
         return ServingPool(
             role=role,
             policy=policy,
-            gpu=gpu,
             kv_cache_tokens=kv_cache_tokens,
             expert_imbalance=expert_imbalance,
             has_prefix_cache=has_prefix_cache,

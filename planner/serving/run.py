@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from meshwright.errors import InfeasiblePlanError
-from meshwright.planner.serving.costs import JobCosts
+from meshwright.planner.serving.costs import JobCosts, check_stated_cache
 from meshwright.planner.serving.plan_file import ServingPlanDocument
 from meshwright.planner.serving.running_costs import (
     joules_per_token,
@@ -117,14 +116,7 @@ def serve_plan(
         If a pool's weights leave no room for a cache, or for a request.
     """
     job, plan = document.job, document.plan
-    for pool in plan.pools:
-        stated, held = pool.kv_cache_tokens, costs.memory(plan, pool).kv_cache_tokens
-        if stated is not None and stated > held:
-            raise InfeasiblePlanError(
-                f"{pool.role} pool: kv_cache_tokens {stated:,} do not fit; beside the weights a rank holds {held:,}; lower it "
-                "or leave it out",
-                {"memory": 1},
-            )
+    check_stated_cache(costs, plan)
     requests = load_requests(job.workload, seed=seed)
     limits_gaps = any(limit.metric == "itl" for limit in job.slo.limits)
     simulator = JobSimulator(job, costs, trace=requests, seed=seed)

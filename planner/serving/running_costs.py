@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from meshwright.hardware_specs.specs import ClusterSpec
-from meshwright.planner.serving.costs import pool_cluster
 from meshwright.simcore.domain.serving import ServingJob, ServingPlan
 
 __all__ = [
@@ -61,7 +60,7 @@ def plan_dollars_per_million_tokens(
 ) -> float | None:
     """Return the rent of all pools per million tokens [$]; None without tokens, or without a price for a pool."""
     parts = [
-        dollars_per_million_tokens(pool_cluster(job, pool), pool.num_gpus, tokens_per_second)
+        dollars_per_million_tokens(job.cluster_of(pool.role), pool.num_gpus, tokens_per_second)
         for pool in plan.pools
     ]
     return None if None in parts else sum(part for part in parts if part is not None)
@@ -94,7 +93,7 @@ def plan_phase_watts(
     """
     totals = [0.0] * len(PHASES)
     for pool, (prompt_share, decode_share) in zip(plan.pools, shares, strict=True):
-        parts = _phase_watts(pool_cluster(job, pool), prompt_share, decode_share)
+        parts = _phase_watts(job.cluster_of(pool.role), prompt_share, decode_share)
         totals = [total + part * pool.num_gpus for total, part in zip(totals, parts, strict=True)]
     return {phase: total / plan.num_gpus for phase, total in zip(PHASES, totals, strict=True)}
 

@@ -24,7 +24,10 @@ __all__ = [
     "UnitSimulator",
     "binding_names",
     "is_closed_loop",
+    "load_runner",
+    "most_load",
     "search_units",
+    "unit_value",
     "whole_plan",
 ]
 
@@ -143,6 +146,45 @@ def unit_gpus(unit: ServingPlan) -> tuple[IntArray, IntArray]:
     return np.array([unit.num_gpus]), np.array([first])
 
 
+def unit_value(sizing: Sizing, point: LoadPoint | None, unit: ServingPlan) -> float:
+    """Return the objective of a unit at a load it keeps; -inf for none, or where its units cannot carry the demand."""
+    if point is None:
+        return -np.inf
+    gpus, load = unit_gpus(unit), np.array([point.load])
+    if not bool(sizing.carries_demand(load, *gpus)[0]):
+        return -np.inf
+    return float(sizing.values(np.array([point.rate]), load, *gpus)[0])
+
+
+def most_load(request: ServingRequest, unit: Unit) -> float:
+    """Return the highest load worth simulating: the bound, as whole clients where they are counted."""
+    return max(1.0, float(np.ceil(unit.load))) if is_closed_loop(request) else unit.load
+
+
+def load_runner(
+    request: ServingRequest,
+    sizing: Sizing,
+    simulator: UnitSimulator,
+    unit: Unit,
+    *,
+    is_thorough: bool = False,
+) -> Callable[[float], LoadPoint]:
+    """Return the function that simulates a unit at a load; a request too long for its cache breaks every limit."""
+    seconds = unit.ttft + (sizing.mean_output - 1.0) * unit.tpot
+    is_whole = is_closed_loop(request)
+
+    def run(load: float) -> LoadPoint:
+        clients = load if is_whole else load * seconds
+        try:
+            return simulator.run(unit.plan, load, clients, is_thorough=is_thorough)
+        except InfeasiblePlanError:
+            # Among more requests than the bounds looked at one may be too long for the cache.
+            metrics = {limit.name: np.inf for limit in request.job.slo.limits}
+            return LoadPoint(load=load, rate=0.0, metrics=metrics, figures={}, is_stable=False)
+
+    return run
+
+
 class _Search:
     """State of one search: what was simulated so far."""
 
@@ -163,14 +205,6 @@ class _Search:
         self.measured: dict[ServingPlan, RankedUnit] = {}
         self.num_runs = 0
 
-    def value(self, point: LoadPoint | None, unit: Unit) -> float:
-        if point is None:
-            return -np.inf
-        gpus, load = unit_gpus(unit.plan), np.array([point.load])
-        if not bool(self.sizing.carries_demand(load, *gpus)[0]):
-            return -np.inf
-        return float(self.sizing.values(np.array([point.rate]), load, *gpus)[0])
-
     def load_to_beat(self, unit: Unit, value: float) -> float:
         """Return a load below which a unit cannot reach a value; 0 where that cannot be said."""
         if not np.isfinite(value):
@@ -190,7 +224,7 @@ class _Search:
         bracket = highest_load(
             self.runner(unit, is_thorough=is_thorough),
             self.request.job.slo,
-            upper=self.most_load(unit),
+            upper=most_load(self.request, unit),
             to_beat=self.load_to_beat(unit, to_beat),
             tolerance=_FINE if is_thorough else _COARSE,
             is_whole=self.is_whole,
@@ -198,22 +232,16 @@ class _Search:
         return self.ranked(unit, bracket)
 
     def runner(self, unit: Unit, *, is_thorough: bool = False) -> Callable[[float], LoadPoint]:
-        seconds = unit.ttft + (self.sizing.mean_output - 1.0) * unit.tpot
+        run = load_runner(self.request, self.sizing, self.simulator, unit, is_thorough=is_thorough)
 
-        def run(load: float) -> LoadPoint:
+        def counted(load: float) -> LoadPoint:
             self.num_runs += 1
-            clients = load if self.is_whole else load * seconds
-            try:
-                return self.simulator.run(unit.plan, load, clients, is_thorough=is_thorough)
-            except InfeasiblePlanError:
-                # Among more requests than the bounds looked at one may be too long for the cache.
-                metrics = {limit.name: np.inf for limit in self.request.job.slo.limits}
-                return LoadPoint(load=load, rate=0.0, metrics=metrics, figures={}, is_stable=False)
+            return run(load)
 
-        return run
+        return counted
 
     def ranked(self, unit: Unit, bracket: LoadBracket) -> RankedUnit:
-        value = self.value(bracket.best, unit)
+        value = unit_value(self.sizing, bracket.best, unit.plan)
         num_units = 1
         if bracket.best is not None and np.isfinite(value):
             load = np.array([bracket.best.load])
@@ -227,10 +255,6 @@ class _Search:
                 self.missed.append(ranked)
         elif shape not in self.found or ranked.value > self.found[shape].value:
             self.found[shape] = ranked
-
-    def most_load(self, unit: Unit) -> float:
-        """Return the highest load worth simulating: the bound, as whole clients where they are counted."""
-        return max(1.0, float(np.ceil(unit.load))) if self.is_whole else unit.load
 
     def best(self) -> list[RankedUnit]:
         return sorted(self.found.values(), key=lambda ranked: (-ranked.value, ranked.unit.plan.num_gpus))
@@ -246,9 +270,8 @@ class _Search:
         failing, best = ranked.bracket.failing, ranked.bracket.best
         if failing is None or best is None or not np.isfinite(ranked.value):
             return ranked.value
-        return self.value(
-            replace(best, load=failing.load, rate=best.rate * failing.load / best.load), ranked.unit
-        )
+        there = replace(best, load=failing.load, rate=best.rate * failing.load / best.load)
+        return unit_value(self.sizing, there, ranked.unit.plan)
 
 
 def search_units(
@@ -458,7 +481,7 @@ def _separate(search: _Search) -> bool:
         for ranked in pending:
             failing = ranked.bracket.failing
             # More than the bound lasts for the few requests of a simulation only.
-            most = max(ranked.point.load, search.most_load(ranked.unit))
+            most = max(ranked.point.load, most_load(search.request, ranked.unit))
             upper = failing.load if failing is not None else min(ranked.point.load * (1.0 + _COARSE), most)
             bracket = highest_load(
                 search.runner(ranked.unit, is_thorough=True),

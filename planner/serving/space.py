@@ -251,7 +251,8 @@ def candidate_space(
                         columns[role].append(
                             replica_columns(index, option, profile, job.slo, settings_of, role)
                         )
-                    if "prefill" in on_cluster and not drafted:
+                    # No draft changes a prompt: the first option of a shape stands for all.
+                    if "prefill" in on_cluster and drafted == found[0][0]:
                         prefills.append(prefill_columns(index, option, profile, job.slo, own))
     return CandidateSpace(
         options=tuple(options),
@@ -346,6 +347,7 @@ def _priced(
                     degrees=degrees,
                     kv_cache_tokens=tokens,
                     table=costs.step_table(plan, placed),
+                    num_speculative_tokens=drafted,
                     is_prefill_only=role == "prefill" and request.job.prefill_cluster is not None,
                     expert_imbalance=imbalance,
                 ),
@@ -361,10 +363,15 @@ def _longest_request(profile: LoadProfile) -> float:
 def _of_decode_pool(choices: SchedulerChoices, option: ReplicaOption) -> SchedulerChoices:
     """Return settings with one token budget: a decode pool computes no prompts, but engines want room for one.
 
-    Those that cut prompts need the least; TensorRT-LLM refuses requests longer than a step.
+    Those that cut prompts need the least that holds the largest batch with its drafts; TensorRT-LLM refuses requests
+    longer than a step.
     """
-    splits = BATCHING_POLICIES[option.policy].splits_prompts
-    return replace(choices, budgets=((min if splits else max)(choices.budgets),))
+    largest = max(choices.budgets)
+    if not BATCHING_POLICIES[option.policy].splits_prompts:
+        return replace(choices, budgets=(largest,))
+    batch = max(choices.max_num_sequences) * (1 + max(choices.num_speculative_tokens))
+    enough = min((budget for budget in choices.budgets if budget >= batch), default=largest)
+    return replace(choices, budgets=(enough,))
 
 
 def _only_draft(choices: SchedulerChoices, drafted: int) -> SchedulerChoices:

@@ -116,78 +116,44 @@ def replica_steady_state(
     A request decodes ``s = (o - 1) / a`` steps (``a`` being ``tokens_per_step``), so that ``d`` sequences leave at ``d / s``
     per step and their successors bring ``q = d p / s`` prompt tokens per step. Those come in chunks of ``c`` tokens, in a
     share ``q / c`` of the steps. The rate is ``d / s`` over the mean step. No more sequences decode than prompts that fill
-    every step can follow: larger numbers are cut there.
+    every step can follow, nor than a step has room for with their drafts: larger numbers are cut there.
 
     A sequence waits for the prompts of the others, never for its own: of ``d`` that decode, itself among them, it meets
     the share ``(d - g) / d`` of the steps that hold prompts, ``g`` being those whose prompts were computed together with
     its own. A Poisson process brings prompts one by one; where requests come in groups, as many as fill a step, and where
     prompts stop decoding, all of them.
     """
+    rank = _Rank.of(
+        table,
+        profile,
+        policy=policy,
+        role=role,
+        drafted=1.0 + num_speculative_tokens,
+        steps=max(1e-9, (profile.mean_output - 1.0) / tokens_per_step),
+        cached=profile.mean_cached if has_prefix_cache else 0.0,
+    )
     grid = np.asarray(num_decodes, dtype=np.float64)[:, None]
     budget = np.asarray(budgets, dtype=np.float64)[None, :]
-    drafted = 1.0 + num_speculative_tokens
-    steps = max(1e-9, (profile.mean_output - 1.0) / tokens_per_step)
-    cached = profile.mean_cached if has_prefix_cache else 0.0
-    own = 0.0 if role == "decode" else max(1.0, profile.mean_prompt - cached)
-    attention = _mean_attention(table, profile, cached)
-    alone = policy in _PROMPTS_ALONE
-    most = np.full(budget.shape, np.inf) if alone or not own else budget / (own / steps + drafted)
+    own, steps = rank.own, rank.steps
+    most = np.full(budget.shape, np.inf) if rank.is_alone else budget / (own / steps + rank.drafted)
     d = np.minimum(grid, most)
-    shape = d.shape
-    none = np.zeros(shape)
-
-    def time(decodes: FloatArray, chunk: FloatArray) -> FloatArray:
-        share = chunk / own if own else chunk
-        return step_time(
-            table,
-            num_decodes=decodes,
-            context=profile.decode_context,
-            variation=profile.context_variation,
-            tokens_per_decode=drafted,
-            chunk_tokens=chunk,
-            chunk_attention=attention * share,
-            chunk_sequences=np.maximum(share, (chunk > 0.0) * 1.0),
-        )
-
-    beside = none if alone else d
-    room = np.maximum(budget - beside * drafted, 0.0)
-    per_step = d * own / steps + 0.0 * budget
-    chunk = np.minimum(room, np.maximum(own, per_step))
-    pure = time(d, none)
-    mixed = time(beside, np.maximum(chunk, 1.0)) if own else pure
-    full = time(beside, np.maximum(room, 1.0)) if own else pure
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mixed_share, full_share = (np.where(per_step > 0.0, per_step / each, 0.0) for each in (chunk, room))
-    # The bound lets prompts wait for each other until a step is full, where that makes fewer steps of them.
-    if alone:
-        step = pure + np.minimum(mixed_share * mixed, full_share * full)
-    else:
-        step = np.minimum(_mixed_time(pure, mixed, mixed_share), _mixed_time(pure, full, full_share))
-    if num_ranks > 1 and own and not profile.comes_in_groups:
-        step = np.maximum(step, _gated_time(pure, np.maximum(mixed, pure), num_ranks * d / steps))
-    rate = np.where(room > 0.0, d / (steps * step * table.stage_share), 0.0)
-    group = np.minimum(_group_size(profile, room, own, alone=alone), d)
+    none = np.zeros(d.shape)
+    beside = none if rank.is_alone else d
+    room = np.maximum(budget - beside * rank.drafted, 0.0)
+    pure = rank.time(d, none)
+    step = rank.mean_step(d, beside, room, pure, num_ranks)
+    rate = np.where((room > 0.0) | (own == 0.0), d / (steps * step * table.stage_share), 0.0)
+    group = np.minimum(_group_size(profile, room, own, alone=rank.is_alone), d)
     met = (d - group) / d
     gap = pure + (step - pure) * met
-
-    def late_gap(statistic: str) -> FloatArray:
-        tail, prompts = _TAILS[statistic], np.maximum(1.0, profile.prompt_lengths - cached)
-        if alone:
-            # A Poisson process starts as many busy periods of prompts as find none under way.
-            share = d / steps * met * pure / step
-            held = _shortest_late_prompt(prompts, share, tail)
-        else:
-            largest = room if profile.comes_in_groups else np.minimum(room, prompts[-1])
-            held = _smallest_late_chunk(prompts, room, largest, d / steps * met, tail)
-        late = time(beside, np.maximum(held, 1.0)) + (pure if alone else 0.0)
-        return np.where(held > 0.0, late, pure)
-
+    # Beside a prompt at least those decode that came with others.
+    others = np.minimum(beside, d - group)
+    left = np.maximum(budget - others * rank.drafted, 1.0)
+    waits = _Waits(beside=beside, room=left, pure=pure, step=step, arrivals=d / steps * met)
     ttft = none
     if own:
-        longest = max(1.0, (profile.mean_prompt if prompt is None else prompt) - cached)
-        others = np.minimum(beside, d - group)
-        room = np.maximum(budget - others * drafted, 1.0)
-        ttft = np.maximum(1.0, longest / room) * time(others, np.minimum(longest, room))
+        longest = max(1.0, (profile.mean_prompt if prompt is None else prompt) - rank.cached)
+        ttft = np.maximum(1.0, longest / left) * rank.time(others, np.minimum(longest, left))
     running = d / table.stage_share
     return SteadyState(
         num_decodes=running,
@@ -195,10 +161,121 @@ def replica_steady_state(
         rate=rate,
         tpot=gap / tokens_per_step,
         gap=gap,
-        late_gaps={name: late_gap(name) if own else pure for name in gap_statistics},
+        late_gaps={name: rank.late_gap(waits, _TAILS[name]) if own else pure for name in gap_statistics},
         ttft=ttft,
         kv_tokens=running * profile.decode_context + rate * ttft * own / 2.0,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Waits:
+    """What a sequence meets: sequences that share a step with prompts, room beside them, steps, prompts per step."""
+
+    beside: FloatArray
+    room: FloatArray
+    pure: FloatArray
+    step: FloatArray
+    arrivals: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Rank:
+    """One rank under a load.
+
+    Parameters
+    ----------
+    table, profile : StepTable, LoadProfile
+        Its step times and the load.
+    is_alone : bool
+        Prompts stop all decoding.
+    drafted, steps : float
+        Tokens a sequence brings to a step, and steps it decodes in.
+    own, cached : float
+        Tokens of the mean prompt that are computed, and those that are not; a decode pool has none.
+    attention : float
+        Of the mean prompt [s].
+    """
+
+    table: StepTable
+    profile: LoadProfile
+    is_alone: bool
+    drafted: float
+    steps: float
+    own: float
+    cached: float
+    attention: float
+
+    @classmethod
+    def of(
+        cls,
+        table: StepTable,
+        profile: LoadProfile,
+        *,
+        policy: PolicyName,
+        role: PoolRole,
+        drafted: float,
+        steps: float,
+        cached: float,
+    ) -> _Rank:
+        """Return a rank of a pool."""
+        return cls(
+            table=table,
+            profile=profile,
+            is_alone=policy in _PROMPTS_ALONE,
+            drafted=drafted,
+            steps=steps,
+            own=0.0 if role == "decode" else max(1.0, profile.mean_prompt - cached),
+            cached=cached,
+            attention=_mean_attention(table, profile, cached),
+        )
+
+    def time(self, decodes: FloatArray, chunk: FloatArray) -> FloatArray:
+        """Return steps of so many sequences and prompt tokens [s]."""
+        share = chunk / self.own if self.own else chunk
+        return step_time(
+            self.table,
+            num_decodes=decodes,
+            context=self.profile.decode_context,
+            variation=self.profile.context_variation,
+            tokens_per_decode=self.drafted,
+            chunk_tokens=chunk,
+            chunk_attention=self.attention * share,
+            chunk_sequences=np.maximum(share, (chunk > 0.0) * 1.0),
+        )
+
+    def mean_step(
+        self, d: FloatArray, beside: FloatArray, room: FloatArray, pure: FloatArray, num_ranks: int
+    ) -> FloatArray:
+        """Return the mean step while ``d`` sequences decode [s]; at best prompts wait for each other until it is full."""
+        per_step = d * self.own / self.steps + 0.0 * room
+        chunk = np.minimum(room, np.maximum(self.own, per_step))
+        mixed = self.time(beside, np.maximum(chunk, 1.0)) if self.own else pure
+        full = self.time(beside, np.maximum(room, 1.0)) if self.own else pure
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mixed_share, full_share = (
+                np.where(per_step > 0.0, per_step / each, 0.0) for each in (chunk, room)
+            )
+        if self.is_alone:
+            step = pure + np.minimum(mixed_share * mixed, full_share * full)
+        else:
+            step = np.minimum(_mixed_time(pure, mixed, mixed_share), _mixed_time(pure, full, full_share))
+        if num_ranks > 1 and self.own and not self.profile.comes_in_groups:
+            arrivals = num_ranks * d / self.steps
+            step = np.maximum(step, _gated_time(pure, np.maximum(mixed, pure), arrivals))
+        return step
+
+    def late_gap(self, waits: _Waits, tail: float) -> FloatArray:
+        """Return the time between two steps of a sequence that a share of all exceeds [s]."""
+        prompts = np.maximum(1.0, self.profile.prompt_lengths - self.cached)
+        if self.is_alone:
+            # A Poisson process starts as many busy periods of prompts as find none under way.
+            held = _shortest_late_prompt(prompts, waits.arrivals * waits.pure / waits.step, tail)
+        else:
+            in_groups = self.profile.comes_in_groups
+            largest = waits.room if in_groups else np.minimum(waits.room, prompts[-1])
+            held = _smallest_late_chunk(prompts, waits.room, largest, waits.arrivals, tail)
+        late = self.time(waits.beside, np.maximum(held, 1.0)) + (waits.pure if self.is_alone else 0.0)
+        return np.where(held > 0.0, late, waits.pure)
 
 
 def _group_size(profile: LoadProfile, room: FloatArray, own: float, *, alone: bool) -> FloatArray:

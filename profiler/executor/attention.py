@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.profiler.executor.build import BuildContext
-from meshwright.profiler.executor.context import biased_attention, context_attention
+from meshwright.profiler.executor.context import biased_attention, causal_attention, context_attention
 from meshwright.profiler.executor.kv_cache import KvCache
 from meshwright.profiler.executor.linear import Linear, cut
 from meshwright.profiler.executor.norms import Norm
@@ -126,6 +126,19 @@ class Attention(nn.Module):
         self.query_norm = Norm(context, model.head_dim, norm_role) if model.has_qk_norm else None
         self.key_norm = Norm(context, model.head_dim, norm_role) if model.has_qk_norm else None
 
+    def new_cache(self, batch: int, capacity: int) -> KvCache:
+        """Serve from now on, with room for so many tokens of so many sequences; return the cache."""
+        weight = self.output.weight
+        self.cache = KvCache(
+            batch=batch,
+            groups=self._groups,
+            capacity=capacity,
+            head_dim=self._head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        return self.cache
+
     def forward(self, x: Tensor, rotary: Any) -> Tensor:
         """Return this rank's part of the output before its bias, from a whole input ``(sequence, batch, hidden)``."""
         length, batch, _ = x.shape
@@ -145,9 +158,11 @@ class Attention(nn.Module):
     def _core(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         plan = self._context.plan
         if self.cache is not None:
-            return self.cache.attend(query, key, value)
+            key, value = self.cache.add(key, value)
         if self._slopes is not None or self.sinks is not None:
             return biased_attention(query, key, value, self._window, self._slopes, self.sinks)
+        if self.cache is not None:
+            return causal_attention(query, key, value, self._window)
         return context_attention(
             query.contiguous(),
             key.contiguous(),

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from meshwright.profiler.executor.linear import WeightGradients
 from meshwright.profiler.executor.mesh import RankMesh
+from meshwright.profiler.executor.offload import HeldActivations
 from meshwright.profiler.executor.weights import Role, WeightSource
 from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.domain.plan import ParallelPlan
@@ -52,6 +53,8 @@ class BuildContext:
         Draws weights.
     gradients : WeightGradients
         Takes weight gradients that are put off.
+    held : HeldActivations | None
+        Takes what layers keep for backward to the host; None leaves it.
     is_served : bool
         Forward passes alone, in which all ranks that share experts see all their tokens.
     """
@@ -61,6 +64,7 @@ class BuildContext:
     mesh: RankMesh
     source: WeightSource
     gradients: WeightGradients
+    held: HeldActivations | None = None
     is_served: bool = False
 
     @property

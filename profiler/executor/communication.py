@@ -1,11 +1,13 @@
 """Groups of ranks and the collectives over them, each counted.
 
-Bytes are those of the buffer a rank contributes: its shard for an all-gather, the whole for an all-reduce and a
-reduce-scatter, what it hands over for an all-to-all and a send. Groups of one send nothing and count nothing.
+Bytes are those of the buffer a rank contributes: its shard for an all-gather, the whole for an all-reduce, a reduce and a
+reduce-scatter, what it hands over for an all-to-all, a send and, from its root, a broadcast. Groups of one send nothing
+and count nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +132,21 @@ class Group:
         with self._counted("all_reduce", tensor):
             work = distributed.all_reduce(tensor, group=self.handle, async_op=True)
         return self._pending("all_reduce", work, tensor)
+
+    def start_reduce(self, tensor: Tensor, root: int) -> Pending:
+        """Begin to sum a tensor, in place on the rank that stands at ``root`` in the group; the others' is used up."""
+        with self._counted("reduce", tensor):
+            work = distributed.reduce(tensor, dst=self.ranks[root], group=self.handle, async_op=True)
+        return self._pending("reduce", work, tensor)
+
+    def start_broadcast(self, tensor: Tensor, root: int) -> Pending:
+        """Begin to copy the tensor of the rank that stands at ``root`` in the group into those of the others."""
+        source = self.ranks[root]
+        self.recorder.say(f"broadcast over {self.axis} ({self._partners})")
+        is_root = source == self.ranks[self.index]
+        with self._counted("broadcast", tensor) if is_root else contextlib.nullcontext():
+            work = distributed.broadcast(tensor, src=source, group=self.handle, async_op=True)
+        return self._pending("broadcast", work, tensor)
 
     def start_reduce_scatter(self, output: Tensor, whole: Tensor) -> Pending:
         """Begin to sum a tensor over the ranks into each one's share."""

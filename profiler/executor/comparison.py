@@ -9,7 +9,7 @@ from typing import Literal
 
 from meshwright.costmodels.breakdown import Breakdown
 from meshwright.costmodels.prediction import Prediction
-from meshwright.profiler.executor.expected import expected_traffic
+from meshwright.profiler.executor.expected import expected_traffic, tells_activations
 from meshwright.profiler.executor.report import ExecutionReport, GroupTraffic, RankReport
 from meshwright.simcore.domain.execution import Execution, ExecutionDevice
 from meshwright.simcore.domain.plan import ParallelPlan
@@ -31,9 +31,11 @@ _INSIDE: Mapping[str, tuple[str, ...]] = {
     "expert parallel": ("ep", "etp"),
 }
 _COMPUTING = ("forward", "backward", "weight_gradient")
+# The gradient norm is taken where gradients are synchronised.
+_UPDATING = ("optimizer", "gradient_sync")
 _FULLY_SHARDED = ("zero2", "zero3", "hsdp")
 _DATA_AXES = ("dp", "expert_dp")
-_IN_CPU_TIME = "compute in CPU time"
+_IN_CPU_TIME = " in CPU time"
 # Wall over CPU time of compute that a rank with a core of its own does not reach.
 _MOST_TIMES = 1.2
 # What runs on the device; what is fixed per iteration is the host's, which a worker cannot tell apart.
@@ -130,7 +132,7 @@ def shared_cores(comparison: Comparison, num_ranks: int, num_cores: int) -> str 
     num_ranks, num_cores : int
         Of this machine.
     """
-    in_cpu_time = [term.measured for term in comparison.terms if term.name == _IN_CPU_TIME]
+    in_cpu_time = [term.measured for term in comparison.terms if term.name == "compute" + _IN_CPU_TIME]
     if not in_cpu_time:
         return None
     if num_ranks > num_cores:
@@ -148,14 +150,20 @@ def shared_cores(comparison: Comparison, num_ranks: int, num_cores: int) -> str 
 
 
 def compare_traffic(execution: Execution, report: ExecutionReport) -> tuple[ComparedTraffic, ...]:
-    """Return what all ranks sent in a step, beside what plan and model alone say; sorted by axis and operation."""
+    """Return what all ranks sent in a step, beside what plan and model alone say; sorted by axis and operation.
+
+    Activations on their way to and from the host stand there where plan and model say how many bytes they are.
+    """
     predicted: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for rank in expected_traffic(execution):
         for key, each in rank.items():
             predicted.setdefault(key, []).append(each)
     measured: dict[tuple[str, str], list[GroupTraffic]] = {}
+    is_told = not execution.plan.activation_offload or tells_activations(execution.plan)
     for reported in report.ranks:
         for sent in reported.traffic:
+            if sent.axis == "activations" and not is_told:
+                continue
             measured.setdefault((sent.axis, sent.operation), []).append(sent)
     compared = []
     for key in sorted({*predicted, *measured}):
@@ -192,7 +200,7 @@ def compare(
     report : ExecutionReport
         What its ranks measured.
     device : ExecutionDevice
-        Where it ran; on a CPU compute is compared in CPU time as well, which busy neighbours are not in.
+        Where it ran; on a CPU compute and optimizer are compared in CPU time as well, which busy neighbours are not in.
     is_same_device : bool
         Whether it ran on the device of the prediction.
 
@@ -220,7 +228,7 @@ def compare(
         "compute": max(0.0, computing - sum(inside.values()) - sharded),
         **inside,
         "data parallel": sharded,
-        "pipeline (sends and bubble)": phase("wait") + called(("pp",)),
+        "pipeline (sends and bubble)": phase("wait") + called(("pp", "vocab")),
         "optimizer": phase("optimizer"),
     }
     is_replicated = plan.dp * plan.cp > 1
@@ -239,11 +247,19 @@ def compare(
         "data parallel": is_replicated,
         "pipeline (sends and bubble)": plan.pp > 1,
     }
-    in_cpu_time = [_cpu_compute(rank) for rank in ranks] if device == "cpu" else []
+    in_cpu_time = {
+        name: _mean([_cpu_seconds(rank, phases) for rank in ranks])
+        for name, phases in (("compute", _COMPUTING), ("optimizer", _UPDATING))
+        if device == "cpu"
+    }
     terms = [
         _seconds("iteration", prediction.iteration_time, report.step_seconds),
         *(_seconds(name, expected[name], measured[name]) for name in measured if is_there.get(name, True)),
-        *([_seconds(_IN_CPU_TIME, expected["compute"], _mean(in_cpu_time))] if any(in_cpu_time) else []),
+        *(
+            _seconds(name + _IN_CPU_TIME, expected[name], seconds)
+            for name, seconds in in_cpu_time.items()
+            if seconds
+        ),
         ComparedTerm(
             name="peak memory",
             predicted=prediction.peak_memory_bytes,
@@ -277,9 +293,9 @@ def comparison_mapping(comparison: Comparison, traffic: Sequence[ComparedTraffic
     }
 
 
-def _cpu_compute(rank: RankReport) -> float:
-    """Return the CPU seconds of forward and backward, what the processor does for their collectives included."""
-    return sum(_median(rank.phase_cpu_seconds.get(name, ())) for name in _COMPUTING)
+def _cpu_seconds(rank: RankReport, phases: Collection[str]) -> float:
+    """Return the CPU seconds of some phases of a rank."""
+    return sum(_median(rank.phase_cpu_seconds.get(name, ())) for name in phases)
 
 
 def _seconds(name: str, predicted: float, measured: float) -> ComparedTerm:

@@ -40,57 +40,69 @@ def local_positions(sequence_length: int, cp: int, index: int, method: CpMethod)
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, window: int | None = None, scale: float | None = None
 ) -> Tensor:
-    """Return causal attention of whole sequences; key and value may have fewer heads.
+    """Return causal attention of the last tokens of sequences to all of them.
 
-    With a window each query sees that many keys, its own included.
+    Parameters
+    ----------
+    query, key, value : Tensor
+        Of whole sequences, or queries of their last tokens alone, ``(batch, heads, tokens, head_dim)``; key and value
+        may have fewer heads.
+    window : int | None
+        Keys that each query sees, its own included; None is all before it.
+    scale : float | None
+        Of the scores; None is by the width of the heads.
     """
-    if window is not None and window < query.shape[2]:
-        position = torch.arange(query.shape[2], device=query.device)
-        distance = position.unsqueeze(1) - position.unsqueeze(0)
-        return functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=(distance >= 0) & (distance < window),
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+    new, length = query.shape[2], key.shape[2]
+    mask = None
+    if (window or length) < length or 1 < new < length:
+        distance = _distances(query, key)
+        mask = (distance >= 0) & (distance < (window or length))
     return functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        # A single query sees every key.
+        is_causal=mask is None and new > 1,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
 def biased_attention(
     query: Tensor, key: Tensor, value: Tensor, window: int | None, slopes: Tensor | None, sinks: Tensor | None
 ) -> Tensor:
-    """Return causal attention of whole sequences with something added to the scores of each head.
+    """Return causal attention with something added to the scores of each head.
 
     Parameters
     ----------
-    query, key, value : Tensor
-        Key and value may have fewer heads.
-    window : int | None
-        Keys that each query sees, its own included; None is all before it.
+    query, key, value, window : Tensor, Tensor, Tensor, int | None
+        As of :func:`causal_attention`.
     slopes : Tensor | None
         What each head takes off a score per position of distance (ALiBi, arXiv 2108.12409, section 3).
     sinks : Tensor | None
         Logit of each head that stands beside its scores and takes part of their weight (GPT-OSS).
     """
-    heads, length = query.shape[1:3]
-    position = torch.arange(length, device=query.device)
-    distance = position.unsqueeze(1) - position.unsqueeze(0)
+    heads, new, length = query.shape[1], query.shape[2], key.shape[2]
+    distance = _distances(query, key)
     is_hidden = (distance < 0) | (distance >= (length if window is None else window))
-    bias = torch.zeros(heads, length, length, dtype=query.dtype, device=query.device)
+    bias = torch.zeros(heads, new, length, dtype=query.dtype, device=query.device)
     if slopes is not None:
         bias = bias - slopes.to(query.dtype).view(-1, 1, 1) * distance.to(query.dtype)
     bias = bias.masked_fill(is_hidden, -torch.inf)
     if sinks is not None:
         # A key of zeros scores nothing but its bias, and its value of zeros adds nothing.
-        bias = torch.cat([bias, sinks.to(query.dtype).view(-1, 1, 1).expand(-1, length, 1)], dim=2)
+        bias = torch.cat([bias, sinks.to(query.dtype).view(-1, 1, 1).expand(-1, new, 1)], dim=2)
         key, value = (functional.pad(each, (0, 0, 0, 1)) for each in (key, value))
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, enable_gqa=heads != key.shape[1]
     )
+
+
+def _distances(query: Tensor, key: Tensor) -> Tensor:
+    """Return how far each key lies before each query, ``(queries, keys)``; the queries are of the last tokens."""
+    position = torch.arange(key.shape[2], device=query.device)
+    return position[-query.shape[2] :].unsqueeze(1) - position.unsqueeze(0)
 
 
 def context_attention(

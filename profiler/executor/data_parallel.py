@@ -9,6 +9,7 @@ gradient is there and run beside what follows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.profiler.executor.adamw import Adamw, FlatTensor
+from meshwright.profiler.executor.adamw import Adamw, FlatTensor, StatesAway
 from meshwright.profiler.executor.communication import Group, Pending
 from meshwright.profiler.executor.mesh import RankMesh
 from meshwright.profiler.executor.weights import Role, roles_of
@@ -27,9 +28,9 @@ __all__ = ["FlatGradients", "Optimizer", "num_holders", "sum_of_squares"]
 _NORM_BLOCK = 2**16
 
 
-def sum_of_squares(gradient: Tensor) -> Tensor:
-    """Return the sum of the squares of a single-precision vector: of blocks as they are, of all in double precision."""
-    norms = torch._foreach_norm(torch.split(gradient, _NORM_BLOCK))
+def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
+    """Return the sum of the squares of single-precision vectors: of blocks as they are, of all in double precision."""
+    norms = torch._foreach_norm([block for each in gradients for block in torch.split(each, _NORM_BLOCK)])
     return torch.stack(norms).double().square().sum()
 
 
@@ -90,8 +91,8 @@ class FlatGradients(Optimizer):
         Groups.
     is_sharded : bool
         zero1 rather than none.
-    host_share : float
-        Share of the optimizer states that rests in host memory.
+    away : StatesAway
+        Where the optimizer states rest.
     copies : list[int]
         Which copy of the model each chunk belongs to.
     counts_tied : list[bool]
@@ -104,7 +105,7 @@ class FlatGradients(Optimizer):
         mesh: RankMesh,
         *,
         is_sharded: bool,
-        host_share: float,
+        away: StatesAway,
         copies: list[int],
         counts_tied: list[bool],
     ) -> None:
@@ -116,7 +117,7 @@ class FlatGradients(Optimizer):
                 self._flats.append(self._flat(index, kind, parameters, weight))
         self._optimizer = Adamw(
             [FlatTensor(flat.weights[flat.shard], partial(_shard_gradients, flat)) for flat in self._flats],
-            host_share,
+            away,
             mesh.dp.recorder,
         )
         self._is_mirrored = mesh.mirror.size > 1
@@ -164,14 +165,14 @@ class FlatGradients(Optimizer):
             for first, last, weight in flat.pieces:
                 low, high = max(first, begin), min(last, end)
                 if low < high and weight:
-                    total += weight * replicas * sum_of_squares(flat.gradients[low:high])
+                    total += weight * replicas * sum_of_squares([flat.gradients[low:high]])
         return total
 
     def step(self) -> None:
         """Update this rank's shard, and gather the weights of the others."""
         self._optimizer.step()
         pending = [
-            flat.group.start_all_gather(flat.weights, flat.weights[flat.shard].clone())
+            flat.group.start_all_gather(flat.weights, flat.weights[flat.shard])
             for flat in self._flats
             if self._is_sharded and flat.group.size > 1
         ]
@@ -185,7 +186,8 @@ class FlatGradients(Optimizer):
         padded = -(-size // group.size) * group.size if self._is_sharded else size
         weights = torch.zeros(padded, dtype=first.dtype, device=first.device)
         gradients = torch.zeros(padded, dtype=torch.float32, device=first.device)
-        pieces, begin = [], 0
+        pieces: list[tuple[int, int, float]] = []
+        begin = 0
         summed: dict[str, list[int]] = {}
         for parameter in parameters:
             role: Role = parameter.role  # type: ignore[attr-defined]
@@ -193,8 +195,12 @@ class FlatGradients(Optimizer):
             weights[begin:end].copy_(parameter.detach().flatten())
             parameter.data = weights[begin:end].view_as(parameter)
             _collect(parameter, gradients[begin:end].view_as(parameter))
-            pieces.append((begin, end, weight / num_holders(role, self._mesh)))
             summed.setdefault(role.summed_over, []).extend((begin, end))
+            share = weight / num_holders(role, self._mesh)
+            if pieces and pieces[-1][2] == share:
+                # Neighbours that count alike are one sum.
+                begin = pieces.pop()[0]
+            pieces.append((begin, end, share))
             begin = end
         sums = [
             (each, slice(min(ends), max(ends)))
@@ -203,8 +209,8 @@ class FlatGradients(Optimizer):
         ]
         flat = _Flat(chunk, kind, group, weights, gradients, sums, pieces)
         if self._is_sharded:
-            share = padded // group.size
-            flat.shard = slice(group.index * share, (group.index + 1) * share)
+            size = padded // group.size
+            flat.shard = slice(group.index * size, (group.index + 1) * size)
         return flat
 
     def _begin(self, flat: _Flat) -> None:
@@ -213,9 +219,8 @@ class FlatGradients(Optimizer):
         if flat.group.size == 1:
             return
         if self._is_sharded:
-            shard = torch.empty_like(flat.gradients[flat.shard])
-            pending = flat.group.start_reduce_scatter(shard, flat.gradients)
-            flat.pending.append(_CopiedBack(pending, flat.gradients[flat.shard], shard))  # type: ignore[arg-type]
+            # In place, as Megatron-Core does, and so is the gather.
+            flat.pending.append(flat.group.start_reduce_scatter(flat.gradients[flat.shard], flat.gradients))
         else:
             flat.pending.append(flat.group.start_all_reduce(flat.gradients))
 
@@ -227,20 +232,6 @@ class FlatGradients(Optimizer):
             for flat in self._flats:
                 if flat.chunk == chunk and flat.kind != "tied":
                     self._mesh.mirror.all_reduce(flat.gradients)
-
-
-@dataclass(slots=True)
-class _CopiedBack:
-    """A reduce-scatter whose result goes where the optimizer looks for it."""
-
-    pending: Pending
-    target: Tensor
-    shard: Tensor
-
-    def wait(self) -> None:
-        """Wait and copy."""
-        self.pending.wait()
-        self.target.copy_(self.shard)
 
 
 def _collect(parameter: nn.Parameter, target: Tensor) -> None:

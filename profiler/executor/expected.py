@@ -13,17 +13,31 @@ from collections.abc import Iterator
 from meshwright.profiler.executor.local_tensors import LocalTensor, has_experts, local_tensors
 from meshwright.profiler.executor.pipeline_order import PipelineOrder
 from meshwright.profiler.executor.rank_order import Coordinates, coordinates
+from meshwright.profiler.executor.vocabulary_order import (
+    EMBEDDING,
+    EMBEDDING_GRADIENT,
+    GRADIENT_BROADCAST,
+    HIDDEN_BROADCAST,
+    LOGITS,
+    LOGITS_GRADIENT,
+    RESCALE,
+    VOCABULARY_NAMES,
+)
 from meshwright.simcore.domain.execution import Execution
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.schedules import FORWARD, WEIGHT_GRADIENT
 
-__all__ = ["ExpectedTraffic", "expected_operations", "expected_traffic"]
+__all__ = ["DRIVE_GROUP", "ExpectedTraffic", "expected_operations", "expected_traffic", "tells_activations"]
 
 # Messages and bytes by axis and operation.
 ExpectedTraffic = dict[tuple[str, str], tuple[int, int]]
 
 _GRADIENT_BYTES = 4
 _COUNT_BYTES = 8
+# Master weight and two moments.
+_STATES_BYTES = 12
+#: Parameters whose states are in host memory at once on their way between drive and processor.
+DRIVE_GROUP = 2**25
 # Loss and squared gradient norm in double precision.
 _SUMS_BYTES = 16
 
@@ -72,32 +86,39 @@ def expected_traffic(execution: Execution) -> tuple[ExpectedTraffic, ...]:
     return tuple(_rank_traffic(execution, order, rank) for rank in range(execution.plan.num_gpus))
 
 
+def tells_activations(plan: ParallelPlan) -> bool:
+    """Return whether the bytes of offloaded activations follow from plan and model: those of layers' inputs do.
+
+    What else layers keep for backward is the choice of Torch's kernels, another on each device.
+    """
+    return plan.recompute == "full" and plan.recompute_layers is None
+
+
 def _order(execution: Execution) -> PipelineOrder:
     batch = execution.workload.global_batch_size
     return PipelineOrder(execution.plan, execution.plan.num_micro_batches(batch))
 
 
 def _rank_traffic(execution: Execution, order: PipelineOrder, rank: int) -> ExpectedTraffic:
-    sums = _Sums()
-    at = coordinates(execution.plan, rank)
+    plan, sums = execution.plan, _Sums()
+    at = coordinates(plan, rank)
     for operation in order.operations(at.pp):
-        if operation.kind != WEIGHT_GRADIENT:
+        if operation.kind in VOCABULARY_NAMES:
+            _vocabulary_traffic(execution, at, operation.kind, sums)
+        elif operation.kind != WEIGHT_GRADIENT:
             _compute_traffic(execution, order, operation.virtual_stage, operation.kind == FORWARD, sums)
         sent = order.sent(operation)
         if sent is not None and sent[0] != at.pp:
-            parts = execution.plan.tp if execution.plan.sequence_parallel else 1
+            parts = plan.tp if plan.sequence_parallel else 1
             sums.add("pp", "send", _activation_bytes(execution) // parts)
-    chunks = [
-        local_tensors(execution.model, execution.plan, order, int(virtual))
-        for virtual in order.placement[at.pp]
-    ]
-    if execution.plan.sharding in ("none", "zero1"):
+    chunks = [local_tensors(execution.model, plan, order, int(virtual)) for virtual in order.placement[at.pp]]
+    if plan.sharding in ("none", "zero1"):
         _flat_traffic(execution, order, chunks, sums)
     else:
         _sharded_traffic(execution, order, at, chunks, sums)
-    if execution.plan.optimizer_offload == "cpu":
+    if (plan.optimizer_offload, plan.parameter_offload) != ("none", "none"):
         _host_traffic(execution, at, chunks, sums)
-    if execution.plan.num_gpus > 1:
+    if plan.num_gpus > 1:
         sums.add("world", "all_reduce", _SUMS_BYTES)
     return sums.result()
 
@@ -122,12 +143,18 @@ def _compute_traffic(
     plan, num_layers = execution.plan, order.layers[virtual]
     first = order.first_layer(virtual)
     num_recomputed = (plan.recompute_layers or num_layers) if plan.recompute == "full" else 0
-    if plan.activation_offload:
+    if plan.activation_offload and tells_activations(plan):
         entering = _activation_bytes(execution) // (plan.tp if plan.sequence_parallel else 1)
-        sums.add("host", "to_host" if is_forward else "from_host", entering, messages=num_layers)
+        sums.add("activations", "to_host" if is_forward else "from_host", entering, messages=num_layers)
     for each in range(num_layers):
         _layer_traffic(execution, first + each, is_forward, each < num_recomputed, sums)
     if plan.tp == 1:
+        return
+    if order.is_vocabulary_split:
+        # What the slices of the stages add up to is in parts still, on the ranks of the stage that gets it.
+        gets_sum = order.has_embedding(virtual) if is_forward else order.has_head(virtual)
+        if gets_sum and not plan.sequence_parallel:
+            sums.add("tp", "all_reduce", _activation_bytes(execution))
         return
     if order.has_embedding(virtual):
         _leave(execution, is_forward, sums)
@@ -135,6 +162,25 @@ def _compute_traffic(
         _enter(execution, is_forward, sums)
         if is_forward:
             sums.add("tp", "all_reduce", _GRADIENT_BYTES * _tokens(execution), messages=3)
+
+
+def _vocabulary_traffic(execution: Execution, at: Coordinates, kind: int, sums: _Sums) -> None:
+    """Add a pass over a slice of the vocabulary: the hidden states of a rank, or three numbers of each token."""
+    plan = execution.plan
+    whole = _activation_bytes(execution)
+    splits_tokens = plan.sequence_parallel and plan.tp > 1
+    own = whole // plan.tp if splits_tokens else whole
+    reducing = RESCALE if plan.vocab_parallel == "vocab_2" else LOGITS_GRADIENT
+    if kind in (EMBEDDING, reducing):
+        sums.add("vocab", "reduce", own)
+        if splits_tokens:
+            sums.add("tp", "reduce_scatter", whole)
+    if kind in (LOGITS, EMBEDDING_GRADIENT) and splits_tokens:
+        sums.add("tp", "all_gather", own)
+    if kind == LOGITS:
+        sums.add("vocab", "all_gather", 3 * _GRADIENT_BYTES * _tokens(execution))
+    if (kind, at.pp) in ((HIDDEN_BROADCAST, plan.pp - 1), (GRADIENT_BROADCAST, 0)):
+        sums.add("vocab", "broadcast", own)
 
 
 def _layer_traffic(
@@ -308,12 +354,30 @@ def _host_traffic(
                 index = (at.dp * plan.cp + at.cp) % shards
                 sizes = [tensor.share(shards, index) for tensor in tensors]
             for size in sizes:
-                away = round(plan.optimizer_offload_fraction * size)
-                if away:
-                    sums.add("host", "to_host", _GRADIENT_BYTES * away)
-                    # FSDP keeps its shards in single precision.
-                    element = _element_bytes(execution) if is_flat else _GRADIENT_BYTES
-                    sums.add("host", "from_host", element * away)
+                away = (
+                    round(plan.optimizer_offload_fraction * size) if plan.optimizer_offload != "none" else 0
+                )
+                _step_traffic(execution, away, size - away, sums)
+
+
+def _step_traffic(execution: Execution, away: int, staying: int, sums: _Sums) -> None:
+    """Add what a tensor's optimizer step moves: gradients to the states, weights to where they rest."""
+    plan = execution.plan
+    # FSDP keeps its shards in single precision.
+    element = _element_bytes(execution) if plan.sharding in ("none", "zero1") else _GRADIENT_BYTES
+    rests_on_host, is_on_drive = plan.parameter_offload != "none", plan.optimizer_offload == "nvme"
+    group = DRIVE_GROUP if is_on_drive else max(away, 1)
+    for first in range(0, away, group):
+        size = min(group, away - first)
+        if not rests_on_host:
+            sums.add("host", "to_host", _GRADIENT_BYTES * size)
+            sums.add("host", "from_host", element * size)
+        if is_on_drive:
+            sums.add("drive", "read", _STATES_BYTES * size)
+            sums.add("drive", "write", _STATES_BYTES * size)
+    if rests_on_host and staying:
+        sums.add("host", "from_host", _GRADIENT_BYTES * staying)
+        sums.add("host", "to_host", _GRADIENT_BYTES * staying)
 
 
 def _by_kind(chunk: list[LocalTensor]) -> Iterator[tuple[str, list[LocalTensor]]]:
@@ -349,6 +413,14 @@ def _sharded_traffic(
     per_micro_batch = plan.pp == 1
     gathers_again = per_micro_batch and plan.sharding in ("zero3", "hsdp")
     batches = order.num_micro_batches
+    rests_on_host = plan.parameter_offload != "none"
+
+    def add_sum(over: str, size: int) -> None:
+        sums.add(over, "all_reduce", _GRADIENT_BYTES * size)
+        if rests_on_host:
+            sums.add("host", "from_host", _GRADIENT_BYTES * size)
+            sums.add("host", "to_host", _GRADIENT_BYTES * size)
+
     for chunk in chunks:
         for unit in sorted({tensor.unit for tensor in chunk}):
             tensors = [tensor for tensor in chunk if tensor.unit == unit]
@@ -360,16 +432,19 @@ def _sharded_traffic(
             # The root keeps its weights between forward and backward.
             gathers = 1 if not gathers_again else batches if unit == "root" else 2 * batches
             sums.add(axis, "all_gather", _element_bytes(execution) * size // ranks, messages=gathers)
-            sums.add(
-                axis, "reduce_scatter", _GRADIENT_BYTES * size, messages=batches if per_micro_batch else 1
-            )
+            reduces = batches if per_micro_batch else 1
+            sums.add(axis, "reduce_scatter", _GRADIENT_BYTES * size, messages=reduces)
+            if rests_on_host:
+                # FSDP keeps its shards in single precision.
+                sums.add("host", "from_host", _GRADIENT_BYTES * size // ranks, messages=gathers)
+                sums.add("host", "to_host", _GRADIENT_BYTES * size // ranks, messages=reduces)
     everything = [tensor for chunk in chunks for tensor in chunk]
     for over, summed in _summed(plan, everything):
         size = sum(tensor.share(shards, index) for tensor in summed)
-        sums.add(over, "all_reduce", _GRADIENT_BYTES * size)
+        add_sum(over, size)
     if shards < plan.dp * plan.cp:
         size = sum(tensor.share(shards, index) for tensor in everything)
-        sums.add("replica", "all_reduce", _GRADIENT_BYTES * size)
+        add_sum("replica", size)
     tied = [tensor for tensor in everything if tensor.kind == "tied"]
     if len(tied) == 1 and plan.pp > 1:
-        sums.add("embedding", "all_reduce", _GRADIENT_BYTES * tied[0].share(shards, index))
+        add_sum("embedding", tied[0].share(shards, index))

@@ -156,10 +156,13 @@ def check_host_memory(execution: Execution, num_ranks: int, *, is_served: bool =
     ]
     weight = 2.0 if execution.workload.precision == "bf16" else 4.0
     shares = (plan.sharding_group or plan.dp) * plan.cp
-    per_parameter = weight + _GRADIENT_BYTES + _MOMENTS_BYTES / (1 if plan.sharding == "none" else shares)
+    moments = _MOMENTS_BYTES
+    if plan.optimizer_offload == "nvme":
+        moments *= 1.0 - plan.optimizer_offload_fraction
+    per_parameter = weight + _GRADIENT_BYTES + moments / (1 if plan.sharding == "none" else shares)
     if plan.sharding in ("zero3", "hsdp"):
         # What they gather for a while is left out.
-        per_parameter = (weight + _GRADIENT_BYTES + _MOMENTS_BYTES) / shares
+        per_parameter = (weight + _GRADIENT_BYTES + moments) / shares
     needed = (weight if is_served else per_parameter) * sum(held) * num_ranks / plan.pp
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > available:

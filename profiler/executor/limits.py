@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from meshwright.errors import SpecError
+from meshwright.profiler.executor.vocabulary_order import KINDS_OVER_STAGES
 from meshwright.simcore.domain.device_mapping import RANK_ORDERS
 from meshwright.simcore.domain.execution import Execution
 from meshwright.simcore.domain.model import MlaSpec, ModelSpec
@@ -51,7 +52,9 @@ _MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "s
 
 
 def unsupported(execution: Execution, *, is_served: bool = False) -> tuple[str, ...]:
-    """Return the reasons why an execution cannot run, each one sentence; empty when it can.
+    """Return the reasons why an execution cannot run; empty when it can.
+
+    Each names a field and its value, and what would run.
 
     Parameters
     ----------
@@ -61,126 +64,167 @@ def unsupported(execution: Execution, *, is_served: bool = False) -> tuple[str, 
         Without a pipeline schedule, and with the same tokens on all tensor parallel ranks.
     """
     return (
-        *_of_model(execution),
+        *_of_model(execution, is_served),
         *_of_layout(execution, is_served),
         *(() if is_served else _of_batch(execution)),
         *_of_levers(execution),
     )
 
 
-def _of_model(execution: Execution) -> Iterator[str]:
+def _of_model(execution: Execution, is_served: bool) -> Iterator[str]:
     model = execution.model
     length = execution.workload.sequence_length
     for name in _unknown(model, _MODEL_FIELDS):
-        yield f"{name} {getattr(model, name)} is not built"
+        yield f"{name} {getattr(model, name)} is not built; leave it out of the model"
     if model.mla is not None:
         yield from _of_latent_attention(execution, model.mla)
-    if model.num_mtp_layers:
-        yield f"multi-token prediction ({model.num_mtp_layers} modules) is not built"
+    # Of a model that is served they only draft.
+    if model.num_mtp_layers and not is_served:
+        yield f"num_mtp_layers {model.num_mtp_layers}: multi-token prediction is not built; run the model with 0"
     is_windowed = model.sliding_window is not None and model.sliding_window < length
     if is_windowed and execution.plan.cp > 1 and execution.plan.cp_method != "ulysses":
-        yield f"a sliding window of {model.sliding_window} is not built for cp_method {execution.plan.cp_method}"
+        yield (
+            f"sliding_window {model.sliding_window} is not built for cp_method {execution.plan.cp_method}; use ulysses,"
+            " or cp 1"
+        )
     if execution.plan.cp > 1 and model.has_attention_sinks:
-        yield "attention sinks are not built for cp > 1"
+        yield "has_attention_sinks is not built for cp > 1; use cp 1"
     if execution.plan.cp > 1 and model.position_embedding == "alibi":
-        yield "ALiBi positions are not built for cp > 1"
-    rotary_dim = model.head_dim if model.mla is None else model.mla.qk_rope_head_dim
-    if model.position_embedding == "rope" and rotary_dim % 2:
-        yield f"rotary positions need an even head_dim, not {rotary_dim}"
+        yield "position_embedding alibi is not built for cp > 1; use cp 1"
+    name, width = "head_dim", model.head_dim
+    if model.mla is not None:
+        name, width = "qk_rope_head_dim", model.mla.qk_rope_head_dim
+    if model.position_embedding == "rope" and width % 2:
+        yield f"{name} {width} has no planes to turn; rotary positions need an even one"
     if model.position_embedding == "learned" and model.max_position_embeddings < length:
-        yield f"sequences of {length} exceed the {model.max_position_embeddings} learned positions"
+        yield (
+            f"sequence_length {length} exceeds max_position_embeddings {model.max_position_embeddings}, which are"
+            " learned; use shorter sequences"
+        )
     if model.has_qk_norm and not model.is_qk_norm_per_head:
-        yield "query and key norms over all heads together are not built"
-    if model.norms_per_layer not in ((1, 2) if model.has_parallel_block else (2, 4)):
-        block = "parallel" if model.has_parallel_block else "sequential"
-        yield f"{model.norms_per_layer} norms in a {block} layer are not built"
+        yield "has_qk_norm over all heads together is not built; set is_qk_norm_per_head"
+    block, built = ("parallel", (1, 2)) if model.has_parallel_block else ("sequential", (2, 4))
+    if model.norms_per_layer not in built:
+        yield (
+            f"norms_per_layer {model.norms_per_layer} of a {block} layer is not built; use {built[0]} or {built[1]}"
+        )
     if model.has_parallel_block and model.norms_per_layer == 2 and execution.plan.tp > 1:
-        yield "a parallel block with two norms is not built for tp > 1: its halves have different inputs"
+        yield (
+            "norms_per_layer 2 of a parallel layer is not built for tp > 1: its halves have different inputs; use tp 1"
+        )
     moe = model.moe
     if moe is None:
         return
     if model.has_parallel_block:
-        yield "parallel blocks with experts are not built"
+        yield "has_parallel_block is not built with experts; set it to false"
     if moe.num_experts % moe.num_expert_groups:
-        yield f"{moe.num_experts} experts do not divide into {moe.num_expert_groups} groups"
+        yield f"num_experts {moe.num_experts} is no multiple of num_expert_groups {moe.num_expert_groups}; use one"
     elif moe.num_experts // moe.num_expert_groups * moe.top_k_groups < moe.top_k:
-        yield f"{moe.top_k_groups} groups of experts hold fewer than top_k {moe.top_k}"
+        yield f"top_k_groups {moe.top_k_groups} hold fewer experts than top_k {moe.top_k}; use more groups"
     if execution.workload.capacity_at(execution.plan.ep) is not None:
-        yield "an expert capacity factor is not built: no token is dropped"
+        yield "expert_capacity_factor is not built: no token is dropped; leave it out"
 
 
 def _of_latent_attention(execution: Execution, mla: MlaSpec) -> Iterator[str]:
     model = execution.model
     known = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     for name in _unknown(mla, frozenset(known)):
-        yield f"{name} {getattr(mla, name)} of latent attention is not built"
+        yield f"{name} {getattr(mla, name)} of latent attention is not built; leave it out of mla"
     if execution.plan.cp > 1:
-        yield "latent attention is not built for cp > 1"
+        yield "mla, latent attention, is not built for cp > 1; use cp 1"
     for name in ("has_qk_norm", "has_parallel_block", "has_attention_sinks"):
         if getattr(model, name):
-            yield f"latent attention is not built with {name}"
+            yield f"{name} is not built with mla, latent attention; set it to false"
     if model.sliding_window is not None:
-        yield "latent attention is not built with a sliding window"
+        yield "sliding_window is not built with mla, latent attention; leave it out"
     if model.position_embedding == "alibi":
-        yield "latent attention is not built with ALiBi positions"
+        yield "position_embedding alibi is not built with mla, latent attention; use rope"
 
 
 def _of_layout(execution: Execution, is_served: bool) -> Iterator[str]:
     model, plan = execution.model, execution.plan
     moe = model.moe
     for name in _unknown(plan, _PLAN_FIELDS):
-        yield f"{name} {getattr(plan, name)} is not run"
-    groups = 0 if model.mla else model.num_query_groups
-    for name, value in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_query_groups", 0 if groups and plan.tp % groups == 0 else groups),
-        ("ffn_hidden_size", model.ffn_hidden_size),
-        ("shared_ffn_hidden_size", moe.shared_ffn_hidden_size if moe else 0),
-    ):
-        if value % plan.tp:
-            yield f"tp {plan.tp} does not divide {name} {value}"
+        yield f"{name} {getattr(plan, name)} is not run; leave it out of the plan"
+    for name, value in _undivided(model, plan.tp):
+        possible = [tp for tp in range(1, model.num_attention_heads + 1) if not _undivided(model, tp)]
+        yield f"tp {plan.tp} does not divide {name} {value}; use one of {', '.join(map(str, possible))}"
     length = execution.workload.sequence_length
     pieces = plan.cp if plan.cp == 1 or plan.cp_method == "ulysses" else 2 * plan.cp
     if length % pieces:
-        yield f"sequences of {length} do not divide into {pieces} pieces for cp {plan.cp} ({plan.cp_method})"
+        yield (
+            f"sequence_length {length} does not divide into {pieces} pieces for cp {plan.cp} ({plan.cp_method}); use a"
+            f" multiple of {pieces}"
+        )
     elif plan.sequence_parallel and length // plan.cp % plan.tp:
-        yield f"tp {plan.tp} does not divide the {length // plan.cp} tokens of a rank (sequence parallel)"
+        yield (
+            f"sequence_parallel splits the {length // plan.cp} tokens of a rank, which tp {plan.tp} does not divide;"
+            f" use a sequence_length that is a multiple of {plan.cp * plan.tp}"
+        )
     if plan.cp > 1 and plan.cp_method == "hierarchical":
-        yield "hierarchical context parallelism is not built; use ring, ulysses or all_gather"
+        yield "cp_method hierarchical is not built; use ring, ulysses or all_gather"
     held = max(model.num_query_groups // plan.tp, 1)
     if plan.cp > 1 and plan.cp_method == "ulysses" and held % plan.cp:
         yield (
-            f"ulysses with cp {plan.cp} does not divide the {held} key/value heads"
-            " of a rank (they are not copied)"
+            f"cp_method ulysses with cp {plan.cp} does not divide the {held} key/value heads of a rank, and copies none;"
+            " use ring or all_gather"
         )
-    if plan.etp > 1 and (moe is None or moe.moe_ffn_hidden_size % plan.etp):
-        width = f"moe_ffn_hidden_size {moe.moe_ffn_hidden_size}" if moe else "a model without experts"
-        yield f"etp {plan.etp} does not divide {width}"
+    for name, degree, of in (
+        ("etp", plan.etp, ("moe_ffn_hidden_size", moe.moe_ffn_hidden_size if moe else 0)),
+        ("ep", plan.ep, ("num_experts", moe.num_experts if moe else 0)),
+    ):
+        if degree > 1 and moe is None:
+            yield f"{name} {degree} splits experts, and the model has none; use 1"
+        elif of[1] % degree:
+            yield f"{name} {degree} does not divide {of[0]} {of[1]}; use a divisor"
     if plan.etp > 1 and model.has_mlp_bias:
-        yield "experts with biases need etp 1, as in Megatron-Core"
-    if plan.ep > 1 and (moe is None or moe.num_experts % plan.ep):
-        yield f"ep {plan.ep} does not divide {moe.num_experts if moe else 'a model without'} experts"
+        yield f"etp {plan.etp} is not run with has_mlp_bias, as in Megatron-Core: experts with biases need etp 1; use it"
     if plan.tp * plan.cp * plan.dp % (plan.ep * plan.etp):
         experts = f"ep {plan.ep} x etp {plan.etp}" if plan.etp > 1 else f"ep {plan.ep}"
-        yield f"{experts} does not divide the {plan.tp * plan.cp * plan.dp} ranks of a stage"
+        yield f"{experts} does not divide the {plan.tp * plan.cp * plan.dp} ranks of a stage; use a divisor"
     if moe is not None and plan.tp > 1 and not (plan.sequence_parallel or is_served):
-        yield "experts with tp > 1 need sequence parallelism, as in Megatron-Core"
+        yield "sequence_parallel is false, and experts with tp > 1 need it, as in Megatron-Core; set it to true"
     if plan.device_mapping is not None and plan.device_mapping.rank_order != RANK_ORDERS[0]:
-        yield f"rank order {plan.device_mapping.rank_order} is not run; {RANK_ORDERS[0]} is"
+        yield f"device_mapping.rank_order {plan.device_mapping.rank_order} is not run; use {RANK_ORDERS[0]}"
     if plan.layer_groups:
-        yield "layer groups with strategies of their own are not run"
-    # Redistributed layers are those that the stages name.
-    if plan.vocab_parallel not in ("none", "redistributed"):
-        yield f"vocabulary parallelism over stages ('{plan.vocab_parallel}') is not run"
+        yield "layer_groups, strategies of their own for some layers, are not run; plan without layer_wise"
+    if plan.vocab_parallel in KINDS_OVER_STAGES:
+        yield from _of_vocabulary(plan)
     if plan.expert_overlap > 1:
-        yield f"expert_overlap {plan.expert_overlap} is not run"
+        yield f"expert_overlap {plan.expert_overlap} is not run; use 1"
     is_group = plan.sharding_group is not None and plan.sharding_group < plan.dp
     if is_group and plan.sharding in ("zero1", "zero2"):
-        yield f"{plan.sharding} inside groups of {plan.sharding_group} is not run; zero3 and hsdp are"
+        yield f"sharding_group {plan.sharding_group} is not run with {plan.sharding}; use zero3 or hsdp, or no group"
     if is_group and moe is not None:
-        yield "sharding groups with experts are not run"
+        yield f"sharding_group {plan.sharding_group} is not run with experts; leave it out"
     if plan.schedule == "dualpipe" and plan.sharding in ("zero2", "zero3", "hsdp"):
-        yield f"dualpipe, which holds two copies of the model, is not run with {plan.sharding}"
+        yield (
+            f"schedule dualpipe, which holds two copies of the model, is not run with {plan.sharding}; use dualpipe_v, or"
+            " sharding none or zero1"
+        )
+
+
+def _undivided(model: ModelSpec, tp: int) -> list[tuple[str, int]]:
+    """Return what tensor parallel ranks cannot share out evenly: names and numbers of the model."""
+    groups = 0 if model.mla else model.num_query_groups
+    # More ranks than key/value heads hold copies of them.
+    is_copied = groups and tp % groups == 0
+    widths = (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", 0 if is_copied else groups),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+        ("shared_ffn_hidden_size", model.moe.shared_ffn_hidden_size if model.moe else 0),
+    )
+    return [(name, width) for name, width in widths if width % tp]
+
+
+def _of_vocabulary(plan: ParallelPlan) -> Iterator[str]:
+    """Yield why a vocabulary is not split over the stages."""
+    what = f"vocab_parallel '{plan.vocab_parallel}'"
+    if plan.pp == 1:
+        yield f"{what} splits the vocabulary over stages and needs pp > 1; with pp 1 use 'none'"
+    elif plan.schedule != "1f1b":
+        yield f"{what} is run with schedule 1f1b and vpp 1, not with {plan.schedule}; use 1f1b, or 'none'"
 
 
 def _of_batch(execution: Execution) -> Iterator[str]:
@@ -193,11 +237,14 @@ def _of_batch(execution: Execution) -> Iterator[str]:
     except SpecError as error:
         yield str(error)
         return
+    if plan.vocab_parallel in KINDS_OVER_STAGES:
+        # Every stage holds a slice of the tables.
+        return
     num_virtual = len(plan.layers_per_stage)
     for stage, virtual in enumerate(schedule.placement(plan.pp, chunks).tolist()):
         held = [each % num_virtual for each in virtual]
         if not any(plan.layers_per_stage[each] or each in (0, num_virtual - 1) for each in held):
-            yield f"stage {stage} holds no layer and no table: it has nothing to train"
+            yield f"layers_per_stage leaves stage {stage} no layer and no table to train; give it a layer"
 
 
 def _of_levers(execution: Execution) -> Iterator[str]:
@@ -208,23 +255,21 @@ def _of_levers(execution: Execution) -> Iterator[str]:
             f" the executor runs {', '.join(_PRECISIONS)}"
         )
     elif workload.precision == "tf32" and execution.device == "cpu":
-        yield "precision tf32 needs a GPU"
+        yield "precision tf32 needs a GPU; use fp32 on a processor"
     if workload.lora_rank is not None:
-        yield "low-rank adapters are not built"
-    if plan.optimizer_offload == "nvme":
-        yield "optimizer_offload 'nvme' is not run; cpu is"
+        yield f"lora_rank {workload.lora_rank}: low-rank adapters are not built; leave it out to train all weights"
+    if plan.parameter_offload == "nvme":
+        yield "parameter_offload 'nvme' is not run; use cpu"
     if plan.parameter_offload != "none":
-        yield f"parameter_offload '{plan.parameter_offload}' is not run"
-    if plan.activation_offload and (plan.recompute != "full" or plan.recompute_layers is not None):
-        yield (
-            "activation_offload is run where recompute is full, of all layers: what rests on the host is then the"
-            " layers' inputs"
-        )
+        shards = (plan.sharding_group or plan.dp) * plan.cp
+        if shards == 1 or (execution.model.moe is not None and plan.expert_dp == 1):
+            what = "weights" if shards == 1 else "experts"
+            yield f"parameter_offload of {what} that no other rank shares is not run: FSDP gathers none; use none"
     if plan.secondary_group is not None:
-        yield f"secondary_group {plan.secondary_group} (hpZ) is not run"
+        yield f"secondary_group {plan.secondary_group} (hpZ) is not run; leave it out"
     for module in plan.recompute_modules:
         if module not in _MODULES:
-            yield f"recompute of '{module}' is not built; it recomputes {', '.join(_MODULES)}"
+            yield f"recompute_modules: '{module}' is not built; use some of {', '.join(_MODULES)}"
 
 
 def _unknown(spec: ModelSpec | MlaSpec | ParallelPlan, known: frozenset[str]) -> list[str]:

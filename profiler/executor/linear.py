@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from meshwright.profiler.executor.weights import Role, set_role
 
-__all__ = ["Linear", "WeightGradients", "accumulate_gradient", "cut", "linear"]
+__all__ = ["Linear", "WeightGradients", "accumulate_gradient", "cut", "gradient_of", "linear"]
 
 
 class WeightGradients:
@@ -49,12 +49,20 @@ class WeightGradients:
 def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
     """Add a gradient to where a parameter collects them."""
     main = getattr(parameter, "main_gradient", None)
-    if main is not None:
-        main.add_(gradient)
-    elif parameter.grad is None:
+    if main is None and parameter.grad is None:
         parameter.grad = gradient
     else:
-        parameter.grad.add_(gradient)
+        gradient_of(parameter).add_(gradient)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """Return where a parameter collects its gradients."""
+    main: Tensor | None = getattr(parameter, "main_gradient", None)
+    if main is not None:
+        return main
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 class _Product(Function):

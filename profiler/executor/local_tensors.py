@@ -73,9 +73,12 @@ def local_tensors(
     first = order.first_layer(virtual_stage)
     for layer in range(first, first + order.layers[virtual_stage]):
         found += _layer(model, plan, layer)
+    if order.is_vocabulary_split:
+        found += _slice(model, plan)
     found += _ends(
         model,
         plan,
+        has_tables=not order.is_vocabulary_split,
         has_embedding=order.has_embedding(virtual_stage),
         has_head=order.has_head(virtual_stage),
     )
@@ -156,12 +159,21 @@ def _mlp(model: ModelSpec, plan: ParallelPlan, width: int, unit: str, parts: int
         yield _whole(plan, unit, model.hidden_size)
 
 
+def _slice(model: ModelSpec, plan: ParallelPlan) -> Iterator[LocalTensor]:
+    """Yield a rank's slice of a vocabulary that is split over the stages."""
+    rows = -(-model.vocab_size // (plan.pp * plan.tp))
+    for _ in range(1 if model.has_tied_embeddings else 2):
+        yield LocalTensor(shape=(rows, model.hidden_size), unit="root")
+    if model.has_head_bias:
+        yield LocalTensor(shape=(rows,), unit="root")
+
+
 def _ends(
-    model: ModelSpec, plan: ParallelPlan, *, has_embedding: bool, has_head: bool
+    model: ModelSpec, plan: ParallelPlan, *, has_tables: bool, has_embedding: bool, has_head: bool
 ) -> Iterator[LocalTensor]:
     rows, hidden, unit = -(-model.vocab_size // plan.tp), model.hidden_size, "root"
     is_tied = model.has_tied_embeddings
-    if has_embedding or (has_head and is_tied):
+    if has_tables and (has_embedding or (has_head and is_tied)):
         yield LocalTensor(shape=(rows, hidden), unit=unit, kind="tied" if is_tied else "dense")
     if has_embedding:
         if model.position_embedding == "learned":
@@ -169,9 +181,9 @@ def _ends(
         if model.has_embedding_norm:
             yield from _norm(model, plan, hidden, unit)
     if has_head:
-        if not is_tied:
+        if has_tables and not is_tied:
             yield LocalTensor(shape=(rows, hidden), unit=unit)
-        if model.has_head_bias:
+        if has_tables and model.has_head_bias:
             yield LocalTensor(shape=(rows,), unit=unit)
         if model.has_final_norm:
             yield from _norm(model, plan, hidden, unit)

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshwright.profiler.executor.communication import Group
 from meshwright.profiler.executor.rank_order import Coordinates, coordinates
 from meshwright.profiler.executor.recording import Recorder
+from meshwright.profiler.executor.vocabulary_order import KINDS_OVER_STAGES
 from meshwright.simcore.domain.plan import ParallelPlan
 
 __all__ = ["RankMesh", "build_mesh"]
@@ -45,6 +46,9 @@ class RankMesh:
         First and last stage, which both hold a tied embedding; of one rank elsewhere.
     mirror : Group
         Stages ``s`` and ``pp - 1 - s``, which hold the same layers under DualPipe; of one rank elsewhere.
+    vocabulary_stages, vocabulary_slices : Group
+        The stages of a pipeline, each with a slice of the vocabulary, and all their ranks that do, tensor parallel
+        ones included; of one rank where the vocabulary is not split over stages.
     world : Group
         All.
     shard_mesh, expert_mesh : DeviceMesh
@@ -66,6 +70,8 @@ class RankMesh:
     replica: Group
     embedding: Group
     mirror: Group
+    vocabulary_stages: Group
+    vocabulary_slices: Group
     world: Group
     shard_mesh: DeviceMesh
     expert_mesh: DeviceMesh
@@ -150,6 +156,12 @@ def build_mesh(
         for tp in range(plan.tp)
     ]
     is_mirrored = plan.schedule == "dualpipe"
+    is_vocabulary_split = plan.vocab_parallel in KINDS_OVER_STAGES
+    slices = [
+        [rank for line in pipelines[first : first + plan.tp] for rank in line]
+        for first in range(0, stride, plan.tp)
+    ]
+    by_stages = of_lists("vocab", pipelines if is_vocabulary_split else [])
     channels: dict[tuple[int, int], Any] = {}
     for sender, receiver in edges:
         for pipeline in pipelines:
@@ -175,6 +187,9 @@ def build_mesh(
         expert_dp=group("expert_dp", expert.get_group("expert_dp")),
         embedding=of_lists("embedding", [[line[0], line[-1]] for line in pipelines] if plan.pp > 1 else []),
         mirror=of_lists("mirror", mirrors if is_mirrored else []),
+        vocabulary_stages=by_stages,
+        # One communicator where they are the same ranks: NCCL's would wait for each other.
+        vocabulary_slices=(of_lists("vocab", slices) if is_vocabulary_split and plan.tp > 1 else by_stages),
         world=Group(
             axis="world", ranks=tuple(range(plan.num_gpus)), index=rank, handle=None, recorder=recorder
         ),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -12,16 +12,16 @@ from meshwright.profiler.executor.attention import Attention, rotary_table
 from meshwright.profiler.executor.build import BuildContext, recomputed
 from meshwright.profiler.executor.experts import MixtureOfExperts
 from meshwright.profiler.executor.latent_attention import LatentAttention
-from meshwright.profiler.executor.linear import cut, linear
+from meshwright.profiler.executor.linear import linear
 from meshwright.profiler.executor.local_tensors import has_experts
 from meshwright.profiler.executor.mlp import Mlp
 from meshwright.profiler.executor.norms import Norm
-from meshwright.profiler.executor.offload import offloads_input
 from meshwright.profiler.executor.tensor_parallel import (
     enter_split,
     leave_split,
     vocabulary_cross_entropy,
 )
+from meshwright.profiler.executor.vocabulary import VocabularySlice, vocabulary_rows
 from meshwright.profiler.executor.weights import Role, set_role
 
 __all__ = ["Chunk", "Layer"]
@@ -43,7 +43,7 @@ class Layer(nn.Module):
     def __init__(self, context: BuildContext, index: int, *, is_recomputed: bool) -> None:
         super().__init__()
         model, name = context.model, f"layers.{index}"
-        self._context, self._is_recomputed = context, is_recomputed
+        self._context, self._index, self._is_recomputed = context, index, is_recomputed
 
         def norm() -> Norm:
             return Norm(context, model.hidden_size, context.scattered_role)
@@ -76,12 +76,14 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotary: Any) -> Tensor:
         """Return the layer's output."""
+        held = self._context.held
+        with contextlib.nullcontext() if held is None else held.layer(self._index, rotary or ()):
+            return self._pass(x, rotary)
+
+    def _pass(self, x: Tensor, rotary: Any) -> Tensor:
         if not self._is_recomputed:
             return self._run(x, rotary)
-        if not self._context.plan.activation_offload:
-            return recomputed(self._run, x, rotary)
-        with offloads_input(x, self._context.mesh.tp.recorder):
-            return recomputed(self._run, x, rotary)
+        return recomputed(self._run, x, rotary)
 
     def _run(self, x: Tensor, rotary: Any) -> Tensor:
         context = self._context
@@ -133,6 +135,9 @@ class Chunk(nn.Module):
         Tokens of a step on all ranks, over which the loss is the mean.
     positions : Tensor
         Positions of the tokens of this context parallel rank, ``(sequence,)``.
+    is_vocabulary_split : bool
+        It holds a slice of the vocabulary like every other stage; embedded tokens enter the first, and final hidden
+        states leave the last.
 
     Notes
     -----
@@ -149,9 +154,11 @@ class Chunk(nn.Module):
         has_head: bool,
         num_tokens: int,
         positions: Tensor,
+        is_vocabulary_split: bool = False,
     ) -> None:
         super().__init__()
         model, plan = context.model, context.plan
+        self.vocabulary = VocabularySlice(context, num_tokens) if is_vocabulary_split else None
         self._context, self._num_tokens, self._positions = context, num_tokens, positions
         self.has_embedding, self.has_head = has_embedding, has_head
         is_tied = model.has_tied_embeddings
@@ -161,7 +168,8 @@ class Chunk(nn.Module):
         self.head_bias: nn.Parameter | None = None
         self.embedding_norm: Norm | None = None
         self.final_norm: Norm | None = None
-        if has_embedding or (has_head and is_tied):
+        has_tables = not is_vocabulary_split
+        if has_tables and (has_embedding or (has_head and is_tied)):
             self.table = self._vocabulary("embedding", Role(is_split=True, is_tied=is_tied))
         if has_embedding:
             if model.position_embedding == "learned":
@@ -171,9 +179,9 @@ class Chunk(nn.Module):
             if model.has_embedding_norm:
                 self.embedding_norm = Norm(context, model.hidden_size, context.scattered_role)
         if has_head:
-            if not is_tied:
+            if has_tables and not is_tied:
                 self.head = self._vocabulary("head", Role(is_split=True))
-            if model.has_head_bias:
+            if has_tables and model.has_head_bias:
                 self.head_bias = self._vocabulary("head_bias", Role(is_split=True), is_vector=True)
             if model.has_final_norm:
                 self.final_norm = Norm(context, model.hidden_size, context.scattered_role)
@@ -191,19 +199,22 @@ class Chunk(nn.Module):
         Parameters
         ----------
         x : Tensor
-            Token numbers ``(sequence, batch)`` for the first virtual stage, else what the one before returned.
+            Token numbers ``(sequence, batch)`` for the first virtual stage, else what the one before returned; embedded
+            tokens for the first where the vocabulary is split over stages.
         targets : Tensor | None
             Token numbers to predict ``(sequence, batch)``, for the last.
         """
         if self.has_embedding:
-            x = self._embedded(x, self._positions)
+            x = self._placed(self._embedded(x) if self.vocabulary is None else x, self._positions)
         for layer in self.layers:
             x = layer(x, self._rotary)
         if not self.has_head:
             return x
-        assert targets is not None
         if self.final_norm is not None:
             x = self.final_norm(x)
+        if self.vocabulary is not None:
+            return x
+        assert targets is not None
         return self._loss(x, targets)
 
     def served(self, x: Tensor, first: int) -> Tensor:
@@ -219,7 +230,7 @@ class Chunk(nn.Module):
         here = slice(first, first + x.shape[0])
         rotary = None if self._rotary is None else tuple(each[here] for each in self._rotary)
         if self.has_embedding:
-            x = self._embedded(x, self._positions[here])
+            x = self._placed(self._embedded(x), self._positions[here])
         for layer in self.layers:
             x = layer(x, rotary)
         if not self.has_head:
@@ -232,25 +243,23 @@ class Chunk(nn.Module):
         return linear(last, weight, self.head_bias, self._context.gradients)
 
     def _vocabulary(self, name: str, role: Role, *, is_vector: bool = False) -> nn.Parameter:
-        """Return this rank's rows of a table over the vocabulary, padded to equal parts."""
-        model, tp = self._context.model, self._context.mesh.tp
-        columns = () if is_vector else (model.hidden_size,)
-        whole = self._context.source.normal(name, (model.vocab_size, *columns))
-        missing = -model.vocab_size % tp.size
-        padded = torch.cat([whole, whole.new_zeros((missing, *columns))]) if missing else whole
-        return set_role(nn.Parameter(cut(padded, 0, tp.index, tp.size)), role)
+        tp = self._context.mesh.tp
+        return vocabulary_rows(self._context, name, role, tp.index, tp.size, is_vector=is_vector)
 
-    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _embedded(self, tokens: Tensor) -> Tensor:
         tp, is_split = self._context.mesh.tp, self._context.plan.sequence_parallel
         assert self.table is not None
         if tp.size == 1:
-            x = functional.embedding(tokens, self.table)
-        else:
-            rows = self.table.shape[0]
-            local = tokens - tp.index * rows
-            is_mine = (local >= 0) & (local < rows)
-            found = functional.embedding(local.clamp(0, rows - 1), self.table)
-            x = leave_split(found * is_mine.unsqueeze(-1), tp, is_sequence_split=is_split)
+            return functional.embedding(tokens, self.table)
+        rows = self.table.shape[0]
+        local = tokens - tp.index * rows
+        is_mine = (local >= 0) & (local < rows)
+        found = functional.embedding(local.clamp(0, rows - 1), self.table)
+        return leave_split(found * is_mine.unsqueeze(-1), tp, is_sequence_split=is_split)
+
+    def _placed(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return embedded tokens with what their positions add."""
+        tp, is_split = self._context.mesh.tp, self._context.plan.sequence_parallel
         if self.position_table is not None:
             if is_split:
                 positions = positions.view(tp.size, -1)[tp.index]

@@ -18,7 +18,9 @@ from meshwright.profiler.executor.mesh import RankMesh
 from meshwright.profiler.executor.pipeline_order import Message, Operation, PipelineOrder
 from meshwright.profiler.executor.recording import Recorder
 from meshwright.profiler.executor.tokens import MicroBatches
-from meshwright.simcore.schedules import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from meshwright.profiler.executor.vocabulary_order import VOCABULARY_NAMES
+from meshwright.profiler.executor.vocabulary_passes import VocabularyPasses
+from meshwright.simcore.schedules import BACKWARD, FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 
 __all__ = ["PipelineRank"]
 
@@ -46,6 +48,9 @@ class PipelineRank:
         Of what stages send each other.
     dtype : torch.dtype
         Of the same.
+    vocabulary : VocabularyPasses | None
+        What runs embedding and head where the vocabulary is split over the stages; None where the first and the last
+        chunk hold them.
     """
 
     def __init__(
@@ -58,7 +63,9 @@ class PipelineRank:
         recorder: Recorder,
         message_shape: tuple[int, ...],
         dtype: torch.dtype,
+        vocabulary: VocabularyPasses | None = None,
     ) -> None:
+        self._vocabulary = vocabulary
         self._order, self._mesh, self._chunks = order, mesh, chunks
         self._gradients, self._optimizer, self._recorder = gradients, optimizer, recorder
         self._shape, self._dtype = message_shape, dtype
@@ -84,18 +91,24 @@ class PipelineRank:
         self._num_posted = dict.fromkeys(self._arriving, 0)
         self._num_sent: dict[int, int] = {}
         self._sends: list[tuple[Any, Tensor]] = []
+        if self._vocabulary is not None:
+            self._vocabulary.begin_step()
         self._loss = torch.zeros((), dtype=torch.float32, device=self._recorder.device)
         for index, operation in enumerate(self._operations):
             for ahead in self._operations[index : index + 2]:
                 self._ask_for(self._order.needed(ahead))
-            received = self._received(self._order.needed(operation))
+            received = self._entering(operation)
             self._recorder.say(operation.text)
-            with self._recorder.phase(_PHASES[operation.kind]):
-                result = self._run_operation(operation, received, batches)
+            if operation.kind in VOCABULARY_NAMES:
+                assert self._vocabulary is not None
+                self._vocabulary.run(operation, batches)
+            else:
+                with self._recorder.phase(_PHASES[operation.kind]):
+                    result = self._run_operation(operation, received, batches)
+                self._send(operation, result)
             self._recorder.step.operations.append(
                 (operation.kind, operation.micro_batch, operation.virtual_stage)
             )
-            self._send(operation, result)
             if self._last.get(operation.chunk) == index:
                 with self._recorder.phase("gradient_sync"):
                     self._optimizer.chunk_done(operation.chunk)
@@ -104,7 +117,19 @@ class PipelineRank:
                 self._recorder.say("wait for sends to other stages")
                 work.wait()
         self._sends.clear()
+        if self._vocabulary is not None:
+            self._vocabulary.end_step()
+            self._loss += self._vocabulary.loss
         return self._loss
+
+    def _entering(self, operation: Operation) -> Tensor | None:
+        """Return what an operation works on, from another stage or from the slices of the vocabulary."""
+        if self._vocabulary is not None:
+            if operation.kind == FORWARD and self._order.has_embedding(operation.virtual_stage):
+                return self._vocabulary.embedded(operation.micro_batch)
+            if operation.kind == BACKWARD and self._order.has_head(operation.virtual_stage):
+                return self._vocabulary.hidden_gradient(operation.micro_batch)
+        return self._received(self._order.needed(operation))
 
     def _run_operation(
         self, operation: Operation, received: Tensor | None, batches: MicroBatches
@@ -124,7 +149,11 @@ class PipelineRank:
         if operation.kind == INPUT_GRADIENT:
             self._put_off[key] = self._gradients.take()
         entered = self._inputs.pop(key)
-        return None if entered is None else entered.grad
+        result = None if entered is None else entered.grad
+        if self._vocabulary is not None and self._order.has_embedding(operation.virtual_stage):
+            assert result is not None
+            self._vocabulary.keep_embedding_gradient(operation.micro_batch, result)
+        return result
 
     def _forward(self, operation: Operation, received: Tensor | None, batches: MicroBatches) -> Tensor:
         key, virtual = (operation.micro_batch, operation.chunk), operation.virtual_stage
@@ -132,11 +161,15 @@ class PipelineRank:
         entered = received if received is None else received.requires_grad_()
         self._inputs[key] = entered
         x = batches.inputs(operation.micro_batch) if entered is None else entered
-        if self._order.has_head(virtual):
-            output: Tensor = chunk(x, batches.targets(operation.micro_batch))
+        output: Tensor
+        if not self._order.has_head(virtual):
+            output = chunk(x)
+        elif self._vocabulary is None:
+            output = chunk(x, batches.targets(operation.micro_batch))
             self._loss += output.detach()
         else:
             output = chunk(x)
+            self._vocabulary.keep_hidden(operation.micro_batch, output.detach())
         self._outputs[key] = output
         return output.detach()
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from meshwright.profiler.executor.vocabulary_order import (
+    KINDS_OVER_STAGES,
+    VOCABULARY_NAMES,
+    vocabulary_operations,
+)
 from meshwright.simcore.domain.plan import ParallelPlan
 from meshwright.simcore.schedules import (
     BACKWARD,
@@ -23,6 +28,7 @@ OPERATION_NAMES = {
     BACKWARD: "backward",
     INPUT_GRADIENT: "input gradient",
     WEIGHT_GRADIENT: "weight gradient",
+    **VOCABULARY_NAMES,
 }
 
 
@@ -33,7 +39,7 @@ class Operation:
     Parameters
     ----------
     kind : int
-        ``FORWARD``, ``BACKWARD``, ``INPUT_GRADIENT`` or ``WEIGHT_GRADIENT``.
+        One of :mod:`meshwright.simcore.schedules` or of :mod:`meshwright.profiler.executor.vocabulary_order`.
     micro_batch, chunk, virtual_stage : int
         What it works on.
     """
@@ -85,6 +91,12 @@ class PipelineOrder:
         self.num_virtual = plan.pp * self.num_chunks // self.num_copies
         self.stage_of = {int(virtual): stage for stage, row in enumerate(self.placement) for virtual in row}
         self.layers = plan.layers_per_stage * self.num_copies
+        self._vocab_parallel = plan.vocab_parallel
+
+    @property
+    def is_vocabulary_split(self) -> bool:
+        """Whether each stage holds a slice of embedding and head, rather than the first and the last all of them."""
+        return self._vocab_parallel in KINDS_OVER_STAGES
 
     def first_layer(self, virtual_stage: int) -> int:
         """Return the first layer of a virtual stage, in the model."""
@@ -102,6 +114,15 @@ class PipelineOrder:
     def operations(self, stage: int) -> list[Operation]:
         """Return what a stage runs, in order."""
         table = self.table
+        if self.is_vocabulary_split:
+            virtual = int(self.placement[stage, 0])
+            kinds = vocabulary_operations(
+                self._vocab_parallel, table.num_stages, stage, self.num_micro_batches
+            )
+            return [
+                Operation(kind=kind, micro_batch=micro_batch, chunk=0, virtual_stage=virtual)
+                for kind, micro_batch in kinds
+            ]
         return [
             Operation(
                 kind=kind,

@@ -40,7 +40,7 @@ class StepRecord:
     seconds, cpu_seconds : float
         Wall and the process's CPU time [s].
     phase_seconds, phase_cpu_seconds : dict[str, float]
-        The same by phase [s]; wall time is the device's on a GPU.
+        The same by phase [s]; wall time is the device's on a GPU, CPU time that of the thread that computes.
     traffic : dict[tuple[str, str], Traffic]
         By axis and operation.
     operations : list[tuple[int, int, int]]
@@ -75,15 +75,18 @@ class Recorder:
     -----
     Phases do not nest. Time inside a collective that a phase's own operations call (tensor, context and expert
     parallel) belongs to the phase, and is in the collective's traffic as well; ``wait`` is what a pipeline stage waits
-    for its neighbours. On a GPU collectives are not waited for by the host: the seconds of traffic are those of the
+    for its neighbours. CPU time inside collectives is not in that of the phase. On a GPU collectives are not waited for by the host: the seconds of traffic are those of the
     calls, and phases are timed by events.
     """
 
     def __init__(self, rank: int, directory: Path | None, device: torch.device) -> None:
-        self.device = device
+        self.device, self.directory = device, directory
         self.steps: list[StepRecord] = []
         self.step = StepRecord()
         self.place = ""
+        self._inside = 0.0
+        # Threads of gloo move and sum the messages: without theirs, compute is alone in the time of this one.
+        self._cpu_clock = time.thread_time if torch.get_num_threads() == 1 else time.process_time
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._file = (
             None
@@ -109,29 +112,31 @@ class Recorder:
         """Count one message and time what is done inside."""
         self.say(f"{operation} over {axis} ({partners})")
         traffic = self.step.traffic.setdefault((axis, operation), Traffic())
-        begin = time.perf_counter()
-        try:
+        traffic.messages += 1
+        traffic.num_bytes += num_bytes
+        with self._timed(traffic):
             yield
-        finally:
-            traffic.messages += 1
-            traffic.num_bytes += num_bytes
-            traffic.seconds += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def waiting(self, axis: str, operation: str, partners: str) -> Iterator[None]:
         """Add what is waited inside to the time of messages that were counted when they began."""
         self.say(f"wait for {operation} over {axis} ({partners})")
-        begin = time.perf_counter()
+        with self._timed(self.step.traffic.setdefault((axis, operation), Traffic())):
+            yield
+
+    @contextlib.contextmanager
+    def _timed(self, traffic: Traffic) -> Iterator[None]:
+        cpu, wall = self._cpu_clock(), time.perf_counter()
         try:
             yield
         finally:
-            traffic = self.step.traffic.setdefault((axis, operation), Traffic())
-            traffic.seconds += time.perf_counter() - begin
+            traffic.seconds += time.perf_counter() - wall
+            self._inside += self._cpu_clock() - cpu
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase of the step."""
-        cpu, wall = time.process_time(), time.perf_counter()
+        cpu, wall = self._cpu_clock() - self._inside, time.perf_counter()
         begin = None
         if self.device.type == "cuda":
             begin = _new_event()
@@ -139,7 +144,7 @@ class Recorder:
         try:
             yield
         finally:
-            _add(self.step.phase_cpu_seconds, name, time.process_time() - cpu)
+            _add(self.step.phase_cpu_seconds, name, self._cpu_clock() - self._inside - cpu)
             if begin is None:
                 _add(self.step.phase_seconds, name, time.perf_counter() - wall)
             else:

@@ -75,7 +75,7 @@ class RankReport:
     phase_seconds : Mapping[str, tuple[float, ...]]
         Wall time of each step by phase: ``forward``, ``backward``, ``gradient_sync``, ``optimizer``, ... [s].
     phase_cpu_seconds : Mapping[str, tuple[float, ...]]
-        The process's own CPU time by the same phases; empty where nobody counts it [s].
+        CPU time of the thread that computes, by the same phases, outside collectives; empty where nobody counts it [s].
     traffic : tuple[GroupTraffic, ...]
         What it sent per step.
     peak_memory_bytes : int

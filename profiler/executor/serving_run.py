@@ -102,27 +102,33 @@ def unsupported_pool(plan: ServingPlan, pool: ServingPool, execution: Execution)
     """Return every reason why a replica of a pool cannot be run; none if it can."""
     model, found = execution.model, list(unsupported(execution, is_served=True))
     if model.num_layers < pool.pp:
-        found.append(f"{model.num_layers} layers cannot fill {pool.pp} stages")
+        found.append(
+            f"pp {pool.pp} has more stages than the model's num_layers {model.num_layers}; use fewer"
+        )
     if model.moe is None and pool.attention_dp > 1:
         found.append(
-            f"attention_dp {pool.attention_dp} shares out experts, and {model.name} has none; use more replicas"
+            f"attention_dp {pool.attention_dp} shares out experts, and {model.name} has none; use 1 and more replicas"
         )
     ranks = pool.tp * pool.attention_dp
     if model.moe is not None and pool.ep * pool.moe_tp != ranks:
         found.append(
-            f"experts are shared out over all {ranks} ranks; ep {pool.ep} x moe_tp {pool.moe_tp} is not"
+            f"ep {pool.ep} x moe_tp {pool.moe_tp} is not the {ranks} ranks of tp x attention_dp, over which experts are"
+            " shared out; use degrees whose product it is"
         )
-    if model.mla is not None:
-        found.append("latent attention has no cache here")
-    if model.position_embedding == "alibi" or model.has_attention_sinks or model.sliding_window is not None:
-        found.append("attention with ALiBi, sinks or a window has no cache here")
     if pool.num_speculative_tokens:
-        found.append("speculative decoding is not run")
+        found.append(
+            f"num_speculative_tokens {pool.num_speculative_tokens}: speculative decoding is not run; use 0"
+        )
     if plan.precision in _PRECISIONS and plan.kv_precision != plan.precision:
-        found.append(f"a cache in {plan.kv_precision} beside {plan.precision} is not run")
+        found.append(
+            f"kv_precision {plan.kv_precision} beside precision {plan.precision} is not run; use the same for both"
+        )
     length = execution.workload.sequence_length + NUM_DECODES
     if model.position_embedding == "learned" and model.max_position_embeddings < length:
-        found.append(f"{length} tokens exceed the {model.max_position_embeddings} learned positions")
+        found.append(
+            f"max_position_embeddings {model.max_position_embeddings} are fewer learned positions than the {length}"
+            " tokens of a sequence; use a shorter --prompt"
+        )
     return tuple(found)
 
 

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from meshwright.errors import ExecutionError
-from meshwright.profiler.executor.attention import Attention
 from meshwright.profiler.executor.build import BuildContext
-from meshwright.profiler.executor.kv_cache import KvCache
 from meshwright.profiler.executor.linear import WeightGradients
 from meshwright.profiler.executor.local_tensors import num_copies
 from meshwright.profiler.executor.mesh import RankMesh, build_mesh
@@ -70,20 +68,8 @@ class ServedShard:
             num_tokens=workload.num_tokens,
             positions=torch.arange(capacity, device=device),
         )
-        self._caches = []
-        for layer in self._chunk.layers:
-            cache = KvCache(
-                batch=plan.micro_batch_size,
-                groups=model.num_query_groups * mesh.kv.size // mesh.tp.size,
-                capacity=capacity,
-                head_dim=model.head_dim,
-                dtype=self._dtype,
-                device=device,
-            )
-            attention = layer.attention
-            assert isinstance(attention, Attention)
-            attention.cache = cache
-            self._caches.append(cache)
+        layers: list[Any] = list(self._chunk.layers)
+        self._caches = [layer.attention.new_cache(plan.micro_batch_size, capacity) for layer in layers]
         self._length = 0
 
     def clear(self) -> None:

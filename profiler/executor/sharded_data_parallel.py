@@ -7,6 +7,9 @@ Without a pipeline ZeRO-3 gathers a layer's weights forward and again backward, 
 gradients of every micro-batch, and HSDP sums the shards of its replicas once. With a pipeline the weights of a chunk are
 gathered at its first forward and its gradients reduced after its last, as torchtitan does
 (``torch.distributed.pipelining``, ``stage.py``), which also lets weight gradients be put off.
+
+Weights that rest on the host travel to the device shard by shard before each gather, and the reduced gradients back, by
+FSDP2's own policy: from and to pinned memory, on the streams of its collectives.
 """
 
 from __future__ import annotations
@@ -16,24 +19,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
-from meshwright.profiler.executor.adamw import Adamw, FlatTensor
+from meshwright.profiler.executor.adamw import Adamw, FlatTensor, StatesAway
 from meshwright.profiler.executor.communication import Group, gather_single, scatter_single
 from meshwright.profiler.executor.data_parallel import Optimizer, num_holders, sum_of_squares
 from meshwright.profiler.executor.mesh import RankMesh
+from meshwright.profiler.executor.offload import HostCopies
 from meshwright.profiler.executor.recording import Recorder
 from meshwright.profiler.executor.weights import Role, roles_of
 from meshwright.simcore.domain.plan import ParallelPlan
 
 __all__ = ["ShardedParameters"]
 
+# Shards, and their gradients, are kept in single precision.
+_SHARD_BYTES = 4
+
 
 class _Gather:
-    """FSDP's all-gather, counted."""
+    """FSDP's all-gather, counted; ``from_host`` counts the way of the shards to the device as well."""
 
-    def __init__(self, axis: str, recorder: Recorder) -> None:
-        self._axis, self._recorder = axis, recorder
+    def __init__(self, axis: str, recorder: Recorder, *, from_host: bool) -> None:
+        self._axis, self._recorder, self._from_host = axis, recorder, from_host
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a buffer."""
@@ -44,8 +57,16 @@ class _Gather:
     ) -> Any:
         """Gather."""
         num_bytes = input_tensor.numel() * input_tensor.element_size()
+        self._count_copy("from_host", input_tensor)
         with self._recorder.sending(self._axis, "all_gather", num_bytes, _ranks(group)):
             return gather_single(output_tensor, input_tensor, group, async_op=async_op)
+
+    def _count_copy(self, operation: str, shards: Tensor) -> None:
+        """Count a copy of single-precision shards, which FSDP does itself."""
+        if self._from_host:
+            num_bytes = shards.numel() * _SHARD_BYTES
+            with self._recorder.sending("host", operation, num_bytes, "host memory"):
+                pass
 
 
 class _Scatter(_Gather):
@@ -56,6 +77,7 @@ class _Scatter(_Gather):
     ) -> Any:
         """Reduce."""
         num_bytes = input_tensor.numel() * input_tensor.element_size()
+        self._count_copy("to_host", output_tensor)
         with self._recorder.sending(self._axis, "reduce_scatter", num_bytes, _ranks(group)):
             return scatter_single(output_tensor, input_tensor, group, async_op=async_op, op=op)
 
@@ -77,8 +99,8 @@ class ShardedParameters(Optimizer):
         Whether a tied table counts for the norm in each chunk.
     num_micro_batches : int
         Of a step.
-    host_share : float
-        Share of the optimizer states that rests in host memory.
+    away : StatesAway
+        Where the optimizer states rest.
     """
 
     def __init__(
@@ -90,10 +112,12 @@ class ShardedParameters(Optimizer):
         param_dtype: torch.dtype,
         counts_tied: list[bool],
         num_micro_batches: int,
-        host_share: float,
+        away: StatesAway,
     ) -> None:
         self._mesh, self._chunks = mesh, chunks
         self._per_micro_batch = plan.pp == 1
+        self._is_on_host = plan.parameter_offload != "none"
+        self._copies = HostCopies(mesh.dp.recorder)
         self._gathers_again = self._per_micro_batch and plan.sharding in ("zero3", "hsdp")
         self._last_micro_batch = num_micro_batches - 1
         self._roles: dict[int, tuple[Role, bool]] = {}
@@ -114,10 +138,12 @@ class ShardedParameters(Optimizer):
                 self._roles[id(parameter)] = roles[name], counts_tied[index]
         self._optimizer = Adamw(
             [
-                FlatTensor(each.detach().to_local().view(-1), partial(_local_gradient, each))
+                FlatTensor(
+                    each.detach().to_local().view(-1), partial(_local_gradient, each), self._is_on_host
+                )
                 for each in self._parameters
             ],
-            host_share,
+            away,
             mesh.dp.recorder,
         )
 
@@ -130,6 +156,10 @@ class ShardedParameters(Optimizer):
                 chunk.set_requires_gradient_sync(False)
                 chunk.set_reshard_after_backward(False)
                 chunk.set_is_last_backward(False)
+            if chunk.vocabulary is not None:
+                # Its rows are looked up before the forward that would gather them.
+                chunk._get_fsdp_state()._lazy_init()
+                chunk.unshard()
 
     def before_backward(self, chunk: int, micro_batch: int) -> None:
         """Set what FSDP does after the backward that follows."""
@@ -161,39 +191,59 @@ class ShardedParameters(Optimizer):
         """Sum what tensor parallel ranks and the first and last stage share."""
         for group in (self._mesh.tp, self._mesh.kv):
             joined = [each for each in self._parameters if self._roles[id(each)][0].summed_over == group.axis]
-            _sum_joined(joined, group)
-        _sum_joined(self._parameters, self._mesh.replica)
+            self._sum_joined(joined, group)
+        self._sum_joined(self._parameters, self._mesh.replica)
         tied = [each for each in self._parameters if self._roles[id(each)][0].is_tied]
         if len(tied) > 1:
             # A V holds both copies on one rank.
             total = tied[0].grad.to_local().add_(tied[1].grad.to_local())
             tied[1].grad.to_local().copy_(total)
-        elif tied:
-            self._mesh.embedding.all_reduce(tied[0].grad.to_local())
+        else:
+            self._sum_joined(tied, self._mesh.embedding)
 
     def squared_norm(self) -> Tensor:
         """Return this rank's share of the squared gradient norm."""
-        total = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        by_holders: dict[int, list[Tensor]] = {}
         for parameter in self._parameters:
             role, counts = self._roles[id(parameter)]
-            if role.is_tied and not counts:
-                continue
-            replicas = self._mesh.replica.size * num_holders(role, self._mesh)
-            total += sum_of_squares(parameter.grad.to_local().flatten()) / replicas
+            if counts or not role.is_tied:
+                by_holders.setdefault(num_holders(role, self._mesh), []).append(_local_gradient(parameter))
+        total = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        for holders, gradients in by_holders.items():
+            total += sum_of_squares(gradients) / (self._mesh.replica.size * holders)
         return total
 
     def step(self) -> None:
         """Update this rank's shards."""
         self._optimizer.step()
 
+    def _sum_joined(self, parameters: list[Any], group: Group) -> None:
+        """Sum the shards of gradients over a group, in one message."""
+        if group.size == 1 or not parameters:
+            return
+        shards = [parameter.grad.to_local() for parameter in parameters]
+        joined = torch.cat([shard.flatten() for shard in shards])
+        if self._is_on_host:
+            # Devices sum; gradients come to them from the host and go back.
+            on_device = torch.empty(joined.numel(), device=self._copies.device)
+            self._copies.settle(self._copies.to_device(on_device, joined))
+            joined = self._copies.to_host(group.all_reduce(on_device))
+            self._copies.finish()
+        else:
+            group.all_reduce(joined)
+        sums = torch.split(joined, [shard.numel() for shard in shards])
+        for shard, total in zip(shards, sums, strict=True):
+            shard.copy_(total.view_as(shard))
+
     def _shard(self, module: Any, mesh: Any, policy: MixedPrecisionPolicy, axis: str) -> None:
         # By default FSDP reshards all but the root after forward.
         reshards = None if self._gathers_again else False
-        fully_shard(module, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
+        recorder, on_host = self._mesh.dp.recorder, self._is_on_host
+        rests = CPUOffloadPolicy(pin_memory=recorder.device.type == "cuda") if on_host else OffloadPolicy()
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy, offload_policy=rests)
         assert isinstance(module, FSDPModule)
-        recorder = self._mesh.dp.recorder
-        module.set_custom_all_gather(_Gather(axis, recorder))  # type: ignore[arg-type]
-        module.set_custom_reduce_scatter(_Scatter(axis, recorder))  # type: ignore[arg-type]
+        module.set_custom_all_gather(_Gather(axis, recorder, from_host=on_host))  # type: ignore[arg-type]
+        module.set_custom_reduce_scatter(_Scatter(axis, recorder, from_host=on_host))  # type: ignore[arg-type]
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
@@ -201,16 +251,6 @@ class ShardedParameters(Optimizer):
 def _local_gradient(parameter: Any) -> Tensor:
     gradient: Tensor = parameter.grad.to_local().flatten()
     return gradient
-
-
-def _sum_joined(parameters: list[Any], group: Group) -> None:
-    """Sum the shards of gradients over a group, in one message."""
-    if group.size == 1 or not parameters:
-        return
-    shards = [parameter.grad.to_local() for parameter in parameters]
-    joined = group.all_reduce(torch.cat([shard.flatten() for shard in shards]))
-    for shard, total in zip(shards, torch.split(joined, [shard.numel() for shard in shards]), strict=True):
-        shard.copy_(total.view_as(shard))
 
 
 def _ranks(group: Any) -> str:

@@ -212,9 +212,10 @@ def _check_exits(workers: Sequence[_Worker], directory: Path) -> None:
     first = min(failed, key=lambda worker: (not _is_signal(worker), last_output(worker)))
     code = first.exit_code or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    hint = "; a machine that runs out of memory does this" if code == -signal.SIGKILL else ""
     raise ExecutionError(
         f"rank {first.rank} {how} in: {first.operation}; its output is in {log_path(directory, first.rank)}"
-        " (all other ranks were ended)"
+        f" (all other ranks were ended){hint}"
     )
 
 

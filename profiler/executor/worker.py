@@ -20,6 +20,7 @@ import torch
 from torch import distributed
 
 from meshwright.errors import ExecutionError, MeshwrightError
+from meshwright.profiler.executor.adamw import StatesAway
 from meshwright.profiler.executor.build import BuildContext
 from meshwright.profiler.executor.data_parallel import FlatGradients, Optimizer
 from meshwright.profiler.executor.execution_file import read_execution
@@ -28,12 +29,15 @@ from meshwright.profiler.executor.linear import WeightGradients
 from meshwright.profiler.executor.local_tensors import num_copies
 from meshwright.profiler.executor.mesh import RankMesh, build_mesh
 from meshwright.profiler.executor.model import Chunk
+from meshwright.profiler.executor.offload import HeldActivations
 from meshwright.profiler.executor.pipeline import PipelineRank
 from meshwright.profiler.executor.pipeline_order import PipelineOrder
 from meshwright.profiler.executor.recording import Recorder
 from meshwright.profiler.executor.report import RankReport, rank_report_text, report_path
 from meshwright.profiler.executor.sharded_data_parallel import ShardedParameters
 from meshwright.profiler.executor.tokens import MicroBatches
+from meshwright.profiler.executor.vocabulary import VocabularySlice
+from meshwright.profiler.executor.vocabulary_passes import VocabularyPasses
 from meshwright.profiler.executor.weights import WeightSource
 from meshwright.simcore.domain.execution import Execution
 
@@ -85,7 +89,7 @@ def execute(execution: Execution, recorder: Recorder) -> RankMesh:
             loss = rank.run(batches)
             with recorder.phase("gradient_sync"):
                 optimizer.finish_gradients()
-                sums = torch.stack([_own_loss(loss, mesh), optimizer.squared_norm()])
+                sums = torch.stack([_own_loss(loss, mesh), optimizer.squared_norm().to(loss.device)])
                 mesh.world.all_reduce(sums)
             with recorder.phase("optimizer"):
                 optimizer.step()
@@ -183,6 +187,7 @@ def _build(
         mesh=mesh,
         source=WeightSource(seed=execution.seed, dtype=dtype, device=recorder.device),
         gradients=gradients,
+        held=HeldActivations(recorder) if plan.activation_offload else None,
     )
     batches = MicroBatches(execution, mesh.at, recorder.device)
     virtual_stages = [int(virtual) for virtual in order.placement[mesh.at.pp]]
@@ -195,18 +200,19 @@ def _build(
             has_head=order.has_head(virtual),
             num_tokens=workload.num_tokens,
             positions=batches.positions,
+            is_vocabulary_split=order.is_vocabulary_split,
         )
         for virtual in virtual_stages
     ]
     counts_tied = [virtual == 0 for virtual in virtual_stages]
-    host_share = plan.optimizer_offload_fraction if plan.optimizer_offload == "cpu" else 0.0
+    away = StatesAway.of(plan, recorder.directory)
     optimizer: Optimizer
     if plan.sharding in ("none", "zero1"):
         optimizer = FlatGradients(
             chunks,
             mesh,
             is_sharded=plan.sharding == "zero1",
-            host_share=host_share,
+            away=away,
             copies=[virtual // order.num_virtual for virtual in virtual_stages],
             counts_tied=counts_tied,
         )
@@ -218,12 +224,17 @@ def _build(
             param_dtype=dtype,
             counts_tied=counts_tied,
             num_micro_batches=order.num_micro_batches,
-            host_share=host_share,
+            away=away,
         )
     length = workload.sequence_length // plan.cp // (plan.tp if plan.sequence_parallel else 1)
     shape = (length, plan.micro_batch_size, model.hidden_size)
+    # Of the one chunk of a stage.
+    vocabulary: VocabularySlice | None = chunks[0].vocabulary
+    passes = None
+    if vocabulary is not None:
+        passes = VocabularyPasses(plan, mesh, vocabulary, recorder, shape, dtype)
     return (
-        PipelineRank(order, mesh, chunks, gradients, optimizer, recorder, shape, dtype),
+        PipelineRank(order, mesh, chunks, gradients, optimizer, recorder, shape, dtype, passes),
         batches,
         optimizer,
     )

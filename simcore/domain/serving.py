@@ -208,8 +208,6 @@ class ServingPool:
         ``aggregated`` replicas prefill and decode; the others do one of both.
     num_replicas : int
         Replicas of the pool.
-    gpu : str | None
-        GPU of the pool where it differs from the cluster's; None is the cluster's.
     tp, pp, attention_dp : int
         Tensor parallel ranks, pipeline stages, and attention data parallel ranks of one replica.
     moe_tp, ep : int
@@ -242,7 +240,6 @@ class ServingPool:
 
     role: PoolRole = "aggregated"
     num_replicas: int = 1
-    gpu: str | None = None
     tp: int = 1
     pp: int = 1
     attention_dp: int = 1

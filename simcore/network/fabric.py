@@ -413,7 +413,7 @@ def cluster_fabric(
     for name, value in (("intra_efficiency", intra_efficiency), ("inter_efficiency", inter_efficiency)):
         if not 0.0 < value <= 1.0:
             raise SpecError(f"fabric: {name} must be above 0 and at most 1, not {value:g}")
-    cluster.require_one_kind()
+    cluster.require_one_kind("a network of flows")
     node, fabric = cluster.node, cluster.fabric
     topology = cluster.topology or ClusterTopology()
     if not topology.tiers and topology.matrix is None and fabric.oversubscription > 1.0:

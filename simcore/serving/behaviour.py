@@ -36,9 +36,10 @@ class EngineBehaviour:
         A token reaches the client when the step after its own has ended: the engine handles outputs while it runs
         the next step.
     serial_time_per_request, fixed_time_per_request : float
-        A request passes a front end that takes the first, one at a time, and then waits the second [s].
+        A request passes the front end, which takes the first, and then waits the second [s].
     stream_time_per_token : float
-        Time of the one process that sends tokens to clients, for each [s]; it bounds tokens per second.
+        Time of the front end to send a token to its client [s]. One event loop does both, one thing at a time: it
+        bounds tokens and requests per second, and requests wait for tokens that are to be sent.
     burst_spread : float
         Time between the first requests of a closed loop's clients [s].
     num_speculative_tokens : int

@@ -77,15 +77,17 @@ def step_time(
     return np.maximum(device, host) if table.is_host_hidden else device + host
 
 
-def decode_step_time(table: StepTable, num_sequences: float, context: float) -> float:
-    """Return the time of a step of decoding sequences of one context [tokens] alone [s]."""
+def decode_step_time(
+    table: StepTable, num_sequences: float, context: float, num_speculative_tokens: int = 0
+) -> float:
+    """Return the time of a step of decoding sequences of one context [tokens] alone, drafts of each among them [s]."""
     none = np.zeros(1)
     times = step_time(
         table,
         num_decodes=np.array([num_sequences]),
         context=context,
         variation=0.0,
-        tokens_per_decode=1.0,
+        tokens_per_decode=1.0 + num_speculative_tokens,
         chunk_tokens=none,
         chunk_attention=none,
         chunk_sequences=none,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from meshwright.errors import SpecError, did_you_mean
 
-__all__ = ["Kind", "format_quantity", "parse_quantity"]
+__all__ = ["Kind", "format_change", "format_quantity", "parse_quantity"]
 
 Kind = Literal[
     "bytes",
@@ -136,6 +136,20 @@ def format_quantity(value: float, kind: Kind, digits: int = 4) -> str:
         if abs(value) >= units[unit] or unit == _PRINTED[kind][-1]:
             return f"{value / units[unit]:.{digits}g} {unit}"
     raise AssertionError("unreachable: the last unit always matches")
+
+
+def format_change(share: float, decimals: int = 1) -> str:
+    """Return a signed share in percent; what rounds to zero has no sign.
+
+    Examples
+    --------
+    >>> format_change(0.025), format_change(-0.0004)
+    ('+2.5%', '0.0%')
+    """
+    text = f"{abs(share):.{decimals}%}"
+    if not text.strip("0.%"):
+        return text
+    return f"{'-' if share < 0.0 else '+'}{text}"
 
 
 def _spoken(kind: Kind) -> str:

@@ -101,6 +101,7 @@ def test_two_processes_really_train(meshwright, plan, folder):
         "data parallel",
         "optimizer",
         "compute in CPU time",
+        "optimizer in CPU time",
         "peak memory",
     ]
     assert all(term["measured"] > 0.0 and term["predicted"] > 0.0 for term in terms.values())
@@ -176,13 +177,13 @@ def test_a_plan_the_executor_cannot_run_is_refused_with_every_reason(meshwright,
     text = plan.read_text()
     plan.write_text(
         text.replace("precision: fp32", "precision: bf16\n  lora_rank: 4").replace(
-            "recompute: none", "recompute: none\n  activation_offload: true"
+            "sharding: none", "sharding: zero1\n  sharding_group: 1"
         )
     )
     outcome = meshwright("run", plan, "--dry-run")
     assert outcome.code == 2
     assert "low-rank adapters" in outcome.stderr
-    assert "activation_offload" in outcome.stderr
+    assert "sharding_group 1 is not run with zero1" in outcome.stderr
 
 
 def test_missing_gpus_end_with_code_4_before_anything_starts(meshwright, plans, folder, monkeypatch):
@@ -214,9 +215,9 @@ def test_a_gpu_plan_on_the_processor_is_not_scored(meshwright, plans, stand_in):
     [
         (("--timeout", "soon"), "--timeout: "),
         (("--timeout", "5"), "--timeout: "),
-        (("--timeout", "0.1s"), "between 1 s and a day"),
+        (("--timeout", "0.1s"), "from 1 s to a day"),
         (("--steps", "0"), "steps"),
-        (("--seed", "-1"), "--seed: -1"),
+        (("--seed", "-1"), "'-1' is no seed"),
         (("--append", "no/runs.csv"), "there is no folder"),
         (("--out", "file"), "cannot be used as a folder"),
         (("--out", "full"), "is not the folder of a run"),

@@ -101,6 +101,38 @@ def test_bounds_alone_rank_at_once(meshwright):
     assert report["plans"][0]["prediction"]["load_kind"] == "clients"
 
 
+def test_tables_fit_a_hundred_columns_and_say_once_what_all_plans_share(meshwright, folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    arguments = (
+        "--model",
+        "deepseek-v3",
+        "--cluster",
+        "dgx-h200:8",
+        "--engine",
+        "sglang",
+        "--out",
+        folder / "wide",
+    )
+    lengths = ("--input-length", 400, "--output-length", 40, "--rate", "4 /s", "--top", 8)
+    text = meshwright("plan", "--serve", *arguments, *lengths, "--verify", 0, "--quiet").stdout
+    lines = text.splitlines()
+    assert lines[1].startswith("All of them: sglang, fp8_block, ")
+    table = lines[2 : next(index for index, line in enumerate(lines) if line.startswith("Why: "))]
+    assert len(table) > 20
+    assert max(len(line) for line in table) <= 100
+    assert not any("\u2026" in line for line in table)
+    for words in ("attention_dp", "req/s", "TTFT", "mean s", "mean ms", "/user"):
+        assert any(words in line for line in table), words
+
+
+@pytest.mark.parametrize("seed", ["-1", "x", "1.5", "4294967296", ""])
+@pytest.mark.parametrize("verb", ["plan", "simulate", "whatif", "validate", "place", "profile"])
+def test_a_seed_is_a_whole_number_wherever_it_is_an_option(meshwright, folder, verb, seed):
+    outcome = meshwright(verb, "nothing.yaml", f"--seed={seed}")
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert f"'{seed}' is no seed; give a whole number from 0 to 4294967295" in outcome.stderr
+
+
 def test_requests_are_simulated_one_by_one(meshwright, plan_file, folder):
     lines = [
         {"arrival_time_s": index / 5, "input_length": 100 + index, "output_length": 1 + index % 7}
@@ -316,32 +348,97 @@ def test_two_plans_are_compared_term_by_term(meshwright, planned, plan_file, fol
     assert "the first token takes as long; each further token takes as long." in same
 
 
-def test_whatif_serves_the_plan_on_changed_machines(meshwright, plan_file):
-    report = json.loads(
-        meshwright("whatif", plan_file, "--set", "gpu.memory_bandwidth=8TB/s", "--json").stdout
-    )
-    tpot = next(each for each in report["latency_seconds"] if each["name"] == "TPOT mean")
+def test_whatif_plans_again_and_serves_the_stated_load_on_changed_machines(meshwright, plan_file):
+    changes = ("--set", "gpu.memory_bandwidth=8TB/s", "--set", "slo.tpot_p99=15 ms")
+    report = json.loads(meshwright("whatif", plan_file, *changes, "--json").stdout)
+    assert report["kind"] == "serving_whatif"
+    assert report["changes"] == [
+        {"key": "gpu.memory_bandwidth", "before": 3.35e12, "after": 8e12},
+        {"key": "slo.tpot_p99", "before": 0.02, "after": 0.015},
+    ]
+    rates = {
+        when: {
+            which: report[when][which]["prediction"]["output_tokens_per_second_per_gpu"]
+            for which in ("this_plan", "best_plan")
+        }
+        for when in ("today", "changed")
+    }
+    assert all(each["best_plan"] >= each["this_plan"] > 0.0 for each in rates.values())
+    assert report["changed"]["this_plan"]["plan"] == report["today"]["this_plan"]["plan"]
+    assert report["changed"]["this_plan"]["prediction"]["tpot_p99_seconds"] <= 0.015
+    stated = report["at_stated_load"]
+    tpot = next(each for each in stated["latency_seconds"] if each["name"] == "TPOT mean")
     # Decoding a small batch reads the weights: at most as much quicker as the memory is.
     assert 3.35 / 8 <= tpot["second"] / tpot["first"] < 0.8
-    assert [each["key"] for each in report["fields"]] == ["node.gpu.memory_bandwidth_bytes_per_second"]
-    less = json.loads(meshwright("whatif", plan_file, "--set", "gpu.memory=40GiB", "--json").stdout)
-    for each in less["memory_bytes"]:
-        assert each["change"] < 0.0 if "kv cache" in each["name"] else each["change"] == 0.0
+    assert {each["key"] for each in stated["fields"]} == {
+        "node.gpu.memory_bandwidth_bytes_per_second",
+        "tpot_p99",
+    }
+
+
+def test_whatif_prints_both_plans_before_and_after_and_why(meshwright, plan_file):
+    text = meshwright("whatif", plan_file, "--set", "gpu.memory=40GiB", "--quiet").stdout
+    for words in (
+        "llama-3.1-8b: what if gpu.memory 79.65 GiB -> 40 GiB?",
+        "this plan, today",
+        "best plan, changed",
+        "Why: with the change this plan carries ",
+        "This plan on the stated load",
+        "There the first token takes ",
+    ):
+        assert words in text
+    assert "-0.0%" not in text
+
+
+def test_whatif_without_a_change_ranks_what_a_serving_plan_depends_on(meshwright, plan_file, monkeypatch):
+    from meshwright.planner import sensitivity
+
+    names = ("memory bandwidth", "GPU memory", "inter-node bandwidth")
+    levers = tuple(lever for lever in sensitivity.SERVING_LEVERS if lever.name in names)
+    monkeypatch.setattr(sensitivity, "SERVING_LEVERS", levers)
+    text = meshwright("whatif", plan_file, "--quiet").stdout
+    assert "output tokens/s/GPU within the limits today; change of this plan's tokens/s/GPU" in text
+    assert text.index("memory bandwidth") < text.index("inter-node bandwidth")
+    assert "GPU memory times 2: the best plan " in text
+
+
+def test_the_keys_of_a_serving_plan_are_listed(meshwright, plan_file):
+    listed = json.loads(meshwright("whatif", plan_file, "--list", "--json").stdout)["keys"]
+    values = {each["key"]: each["value"] for each in listed}
+    assert values["workload.rate"] == 6.0
+    assert values["slo.ttft_p99"] == 1.0
+    assert values["workload.concurrency"] is None
+    assert "fabric.oversubscription" in values
+    assert not any(key.startswith("software") for key in values)
+
+
+def test_a_change_that_breaks_the_plan_is_told_beside_the_best_plan(meshwright, plan_file):
+    text = meshwright("whatif", plan_file, "--set", "cluster.nodes=2", "--set", "slo.tpot_p99=1us").stdout
+    assert "cannot run: slo" in text
+    assert "This plan cannot run, by constraint 'slo' (some load keeps every limit): tpot_p99 " in text
+    assert "No plan fits the change; closest: " in text
+    small = json.loads(meshwright("whatif", plan_file, "--set", "gpu.memory=12GiB", "--json").stdout)
+    assert small["changed"]["this_plan"]["violation"]["constraint"] == "memory"
+    assert small["at_stated_load"] is None
+    fewer = json.loads(meshwright("whatif", plan_file, "--set", "cluster=gh200-1:1", "--json").stdout)
+    assert fewer["changed"]["this_plan"]["violation"]["constraint"] == "cluster"
+    assert fewer["changed"]["best_plan"]["plan"]["pools"][0]["num_replicas"] == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "says"),
     [
-        (("--set", "gpu.memory=12GiB"), 3, "does not fit on h100-sxm-80"),
-        (("--set", "cluster=gh200-1:1"), 3, "GPUs, and gh200-1:1 has 1; change to at least"),
-        (("--set", "workload.lora_rank=8"), 2, "asked about machines only"),
-        ((), 2, "a serving plan needs --set KEY=VALUE"),
-        (("--list",), 2, "--list: not for serving plans"),
+        (("--set", "workload.lora_rank=8"), "unknown key 'workload.lora_rank'"),
+        (("--set", "workload.concurrency=8"), "workload.concurrency: the load is 6 requests/s, not clients"),
+        (("--set", "slo.tpot_p99=0 s"), "slo.tpot_p99 must be above 0 seconds"),
+        (("--memory-headroom", "9 %"), "--memory-headroom: not for serving plans"),
+        (("--objective", "energy"), "objective: unknown value 'energy'; known: goodput_per_gpu"),
+        (("--factor", "1"), "the factor must lie above 1"),
     ],
 )
-def test_a_change_that_cannot_be_served_is_one_message(meshwright, plan_file, arguments, code, says):
+def test_a_question_that_makes_no_sense_is_one_message(meshwright, plan_file, arguments, says):
     outcome = meshwright("whatif", plan_file, *arguments)
-    assert (outcome.code, outcome.stdout) == (code, "")
+    assert (outcome.code, outcome.stdout) == (2, "")
     assert says in outcome.stderr
 
 

@@ -265,7 +265,7 @@ def test_the_written_result_holds_the_jitter(meshwright, pipeline_plan, folder):
         (("--jitter", "2%", "--seeds", "0"), "Invalid value for '--seeds': 0 is not in the range"),
         (("--jitter", "2%", "--seeds", "-5"), "Invalid value for '--seeds'"),
         (("--jitter", "2%", "--seeds", "9" * 30), "Invalid value for '--seeds'"),
-        (("--jitter", "2%", "--seed", "-1"), "seeds start at 0, not at -1"),
+        (("--jitter", "2%", "--seed", "-1"), "'-1' is no seed; give a whole number from 0 to 4294967295"),
         (("--seeds", "10"), "--seeds draws iterations with jitter: give --jitter"),
         (("--slow-rank", "3"), "--slow-rank: '3' is not RANK=EXTRA; write for example 3=20%"),
         (("--slow-rank", "-1=20%"), "--slow-rank: '-1=20%' is not RANK=EXTRA"),

@@ -295,7 +295,7 @@ def test_a_changed_file_is_refused_by_key(change: Callable[[dict[str, Any]], obj
         ("right", [-1, -1, -1, 5, -1, -1]),
         ("roots", [0, 6]),
         ("roots", [-1]),
-        ("feature", [11, 0, 0, 1, 0, 0]),  # products have 3 coordinates and 8 steps
+        ("feature", [16, 0, 0, 1, 0, 0]),  # products have 3 coordinates and 13 steps
         ("feature", [-1, 0, 0, 1, 0, 0]),
         ("value", [0, 1]),
         ("threshold", [0.5]),

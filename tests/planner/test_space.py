@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.costmodels.bound import schedule_time_bound
+from meshwright.costmodels.bound import iteration_time_bound, schedule_time_bound
 from meshwright.costmodels.context import cost_context
+from meshwright.costmodels.memory import peak_memory
 from meshwright.costmodels.plan_columns import ALL_LAYERS, PlanColumns
 from meshwright.errors import SpecError
 from meshwright.hardware_specs.catalog import resolve_cluster
@@ -201,14 +202,19 @@ def test_a_mesh_is_bounded_like_its_rows(model: str) -> None:
     context = cost_context(job)
     rng = np.random.default_rng(SEED)
     blocks = list(space_blocks(context, FREE, (8,)))
-    axes = ("experts", "micro_batch", "layout", "sequence", "context", "recompute")
-    for block in (blocks[index] for index in rng.integers(0, len(blocks), 6)):
+    for whole in (blocks[index] for index in rng.integers(0, len(blocks), 6)):
+        num_layouts = len(whole.axes["layout"])
+        block = whole.restricted(
+            {"layout": np.sort(rng.choice(num_layouts, min(3, num_layouts), replace=False))}
+        )
+        axes = tuple(block.axes)
         rows_of = rng.integers(0, len(block), 50)
         index = dict(zip(block.axes, np.unravel_index(rows_of, block.shape), strict=True))
         shape = [len(block.axes[name]) for name in axes]
-        values = np.broadcast_to(schedule_time_bound(context, block.mesh(axes)), shape)
-        expected = schedule_time_bound(context, block.columns(rows_of))
-        assert np.array_equal(values[tuple(index[name] for name in axes)], expected, equal_nan=True)
+        for values_of in (schedule_time_bound, iteration_time_bound, peak_memory):
+            values = np.broadcast_to(values_of(context, block.mesh(axes)), shape)
+            expected = values_of(context, block.columns(rows_of))
+            assert np.array_equal(values[tuple(index[name] for name in axes)], expected, equal_nan=True)
 
 
 def test_a_restricted_block_holds_the_chosen_options() -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from meshwright.errors import ExecutionError, SpecError
 from meshwright.hardware_specs.catalog import load_gpu
 from meshwright.profiler.device import Device
+from meshwright.profiler.eager_layers import fused_bytes
 from meshwright.profiler.failures import Failure
 from meshwright.profiler.measurements import OperatorSamples
 from meshwright.profiler.protocol import Timing
@@ -411,6 +412,41 @@ def test_constants_that_follow_from_samples_are_derived(tmp_path: Path) -> None:
     # 2.5 * 1 / 5 and 2.5 * 4 / 12.5; the other shapes were measured one way only.
     assert constants["attention.backward_efficiency"].value == pytest.approx((0.5 + 0.8) / 2)
     assert SOURCE in constants["memory_stream.efficiency"].source
+
+
+def test_a_layer_eager_and_compiled_gives_the_factor_of_eager_kernels(tmp_path: Path) -> None:
+    bandwidth = load_gpu("h200-sxm-141").memory_bandwidth_bytes_per_second
+    widths = {
+        "hidden_size": 4096,
+        "ffn_hidden_size": 14336,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+    }
+    shape = {"name": "forward", **widths, "batch_size": 1, "sequence_length": 4096}
+    fused = fused_bytes(
+        "forward", "bf16", {name: float(size) for name, size in shape.items() if name != "name"}
+    )
+    rows = [
+        sample(
+            3e-3 + factor * fused / (0.9 * bandwidth),
+            suite="layer",
+            operator="layer",
+            shape=shape | {"compiled": flag},
+        )
+        for flag, factor in ((0, 2.6), (1, 1.0))
+    ]
+    copy, launch = (
+        stream("copy", 2**30, 2**30 / (0.9 * bandwidth)),
+        constant("software.all.host_launch_latency", 4e-6),
+    )
+    name = "software.all.eager_elementwise_factor"
+    found = read_measurements([written(tmp_path / "a.jsonl", copy, launch, *rows)]).constants
+    assert found[name].value == pytest.approx(2.6)
+    assert found[name].source == f"{SOURCE}; a layer eager and compiled"
+    # Without the bandwidth of copies, the time of a launch or one of the layers there is nothing to tell it from.
+    for number, lacking in enumerate(([launch, *rows], [copy, *rows], [copy, launch, rows[0]])):
+        assert name not in read_measurements([written(tmp_path / f"{number}.jsonl", *lacking)]).constants
 
 
 def test_a_measured_constant_goes_before_a_derived_one(tmp_path: Path) -> None:

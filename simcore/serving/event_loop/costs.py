@@ -29,7 +29,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     Ints,
 )
 
-__all__ = ["locate", "prompt_attention", "step_time"]
+__all__ = ["host_time", "locate", "prompt_attention", "step_time", "token_time"]
 
 
 @kernel_part
@@ -55,6 +55,26 @@ def prompt_attention(ints: Ints, floats: Floats, pool: int, length: float) -> fl
 
 
 @kernel_part
+def token_time(ints: Ints, floats: Floats, pool: int, num_tokens: int, is_graph: bool) -> float:
+    """Return the device time of a step but for attention over the cache [s]."""
+    count = ints[pool + NUM_TOKENS]
+    index = locate(floats, ints[pool + TOKENS_AT], count, num_tokens, ints[pool + TOKEN_HINT])
+    ints[pool + TOKEN_HINT] = index
+    row = index + count if is_graph else index + 3 * count
+    time: float = floats[row] + (num_tokens - floats[index]) * floats[row + count] + floats[pool + LATENCY]
+    return time
+
+
+@kernel_part
+def host_time(floats: Floats, pool: int, num_sequences: int, is_graph: bool) -> float:
+    """Return the host time of a step [s]."""
+    time: float = floats[pool + HOST] + floats[pool + HOST_SEQUENCE] * num_sequences
+    if not is_graph and time < floats[pool + EAGER_HOST]:
+        time = floats[pool + EAGER_HOST]
+    return time
+
+
+@kernel_part
 def step_time(
     ints: Ints,
     floats: Floats,
@@ -68,14 +88,8 @@ def step_time(
 ) -> float:
     """Return the time of one step [s], by the formula of StepTable."""
     num_tokens = num_decodes * (1 + ints[pool + SPECULATION]) + prompt_tokens
-    count = ints[pool + NUM_TOKENS]
-    index = locate(floats, ints[pool + TOKENS_AT], count, num_tokens, ints[pool + TOKEN_HINT])
-    ints[pool + TOKEN_HINT] = index
     is_graph = prompt_tokens == 0 and num_tokens <= floats[pool + MAX_GRAPH]
-    row = index + count if is_graph else index + 3 * count
-    device: float = (
-        floats[row] + (num_tokens - floats[index]) * floats[row + count] + floats[pool + LATENCY] + attention
-    )
+    device = token_time(ints, floats, pool, num_tokens, is_graph) + attention
     if num_decodes > 0:
         context = context_sum / num_decodes
         first, count = ints[pool + CONTEXTS_AT], ints[pool + NUM_CONTEXTS]
@@ -92,9 +106,7 @@ def step_time(
             if variance > 0.0:
                 decode *= 1.0 + skew * math.sqrt(variance) / context
         device += decode
-    host: float = floats[pool + HOST] + floats[pool + HOST_SEQUENCE] * (num_decodes + num_prompts)
-    if not is_graph and host < floats[pool + EAGER_HOST]:
-        host = floats[pool + EAGER_HOST]
+    host = host_time(floats, pool, num_decodes + num_prompts, is_graph)
     if ints[pool + IS_HIDDEN] == 0:
         return device + host
     return host if host > device else device

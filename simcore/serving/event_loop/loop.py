@@ -60,7 +60,6 @@ from meshwright.simcore.serving.event_loop.fields import (
     STEP_TIME,
     STEP_TOKENS,
     STEPS_RUN,
-    STREAM_FREE,
     TRANSFERRED,
     TURN,
     WAIT_HEAD,
@@ -71,7 +70,8 @@ from meshwright.simcore.serving.event_loop.fields import (
     Ints,
 )
 from meshwright.simcore.serving.event_loop.sequences import show_tokens
-from meshwright.simcore.serving.event_loop.steps import complete_step, form_step, skip_decodes
+from meshwright.simcore.serving.event_loop.skipping import skip_decodes
+from meshwright.simcore.serving.event_loop.steps import complete_step, form_step
 
 __all__ = ["advance", "chosen_replica", "deliver", "form_steps", "hold_prompts", "run"]
 
@@ -134,7 +134,7 @@ def form_steps(ints: Ints, floats: Floats, replica: int, now: float) -> None:
         return
     ints[replica + IS_BUSY] = 0
     floats[replica + NEXT] = wake
-    visible = floats[replica + STREAM_FREE]
+    visible = floats[replica + FRONT_FREE]
     if visible < now:
         visible = now
     for engine in range(first, first + count * ENGINE_STRIDE, ENGINE_STRIDE):
@@ -154,7 +154,7 @@ def advance(ints: Ints, floats: Floats, replica: int, limit: float) -> bool:
                 if floats[engine + STEP_TIME] > 0.0:
                     complete_step(ints, floats, engine, pool, now)
                 else:
-                    visible = floats[replica + STREAM_FREE]
+                    visible = floats[replica + FRONT_FREE]
                     show_tokens(ints, floats, engine, visible if visible > now else now)
             # Answers cause requests: nothing may be skipped past the first of those.
             if ints[HEAP] > 0 and floats[ints[EVENTS_AT]] < limit:
@@ -223,6 +223,7 @@ def deliver(ints: Ints, floats: Floats, request: int, time: float) -> None:
         pool = POOLS_AT
         floats[request + ARRIVAL] = time
         replica = chosen_replica(ints, floats, pool, request)
+        # One event loop reads requests and streams tokens: a backlog of either keeps the other waiting.
         ready = floats[replica + FRONT_FREE]
         if ready < time:
             ready = time

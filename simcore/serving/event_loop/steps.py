@@ -1,9 +1,7 @@
-"""Steps of an engine: formed, completed, and runs of pure decode skipped through."""
+"""Steps of an engine: formed and completed."""
 # ruff: noqa: PLR1730 - calls of max() and min() halve the speed of plain Python
 
 from __future__ import annotations
-
-import math
 
 from meshwright.simcore.compiled import kernel_part
 from meshwright.simcore.serving.event_loop.admission import (
@@ -12,8 +10,8 @@ from meshwright.simcore.serving.event_loop.admission import (
     compute_chunk,
     continue_prompt,
 )
-from meshwright.simcore.serving.event_loop.blocks import release_blocks, share_prompt, take_blocks
-from meshwright.simcore.serving.event_loop.costs import locate, step_time
+from meshwright.simcore.serving.event_loop.blocks import release_blocks, share_prompt
+from meshwright.simcore.serving.event_loop.costs import step_time
 from meshwright.simcore.serving.event_loop.events import push_event
 from meshwright.simcore.serving.event_loop.fields import (
     AFTER,
@@ -21,55 +19,38 @@ from meshwright.simcore.serving.event_loop.fields import (
     BUDGET,
     BY_CHUNK,
     CONTEXT,
-    CONTEXT_HINT,
-    CONTEXTS_AT,
     COUNTER,
-    CROSS,
     DECODE,
-    DECODE_AT,
     DECODE_BUSY,
     DECODES,
     DONE,
     DONE_COUNT,
     DONE_HEAD,
-    EAGER_HOST,
     ENTRY,
-    EVICTABLE,
     FILLS_EMPTY,
     FIRST_TOKEN,
-    FREE,
-    GROWTH_AT,
+    FRONT_FREE,
     HAS_BUDGET,
     HAS_CACHE,
     HAS_LAG,
     HELD,
-    HOST,
-    HOST_SEQUENCE,
     IS_DECODING,
-    IS_HIDDEN,
-    LATENCY,
     LINK,
     LINK_FREE,
     LINK_LATENCY,
     LINK_PER_TOKEN,
     LIVE,
     LOAD,
-    MAX_GRAPH,
     MAX_SEQUENCES,
     MIXES,
     NO_BUDGET,
-    NUM_CONTEXTS,
-    NUM_TOKENS,
     PARTIAL,
-    PATIENCE,
     PER_TOKEN,
     PHASE,
-    POOL,
     PREFILL,
     PREFILLED,
     PROMPT,
     PROMPT_BUSY,
-    RATE_SQUARE,
     RATES,
     READY,
     RECORD_AT,
@@ -83,25 +64,17 @@ from meshwright.simcore.serving.event_loop.fields import (
     RECORD_STRIDE,
     RECORDED,
     REPLICA,
-    RESERVES,
     ROLE,
     RUNNING,
-    SKEW,
     SPECULATION,
     SQUARE,
     STEP_START,
     STEP_TIME,
     STEP_TOKENS,
     STEPS,
-    STEPS_RUN,
-    STREAM_FREE,
-    STRIDE,
-    TOKEN_HINT,
-    TOKENS_AT,
     TRANSFER,
     TRANSFERRED,
     WAIT_HEAD,
-    WAITED,
     WAITING,
     WHEEL_AT,
     WHEEL_SIZE,
@@ -120,7 +93,7 @@ from meshwright.simcore.serving.event_loop.sequences import (
     show_tokens,
 )
 
-__all__ = ["complete_decode", "complete_step", "form_step", "send_to_decode", "skip_decodes"]
+__all__ = ["complete_decode", "complete_step", "form_step", "next_prompt", "send_to_decode", "what_blocks"]
 
 
 @kernel_part
@@ -181,14 +154,14 @@ def complete_step(ints: Ints, floats: Floats, engine: int, pool: int, end: float
     busy = engine + (PROMPT_BUSY if ints[engine + STEP_TOKENS] > 0 else DECODE_BUSY)
     floats[busy] += end - floats[replica + STEP_START]
     visible = end
+    if floats[replica + FRONT_FREE] > end:
+        visible = floats[replica + FRONT_FREE]
     if floats[pool + PER_TOKEN] > 0.0:
         tokens = 1.0 * ints[engine + DONE_COUNT]
         if ints[engine + IS_DECODING] == 1:
             tokens += floats[engine + RATES]
-        if floats[replica + STREAM_FREE] > end:
-            visible = floats[replica + STREAM_FREE]
         visible += floats[pool + PER_TOKEN] * tokens
-        floats[replica + STREAM_FREE] = visible
+        floats[replica + FRONT_FREE] = visible
     if ints[pool + HAS_LAG] == 1:
         show_tokens(ints, floats, engine, visible)
     if ints[engine + IS_DECODING] == 1:
@@ -220,6 +193,34 @@ def complete_step(ints: Ints, floats: Floats, engine: int, pool: int, end: float
 
 
 @kernel_part
+def next_prompt(
+    ints: Ints, floats: Floats, engine: int, pool: int, now: float, budget: int, is_first: bool
+) -> int:
+    """Admit the request that waits longest; return its tokens that the step computes, 0 where it may not enter."""
+    request = ints[engine + WAIT_HEAD]
+    if ints[engine + RUNNING] >= ints[pool + MAX_SEQUENCES] or floats[request + READY] > now:
+        return 0
+    if ints[request + PHASE] == TRANSFERRED:
+        return 0
+    return admit_request(ints, floats, engine, pool, now, budget, is_first)
+
+
+@kernel_part
+def what_blocks(ints: Ints, floats: Floats, engine: int, pool: int, now: float) -> int:
+    """Return 2 where the waiting prompt is not ready, 1 where it stays out until a sequence ends, else 0."""
+    if floats[ints[engine + WAIT_HEAD] + READY] > now:
+        return 2
+    if ints[engine + HELD] != 0:
+        return 0
+    if ints[engine + RUNNING] >= ints[pool + MAX_SEQUENCES]:
+        return 1
+    # What decoding needs next, or evicts, may let a request in that had no room before.
+    if ints[pool + ROLE] != DECODE and (ints[pool + BY_CHUNK] == 0 or ints[pool + HAS_CACHE] == 0):
+        return 1
+    return 0
+
+
+@kernel_part
 def form_step(ints: Ints, floats: Floats, engine: int, pool: int, now: float) -> bool:
     """Choose what the next step of an engine holds and set its time; return whether it holds anything."""
     ints[engine + DONE_HEAD] = -1
@@ -244,17 +245,9 @@ def form_step(ints: Ints, floats: Floats, engine: int, pool: int, now: float) ->
         and ints[engine + HELD] == 0
         and (ints[pool + FILLS_EMPTY] == 0 or ints[engine + RUNNING] == 0)
     )
-    while (
-        may_fill
-        and budget > 0
-        and ints[engine + PARTIAL] < 0
-        and ints[engine + WAITING] > 0
-        and ints[engine + RUNNING] < ints[pool + MAX_SEQUENCES]
-    ):
+    while may_fill and budget > 0 and ints[engine + WAITING] > 0 and ints[engine + PARTIAL] < 0:
         request = ints[engine + WAIT_HEAD]
-        if floats[request + READY] > now or ints[request + PHASE] == TRANSFERRED:
-            break
-        length = admit_request(ints, floats, engine, pool, now, budget, num_prompts == 0)
+        length = next_prompt(ints, floats, engine, pool, now, budget, num_prompts == 0)
         if length == 0:
             break
         attention += compute_chunk(ints, floats, engine, pool, request, length)
@@ -270,16 +263,9 @@ def form_step(ints: Ints, floats: Floats, engine: int, pool: int, now: float) ->
     ints[engine + STEP_TOKENS] = tokens
     ints[engine + BLOCKED] = 0
     if num_prompts == 0 and not is_preempting and not is_admitting and ints[engine + PARTIAL] < 0:
-        if ints[engine + WAITING] == 0 or floats[ints[engine + WAIT_HEAD] + READY] > now:
-            ints[engine + BLOCKED] = 2
-        elif ints[engine + HELD] == 0 and (
-            ints[engine + RUNNING] >= ints[pool + MAX_SEQUENCES]
-            or (
-                # What decoding needs next, or evicts, may let a request in that had no room before.
-                ints[pool + ROLE] != DECODE and (ints[pool + BY_CHUNK] == 0 or ints[pool + HAS_CACHE] == 0)
-            )
-        ):
-            ints[engine + BLOCKED] = 1
+        ints[engine + BLOCKED] = (
+            2 if ints[engine + WAITING] == 0 else what_blocks(ints, floats, engine, pool, now)
+        )
     if num_decodes == 0 and num_prompts == 0:
         floats[engine + STEP_TIME] = 0.0
         return False
@@ -295,94 +281,3 @@ def form_step(ints: Ints, floats: Floats, engine: int, pool: int, now: float) ->
         num_prompts,
     )
     return True
-
-
-@kernel_part
-def skip_decodes(ints: Ints, floats: Floats, replica: int, engine: int, start: float, limit: float) -> float:
-    """Run the steps of pure decode that change nothing else and end before ``limit``; return the end of the last.
-
-    The same operations in the same order as :func:`step_time`, :func:`move_contexts` and :func:`grow_sequences`, on
-    local variables: the compiler keeps those in registers, and a step takes nanoseconds.
-    """
-    pool, num_decodes = ints[replica + POOL], ints[engine + DECODES]
-    time, bound, counter = start, limit, ints[engine + COUNTER]
-    if ints[engine + BLOCKED] == 2 and ints[engine + WAITING] > 0:
-        ready = floats[ints[engine + WAIT_HEAD] + READY]
-        if ready < bound:
-            bound = ready
-    wheel, wheel_size = ints[engine + WHEEL_AT], ints[WHEEL_SIZE]
-    slot = counter % wheel_size
-    growth, stride, has_growth = ints[engine + GROWTH_AT], ints[pool + STRIDE], ints[pool + RESERVES] == 0
-    key = -counter % stride
-    available, taken = ints[engine + FREE] + ints[engine + EVICTABLE], 0
-
-    num_tokens, count = num_decodes * (1 + ints[pool + SPECULATION]), ints[pool + NUM_TOKENS]
-    index = locate(floats, ints[pool + TOKENS_AT], count, num_tokens, ints[pool + TOKEN_HINT])
-    is_graph = num_tokens <= floats[pool + MAX_GRAPH]
-    row = index + count if is_graph else index + 3 * count
-    fixed = floats[row] + (num_tokens - floats[index]) * floats[row + count] + floats[pool + LATENCY]
-    host = floats[pool + HOST] + floats[pool + HOST_SEQUENCE] * num_decodes
-    if not is_graph and host < floats[pool + EAGER_HOST]:
-        host = floats[pool + EAGER_HOST]
-    is_hidden = ints[pool + IS_HIDDEN] == 1
-    skew = floats[pool + SKEW] if num_decodes > 1 else 0.0
-
-    context_sum, square_sum, cross = floats[engine + CONTEXT], floats[engine + SQUARE], floats[engine + CROSS]
-    rates, rate_square = floats[engine + RATES], floats[engine + RATE_SQUARE]
-    first, count = ints[pool + CONTEXTS_AT], ints[pool + NUM_CONTEXTS]
-    decode_row = ints[pool + DECODE_AT] + 2 * count * num_decodes - first
-    index = locate(floats, first, count, context_sum / num_decodes, ints[pool + CONTEXT_HINT])
-    low, high = floats[index], floats[index + 1]
-    value, slope = floats[decode_row + index], floats[decode_row + index + count]
-    per_token, visible = floats[pool + PER_TOKEN], floats[replica + STREAM_FREE]
-    busy = floats[engine + DECODE_BUSY]
-    while time < bound and ints[wheel + slot] < 0:
-        need = ints[growth + key] if has_growth else 0
-        if need > available:
-            break
-        context = context_sum / num_decodes
-        while context >= high and index < first + count - 2:
-            index += 1
-            low, high = high, floats[index + 1]
-            value, slope = floats[decode_row + index], floats[decode_row + index + count]
-        beyond = context - low
-        if beyond < 0.0:
-            beyond = 0.0
-        decode = value + beyond * slope
-        if skew > 0.0:
-            variance = square_sum / num_decodes - context * context
-            if variance > 0.0:
-                decode *= 1.0 + skew * math.sqrt(variance) / context
-        device = fixed + decode
-        duration = device + host
-        if is_hidden:
-            duration = host if host > device else device
-        end = time + duration
-        if end >= limit:
-            break
-        available -= need
-        taken += need
-        square_sum += 2.0 * cross + rate_square
-        cross += rate_square
-        context_sum += rates
-        counter += 1
-        slot = slot + 1 if slot + 1 < wheel_size else 0
-        key = key - 1 if key > 0 else stride - 1
-        busy += end - time
-        time = end
-        if per_token > 0.0:
-            if visible < end:
-                visible = end
-            visible += per_token * rates
-    ints[STEPS_RUN] += counter - ints[engine + COUNTER]
-    if ints[pool + PATIENCE] > 0:
-        ints[replica + WAITED] = (ints[replica + WAITED] + counter - ints[engine + COUNTER]) % ints[
-            pool + PATIENCE
-        ]
-    ints[engine + COUNTER] = counter
-    if taken > 0:
-        take_blocks(ints, engine, taken)
-    floats[engine + CONTEXT], floats[engine + SQUARE], floats[engine + CROSS] = context_sum, square_sum, cross
-    floats[replica + STREAM_FREE] = visible
-    floats[engine + DECODE_BUSY] = busy
-    return time

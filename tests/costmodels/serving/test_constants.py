@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from meshwright.costmodels.serving.constants import (
     CERTAINTIES,
     FITTABLE,
     UNSTATED,
+    EngineConstants,
     engine_constants,
     release_key,
     with_engine_constants,
@@ -68,3 +70,14 @@ def test_the_users_constants_win_and_unknown_ones_are_refused() -> None:
 def test_an_unknown_engine_is_named_with_the_nearest() -> None:
     with pytest.raises(SpecError, match="did you mean 'vllm'"):
         engine_constants("vlm", "", is_moe=False, architecture="hopper")
+
+
+def test_a_build_by_name_takes_the_block_that_names_it() -> None:
+    def of(version: str) -> EngineConstants:
+        return engine_constants("sglang", version, is_moe=True, architecture="blackwell")
+
+    build, before, after = of("nightly-dev-20260216"), of("0.5.9"), of("0.5.10.post1")
+    assert replace(build, version="0.5.9", evidence=before.evidence) == before
+    assert (build.absorbs_prompts, after.absorbs_prompts) == (False, True)
+    # Any other name is newer than every release.
+    assert replace(of("main"), version="0.5.10.post1") == after

@@ -94,6 +94,7 @@ def test_fused_norms_leave_fewer_kernels(make_served: MakeServed) -> None:
         ("llama-3.1-8b", ServingPool(), 5 + 4 + 2),  # small kernels, attention and its products, MLP
         ("llama-3.1-8b", ServingPool(tp=2), 5 + 4 + 2 + 2),  # two all-reduces
         ("qwen3-235b-a22b", ServingPool(tp=4, ep=4), 6 + 4 + 7 + 2),  # norms of queries and keys; experts
+        ("minimax-m2.5", ServingPool(tp=4, ep=4), 5 + 4 + 4 + 7 + 2),  # norms over heads that are split
     ],
 )
 def test_an_eager_step_costs_the_host_each_kernel_it_starts(
@@ -102,6 +103,40 @@ def test_an_eager_step_costs_the_host_each_kernel_it_starts(
     served = make_served(model, eager_kernel_time=1e-5)
     table = step_table(served, pool)
     assert table.eager_host_time == pytest.approx(per_layer * served.model.num_layers * 1e-5)
+
+
+def test_latent_attention_starts_more_kernels_for_prompts(make_served: MakeServed) -> None:
+    latent, plain = (
+        step_table(make_served(model, eager_kernel_time=1e-5), ServingPool(tp=8, moe_tp=8)).eager_host_time
+        / make_served(model).model.num_layers
+        for model in ("deepseek-v3", "qwen3-235b-a22b")
+    )
+    assert latent > 2.0 * plain
+
+
+def test_absorbed_prompts_grow_with_the_square_of_their_length(make_served: MakeServed) -> None:
+    pool = ServingPool(tp=8, moe_tp=8)
+    usual, absorbed = (
+        step_table(make_served("deepseek-v3", gpu="b200", engine="sglang", absorbs_prompts=absorbs), pool)
+        for absorbs in (False, True)
+    )
+    at = [int(np.searchsorted(usual.prompt_lengths, length)) for length in (4096, 8192)]
+    first, second = absorbed.prefill_attention_time[at]
+    assert second == pytest.approx(4.0 * first)
+    assert second > 5.0 * usual.prefill_attention_time[at[1]]
+
+
+def test_norms_over_split_heads_cost_what_a_release_takes_for_them(make_served: MakeServed) -> None:
+    pools = ServingPool(tp=4, ep=4), ServingPool()
+    split, whole = (
+        [
+            step_breakdown(make_served("minimax-m2.5", kernel_time=1e-6, split_norm_kernels=count), pool)
+            for count in (4.0, 44.0)
+        ]
+        for pool in pools
+    )
+    np.testing.assert_allclose(split[1].small_kernels - split[0].small_kernels, 40 * 62 * 1e-6)
+    np.testing.assert_array_equal(whole[1].small_kernels, whole[0].small_kernels)
 
 
 def test_pipeline_stages_share_a_step(make_served: MakeServed) -> None:

@@ -267,8 +267,13 @@ def test_hostile_names_reach_neither_shell_nor_manifest(name, tmp_path):
         ("sglang", "sglang"),
         ("trtllm", "tensorrt-llm"),
     ):
-        pool = dataclasses.replace(AGGREGATED, num_replicas=1, gpu=name if name else None)
-        bundle = SERVING_EXPORTERS[target].export(make_serving_job(model), make_serving_plan(engine, pool))
+        pool = dataclasses.replace(AGGREGATED, num_replicas=1)
+        job = make_serving_job(model)
+        node = job.cluster.node
+        other = dataclasses.replace(node, gpu=dataclasses.replace(node.gpu, id=name))
+        cluster = dataclasses.replace(job.cluster, node=other)
+        job = dataclasses.replace(job, cluster=cluster, prefill_cluster=cluster)
+        bundle = SERVING_EXPORTERS[target].export(job, make_serving_plan(engine, pool))
         for file in bundle.files:
             assert all(line.isprintable() and line.isascii() for line in file.text.splitlines())
             assert "touch pwned" not in file.text

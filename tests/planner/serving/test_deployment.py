@@ -146,15 +146,6 @@ def test_the_first_requests_of_a_table_keep_their_shared_parts():
     assert profile_of_requests(table).mean_cached == pytest.approx(128 / 3)
 
 
-def test_pools_may_have_gpus_of_their_own(job, costs):
-    plan = plan_of(ServingPool(role="prefill"), ServingPool(role="decode", gpu="a100-sxm-80"))
-    first, second = replica_pools(plan, costs)
-    assert second.table.graph_token_time[0] > first.table.graph_token_time[0]
-    assert (
-        costs.memory(plan, plan.pools[1]).kv_cache_bytes != costs.memory(plan, plan.pools[0]).kv_cache_bytes
-    )
-
-
 def test_dollars_and_joules_follow_from_price_power_and_rate(job):
     cluster = job.cluster
     node = replace(cluster.node, price_dollars_per_hour=36.0, power_watts=8 * 1000.0)

@@ -131,6 +131,23 @@ def test_the_front_holds_no_point_that_another_beats(cases, fixed_load):
     )
 
 
+def test_forced_drafts_leave_prefill_pools_and_the_front_counts_them(cases, fixed_load):
+    request = cases.request()
+    limits = ServingLimits(allowed={**request.limits.allowed, "num_speculative_tokens": (2,)})
+    drafting = replace(request, limits=limits, acceptance=Acceptance(rate=1.0))
+    space = candidate_space(drafting, fixed_load, cases.costs(), 8)
+    assert space.prefill is not None
+    # Budgets of decode pools hold the largest batch with its drafts.
+    assert set(space.decode.budget.tolist()) == {4096}
+    fastest = interactivity_front(space, fixed_load, scheduler_choices(drafting, fixed_load))[0]
+    plain = candidate_space(request, fixed_load, cases.costs(), 8)
+    slower = interactivity_front(plain, fixed_load, scheduler_choices(request, fixed_load))[0]
+    # All drafts stand: three tokens in a step of little more than the time of one.
+    ratio = fastest.tokens_per_second_per_user / slower.tokens_per_second_per_user
+    assert ratio == pytest.approx(3.0, rel=0.02)
+    assert fastest.option.num_speculative_tokens == 2
+
+
 @pytest.mark.parametrize(
     ("engine", "precision", "degrees", "rule"),
     [

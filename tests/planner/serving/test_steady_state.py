@@ -22,11 +22,12 @@ from meshwright.planner.serving.steady_state import (
 )
 from meshwright.planner.serving.unit_simulation import profile_of_requests
 from meshwright.simcore.domain.serving import LengthDistribution, ServingWorkload, Slo, SloLimit
-from meshwright.simcore.serving.behaviour import EngineBehaviour
+from meshwright.simcore.serving.behaviour import EngineBehaviour, TransferLink
 from meshwright.simcore.serving.metrics import summarize
+from meshwright.simcore.serving.pool import ReplicaPool
 from meshwright.simcore.serving.requests import generate_requests
-from meshwright.simcore.serving.simulate import simulate
-from meshwright.simcore.serving.step_times import interpolate
+from meshwright.simcore.serving.simulate import simulate, simulate_pools
+from meshwright.simcore.serving.step_times import decode_step_time, interpolate
 
 
 def state(table, profile, decodes, budget=2048.0, **changes):
@@ -159,6 +160,55 @@ def test_speculation_shortens_the_time_per_token_where_drafts_are_cheap(cases, f
     plain = state(table, fixed_load, 10)
     drafted = state(table, fixed_load, 10, num_speculative_tokens=3, tokens_per_step=2.5)
     assert drafted.tpot[0, 0] == pytest.approx(plain.tpot[0, 0] / 2.5, rel=0.01)
+
+
+def test_a_decode_pool_prices_its_drafts_as_aggregated_replicas_do(cases, fixed_load):
+    # 10 sequences and three drafts of each are 40 tokens of a step in either role.
+    table = cases.table()
+    drafts = {"num_speculative_tokens": 3, "tokens_per_step": 2.5}
+    pure = 0.01 + 1e-5 * 40 + 1e-9 * 10 * (1000 + 101 / 2)
+    decode = state(table, fixed_load, 10, role="decode", **drafts)
+    assert decode.gap[0, 0] == pytest.approx(pure)
+    assert decode.tpot[0, 0] == pytest.approx(pure / 2.5)
+    assert decode_step_time(table, 10.0, 1000 + 101 / 2, 3) == pytest.approx(pure)
+    aggregated = state(table, fixed_load, 10, gap_statistics=("p50",), **drafts)
+    assert aggregated.late_gaps["p50"][0, 0] == pytest.approx(decode.gap[0, 0])
+    # A step has room for 512 of 2,048 sequences with their drafts, whichever the role; in that one they all last.
+    assert state(table, fixed_load, 512, role="decode", **drafts).lasts[0, 0]
+    assert state(table, fixed_load, 512, role="decode", **drafts).rate[0, 0] > 0.0
+    assert state(table, fixed_load, 513, role="decode", **drafts).num_decodes[0, 0] == 512.0
+    assert not state(table, fixed_load, 513, **drafts).lasts[0, 0]
+
+
+def test_decode_steps_of_separate_pools_do_the_work_of_aggregated_ones(cases):
+    """In simulation too: equal batches with drafts take equal steps, wherever the prompts were computed."""
+    workload = ServingWorkload(
+        arrival="closed_loop",
+        concurrency=6,
+        num_requests=60,
+        input_length=LengthDistribution(mean=400),
+        output_length=LengthDistribution(mean=40),
+    )
+    requests = generate_requests(workload)
+    table = cases.table(per_context_token=0.0)
+    behaviour = EngineBehaviour(
+        policy="chunked_prefill", max_num_sequences=16, max_num_batched_tokens=2048, num_speculative_tokens=3
+    )
+    link = TransferLink(bytes_per_token=1.0, bandwidth=1e12, latency=0.0)
+    pools = [
+        (ReplicaPool(table=table, behaviour=behaviour),),
+        tuple(ReplicaPool(table=table, behaviour=behaviour, role=role) for role in ("prefill", "decode")),
+    ]
+    seconds = []
+    for each, way in zip(pools, (None, link), strict=True):
+        steps = simulate_pools(each, requests, link=way, is_recording=True).steps
+        alone = (steps.prompt_tokens == 0) & (steps.num_decodes > 0)
+        batch, took = steps.num_decodes[alone], (steps.end - steps.start)[alone]
+        assert took == pytest.approx(0.01 + 1e-5 * 4 * batch)
+        seconds.append({int(count): float(took[batch == count].mean()) for count in np.unique(batch)})
+    shared = seconds[0].keys() & seconds[1].keys()
+    assert len(shared) > 1
+    assert all(seconds[0][count] == pytest.approx(seconds[1][count]) for count in shared)
 
 
 def test_a_prefix_cache_leaves_the_rest_of_the_prompt(cases):

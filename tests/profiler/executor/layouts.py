@@ -49,6 +49,8 @@ ODD = dataclasses.replace(
     has_head_bias=True,
     has_qk_norm=True,
 )
+NARROW_TIED = dataclasses.replace(ODD, num_layers=2)
+NARROW = dataclasses.replace(NARROW_TIED, has_tied_embeddings=False)
 TWO_HEADS = dataclasses.replace(ODD, num_query_groups=2)
 ONE_HEAD = dataclasses.replace(DENSE, num_query_groups=1)
 MIXTURE = dataclasses.replace(
@@ -131,6 +133,15 @@ def execution(model: ModelSpec, batch: int = 4, length: int = 16, **plan: Any) -
     )
 
 
+def vocabulary_layouts() -> dict[str, dict[str, Any]]:
+    """Layouts of a vocabulary that is split over stages, each run in the three ways to do that."""
+    return {
+        "pp2": {"model": NARROW, "pp": 2},
+        "pp4": {"model": NARROW_TIED, "pp": 4, "batch": 8, "layers_per_stage": (0, 1, 1, 0)},
+        "pp2_dp2_zero1": {"model": NARROW_TIED, "pp": 2, "dp": 2, "sharding": "zero1"},
+    }
+
+
 def layouts() -> dict[str, Execution]:
     """Every layout that is run, by name."""
     pp4 = {"pp": 4, "batch": 8}
@@ -164,6 +175,19 @@ def layouts() -> dict[str, Execution]:
         ),
         "odd_dualpipe": execution(ODD, pp=2, dp=2, schedule="dualpipe", batch=8),
         "odd_1f1b_zero2": execution(ODD, pp=2, dp=2, schedule="1f1b", sharding="zero2"),
+        # A vocabulary split over the stages: evenly or padded, tied or not, beside every other axis.
+        **{
+            f"{kind}_{name}": execution(vocab_parallel=kind, schedule="1f1b", **each)
+            for kind in ("vocab_1", "vocab_2", "interlaced")
+            for name, each in vocabulary_layouts().items()
+        },
+        "vocab_1_tp2_sp": execution(
+            NARROW, pp=2, tp=2, schedule="1f1b", sequence_parallel=True, vocab_parallel="vocab_1"
+        ),
+        "vocab_2_tp2": execution(NARROW_TIED, pp=2, tp=2, schedule="1f1b", vocab_parallel="vocab_2"),
+        "interlaced_zero3": execution(
+            NARROW, pp=2, dp=2, schedule="1f1b", sharding="zero3", vocab_parallel="interlaced"
+        ),
         # Sharding without a pipeline.
         "zero1": execution(DENSE, dp=2, sharding="zero1"),
         "zero2": execution(DENSE, dp=2, sharding="zero2"),
@@ -247,9 +271,54 @@ def layouts() -> dict[str, Execution]:
             activation_offload=True,
             optimizer_offload="cpu",
         ),
+        # Weights on the host, states on a drive, and whatever layers keep.
+        "host_weights_tp2_sp": execution(
+            DENSE,
+            dp=2,
+            tp=2,
+            sequence_parallel=True,
+            sharding="zero3",
+            parameter_offload="cpu",
+            optimizer_offload="cpu",
+            optimizer_offload_fraction=0.5,
+        ),
+        "host_weights_hsdp": execution(
+            ODD, dp=4, sharding="hsdp", sharding_group=2, parameter_offload="cpu", optimizer_offload="nvme"
+        ),
+        "host_weights_pp2": execution(
+            ODD, pp=2, dp=2, schedule="1f1b", sharding="zero3", parameter_offload="cpu"
+        ),
+        "drive_zero1": execution(
+            MIXTURE,
+            pp=2,
+            dp=2,
+            schedule="1f1b",
+            sharding="zero1",
+            optimizer_offload="nvme",
+            optimizer_offload_fraction=0.6,
+        ),
+        "host_activations_zb_h1": execution(
+            ODD, pp=2, tp=2, schedule="zb_h1", sequence_parallel=True, activation_offload=True
+        ),
+        "host_activations_zero3": execution(
+            MIXTURE,
+            dp=2,
+            ep=2,
+            sharding="zero2",
+            recompute="selective",
+            recompute_modules=("core_attn", "moe_act"),
+            activation_offload=True,
+        ),
+        "host_activations_part": execution(
+            DENSE, dp=2, sharding="zero3", recompute="full", recompute_layers=2, activation_offload=True
+        ),
         # 16 bits: messages are half as long, sums of gradients are not.
         "bf16_zero1": in_bf16(execution(DENSE, dp=2, sharding="zero1")),
         "bf16_host": in_bf16(execution(DENSE, dp=2, optimizer_offload="cpu")),
+        "bf16_drive": in_bf16(execution(DENSE, dp=2, optimizer_offload="nvme", activation_offload=True)),
+        "bf16_host_weights": in_bf16(
+            execution(DENSE, dp=2, sharding="zero3", parameter_offload="cpu", optimizer_offload="cpu")
+        ),
         "bf16_zb_h1_zero3": in_bf16(execution(DENSE, pp=2, dp=2, schedule="zb_h1", sharding="zero3")),
     }
 
@@ -269,6 +338,9 @@ def served_layouts() -> dict[str, Execution]:
         "served_attention_dp2_moe_tp2": served(MIXTURE, attention_dp=2, moe_tp=2),
         "served_all": served(MIXTURE, tp=2, pp=2, attention_dp=2, ep=2, moe_tp=2),
         "served_copied_kv": served(ONE_HEAD, tp=2),
+        "served_latent_tp2": served(LATENT_LITE, tp=2),
+        "served_sinks_ep2_tp2": served(SINKS, tp=2, ep=2),
+        "served_latent_all": served(LATENT, tp=2, pp=2, attention_dp=2, ep=4),
     }
 
 

@@ -50,18 +50,26 @@ def test_the_terms_of_a_data_parallel_step_add_up(job, make_report, plan):
     assert comparison.term("peak memory").measured == 1001
 
 
-def test_on_a_processor_compute_is_compared_in_cpu_time_too(job, make_report, plan):
-    phases = {"forward": (0.01, 0.02, 0.03), "backward": (0.04, 0.05, 0.06), "optimizer": (9.0, 9.0, 9.0)}
+def test_on_a_processor_compute_and_optimizer_are_compared_in_cpu_time_too(job, make_report, plan):
+    phases = {
+        "forward": (0.01, 0.02, 0.03),
+        "backward": (0.04, 0.05, 0.06),
+        "gradient_sync": (0.25, 0.5, 0.75),
+        "optimizer": (9.0, 9.0, 9.0),
+    }
     report = merge_reports([make_report(rank, phase_cpu_seconds=phases) for rank in range(2)])
     *_, comparison = compared(job, plan, report)
     term = comparison.term("compute in CPU time")
     assert term.measured == pytest.approx(0.07)
     assert term.predicted == comparison.term("compute").predicted
+    update = comparison.term("optimizer in CPU time")
+    assert update.measured == pytest.approx(9.5)
+    assert update.predicted == comparison.term("optimizer").predicted
     # 0.15 s of wall time.
     assert "2.1 times its CPU time" in (shared_cores(comparison, 2, 2) or "")
     assert "2 ranks shared 1 cores" in (shared_cores(comparison, 2, 1) or "")
     *_, on_gpus = compared(job, plan, report, device="cuda")
-    assert "compute in CPU time" not in [term.name for term in on_gpus.terms]
+    assert not [term for term in on_gpus.terms if "CPU time" in term.name]
     assert shared_cores(on_gpus, 2, 1) is None
 
 

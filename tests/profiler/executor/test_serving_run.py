@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.profiler.executor.layouts import DENSE, MIXTURE, ODD
+from tests.profiler.executor.layouts import ALIBI, DENSE, LATENT, LATENT_LITE, MIXTURE, ODD, SANDWICH, SINKS
 from torch import distributed
 
 from meshwright.profiler.executor.launch import EXECUTION_FILE
@@ -60,7 +60,11 @@ def shard_of(execution: Execution) -> ServedShard:
     return ServedShard(execution, mesh, Recorder(0, None, CPU))
 
 
-@pytest.mark.parametrize("model", [DENSE, ODD, MIXTURE], ids=["llama", "odd", "experts"])
+@pytest.mark.parametrize(
+    "model",
+    [DENSE, ODD, MIXTURE, LATENT, LATENT_LITE, SINKS, SANDWICH, ALIBI],
+    ids=["llama", "odd", "experts", "mla", "lite", "sinks", "window", "alibi"],
+)
 def test_a_decode_step_says_what_a_whole_prompt_would(world: None, model: ModelSpec) -> None:
     shard = shard_of(served(model)[1])
     tokens = torch.randint(
@@ -100,7 +104,7 @@ class _Parts:
         return torch.cat(self._all(x))
 
 
-@pytest.mark.parametrize("model", [DENSE, ODD], ids=["llama", "odd"])
+@pytest.mark.parametrize("model", [DENSE, ODD, LATENT_LITE], ids=["llama", "odd", "latent"])
 def test_two_shards_together_say_what_one_says(world: None, model: ModelSpec) -> None:
     whole = shard_of(served(model)[1])
     mesh = build_mesh(served(model)[1].plan, (), Recorder(0, None, CPU))
@@ -149,13 +153,11 @@ def test_two_processes_serve_and_are_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "prompt", "pool", "reason"),
     [
-        (MIXTURE, PROMPT, {"tp": 2}, "ep 1 x moe_tp 1 is not"),
-        (dataclasses.replace(DENSE, sliding_window=4), PROMPT, {}, "window"),
-        (dataclasses.replace(DENSE, position_embedding="alibi"), PROMPT, {}, "ALiBi"),
-        (ODD, 62, {}, "66 tokens exceed the 64 learned positions"),
-        (DENSE, PROMPT, {"pp": 8}, "4 layers cannot fill 8 stages"),
+        (MIXTURE, PROMPT, {"tp": 2}, "ep 1 x moe_tp 1 is not the 2 ranks"),
+        (ODD, 62, {}, "max_position_embeddings 64 are fewer learned positions than the 66 tokens"),
+        (DENSE, PROMPT, {"pp": 8}, "pp 8 has more stages than the model's num_layers 4"),
         (DENSE, PROMPT, {"attention_dp": 2}, "dense has none"),
-        (DENSE, PROMPT, {"num_speculative_tokens": 2}, "speculative"),
+        (DENSE, PROMPT, {"num_speculative_tokens": 2}, "num_speculative_tokens 2"),
         (DENSE, PROMPT, {"tp": 3}, "tp 3 does not divide"),
     ],
 )
@@ -170,4 +172,7 @@ def test_formats_it_does_not_have_are_refused() -> None:
     plan, execution = served()
     assert unsupported_pool(plan, plan.pools[0], execution) == ()
     mixed = dataclasses.replace(plan, precision="bf16", kv_precision="fp8")
-    assert any("a cache in fp8" in each for each in unsupported_pool(mixed, mixed.pools[0], execution))
+    assert any(
+        "kv_precision fp8 beside precision bf16" in each
+        for each in unsupported_pool(mixed, mixed.pools[0], execution)
+    )

@@ -158,6 +158,15 @@ def test_sending_tokens_caps_throughput() -> None:
     assert result.output_length.sum() / result.finish_time.max() == pytest.approx(500.0, rel=0.02)
 
 
+def test_a_request_waits_behind_the_tokens_being_sent() -> None:
+    requests = table_of((0.0, 10, 3), (0.3, 10, 1))
+    alone, sending = (
+        simulate(step_table(), behaviour(stream_time_per_token=seconds), requests) for seconds in (0.0, 0.5)
+    )
+    assert alone.scheduled_time[1] == pytest.approx(0.3)
+    assert sending.scheduled_time[1] >= 3 * 0.5
+
+
 def test_a_slot_too_few_keeps_one_client_waiting() -> None:
     requests = closed_loop_requests(concurrency=4, num_requests=80, input_length=64, output_length=50)
     free, tight = (simulate(step_table(), behaviour(max_num_sequences=n), requests) for n in (4, 3))
