@@ -29,6 +29,7 @@ _COLUMNS = (
     ("dp", True),
     ("ep", True),
     ("schedule", False),
+    ("vocabulary", False),
     ("layers", False),
     ("micro", True),
     ("SP", False),
@@ -47,7 +48,7 @@ _COLUMNS = (
 
 
 # Columns that are shown only where some plan of the table makes use of them.
-_RARE_COLUMNS = ("cp", "ep", "layers", "offload", "contended")
+_RARE_COLUMNS = ("cp", "ep", "vocabulary", "layers", "offload", "contended")
 _WORD_COLUMNS = ("cp", "offload", "recompute")
 _UNUSED = "-"
 
@@ -57,7 +58,7 @@ def ranked_table(
 ) -> Table:
     """Return the table of the best plans, best first; with the objective's own figure when it is not time.
 
-    Context and expert parallelism, uneven stages and offload have a column where a plan uses them, and the time with
+    Context and expert parallelism, a split vocabulary, uneven stages and offload have a column where a plan uses them, and the time with
     contention, by which plans are then ranked, where it was simulated. With
     ``folds_offload`` plans that differ from a better one in what they offload alone stand below the table.
     """
@@ -139,6 +140,7 @@ def plan_row(
         str(plan.dp),
         _expert_cell(plan),
         plan.schedule,
+        _UNUSED if plan.vocab_parallel == "none" else plan.vocab_parallel,
         _layers_cell(plan),
         str(plan.micro_batch_size),
         "yes" if plan.sequence_parallel else "-",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import importlib.util
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from meshwright.costmodels.calibration import AttentionCurve
 from meshwright.costmodels.calibration_document import CalibrationDocument, Provenance, device_rates
@@ -65,7 +63,9 @@ def calibrate(
     CalibrationError
         If nothing can be fitted: says how many more shapes are needed.
     """
-    with _one_blas_thread():
+    # For systems of a few hundred shapes the threads wait for one another longer than they solve: on two busy cores half
+    # of a calibration.
+    with threadpool_limits(1, user_api="blas"):
         operators, notes = _fit_operators(measurements, gpu, settings or FitSettings())
     constants = measurements.constants
     link = (gpu.scale_up or gpu.host_link).bandwidth_bytes_per_second
@@ -109,20 +109,6 @@ def calibrate(
     return CalibrationResult(
         document=document, notes=(*notes, *_unused(measurements), *not_compared), layers=layers
     )
-
-
-def _one_blas_thread() -> AbstractContextManager[object]:
-    """Return a context without BLAS threads; without threadpoolctl, which comes with scikit-learn, it does nothing.
-
-    For systems of a few hundred shapes the threads wait for one another longer than they solve: on two busy cores half
-    of a calibration.
-    """
-    if importlib.util.find_spec("threadpoolctl") is None:
-        return nullcontext()
-    limits: AbstractContextManager[object] = importlib.import_module("threadpoolctl").threadpool_limits(
-        1, user_api="blas"
-    )
-    return limits
 
 
 def _unused(measurements: Measurements) -> Iterator[str]:

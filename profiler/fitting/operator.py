@@ -19,9 +19,10 @@ from meshwright.costmodels.operators import (
 )
 from meshwright.costmodels.operators.model import REGIMES, roofline_time
 from meshwright.errors import CalibrationError
-from meshwright.profiler.fitting.residual import fit_rbf, fit_trees, has_trees, left_out_by_rbf, unbaked
+from meshwright.profiler.fitting.residual import fit_rbf, left_out_by_rbf, unbaked
 from meshwright.profiler.fitting.roofline import fit_roofline
 from meshwright.profiler.fitting.subset import spread_rows
+from meshwright.profiler.fitting.trees import fit_trees
 from meshwright.profiler.measurements import OperatorSamples
 
 __all__ = ["FitSettings", "fit_operator", "num_samples_needed"]
@@ -34,14 +35,16 @@ _SAMPLES_PER_CONSTANT = 3
 _RESIDUAL_SAMPLES = 30
 # Streaming kernels have one dimension: a few sizes draw the whole curve.
 _RESIDUAL_SAMPLES_1D = 8
-# With fewer, trees do not lower the error of shapes never seen (attention, experts and products at 50 and 100 points).
-_TREE_SAMPLES = 150
+# With fewer, trees do not lower the error of shapes never seen (attention, experts and products at 50 points).
+_TREE_SAMPLES = 100
 # Shapes of a regime that count as much for the spread of its errors as those of all regimes together.
 _SHARED_SAMPLES = 20
 # Most shapes that judge a fit, and that sharpen a roofline.
 _MAX_HOLD_OUT, _MAX_ROOFLINE = 4000, 2500
 # The quicker residual stays unless another errs this share less.
 _WORTH_THE_TIME = 0.06
+# Shares of the trees in a sum with the smooth residual.
+_TREE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,7 @@ class FitSettings:
     seed : int
         Of the choice of shapes and of the folds.
     with_residual, with_trees : bool
-        Fit a residual at all; try stepwise ones too, which needs scikit-learn.
+        Fit a residual at all; try stepwise ones too.
     """
 
     max_points: int = 1000
@@ -111,7 +114,6 @@ def fit_operator(
     with_trees = (
         with_residual and settings.with_trees and len(picked) >= _TREE_SAMPLES and operator.num_dims > 1
     )
-    with_trees = with_trees and has_trees()
 
     rest = np.random.default_rng(settings.seed).permutation(
         np.setdiff1d(np.arange(len(samples.seconds)), picked)
@@ -128,16 +130,15 @@ def fit_operator(
         return _with_error(plain, training, left_out, len(picked))
     models = _with_residuals(plain, training, with_trees=with_trees)
     if not spare:
-        folded = _left_out_by_residuals(plain, training, settings.seed, with_trees=with_trees)
-        worth = _WORTH_THE_TIME
+        by_residual = _left_out_by_residuals(plain, training, settings.seed, with_trees=with_trees)
         if with_trees and operator.is_bakeable:
-            # From a few hundred shapes the mean of both errs less than either, from a thousand trees do; folds, which
-            # lack a fifth of the shapes, show less of it than there is.
-            models, folded, worth = (*models, _mean_of(models)), [*folded, 0.5 * (folded[0] + folded[1])], 0.0
-        best = _best(folded, operator, worth)
-        return _with_error(models[best], training, folded[best], len(picked))
+            model, errors = _mixed(models, by_residual)
+        else:
+            best = _best(by_residual, operator)
+            model, errors = models[best], by_residual[best]
+        return _with_error(model, training, errors, len(picked))
     choosing, judging_samples = samples.take(judging[::2]), samples.take(judging[1::2])
-    model = models[_best([_log_errors(each, choosing) for each in models], operator, _WORTH_THE_TIME)]
+    model = models[_best([_log_errors(each, choosing) for each in models], operator)]
     return _with_error(model, judging_samples, _log_errors(model, judging_samples), len(picked))
 
 
@@ -184,23 +185,41 @@ def _left_by(plain: OperatorModel, samples: OperatorSamples) -> tuple[Column, Co
     return np.column_stack(parts), _log_errors(plain, samples)
 
 
-def _mean_of(models: Sequence[OperatorModel]) -> OperatorModel:
-    """Return the model under the mean of the models' residuals, which are logarithms as their errors are."""
-    parts = tuple(model.residual for model in models if model.residual is not None)
-    return replace(models[0], residual=StackedResidual(parts=parts, weights=(1.0 / len(parts),) * len(parts)))
+def _mixed(models: Sequence[OperatorModel], log_errors: Sequence[Column]) -> tuple[OperatorModel, Column]:
+    """Return the model under the sum of the smooth residual and the trees that errs least, and its errors.
+
+    Residuals are logarithms, as errors are: those of a sum are the sum of those. From a few hundred shapes sums err
+    less than either part: most about half of each, where kernels run in whole waves of large tiles more of the trees.
+    """
+    mixed = [(1.0 - share) * log_errors[0] + share * log_errors[1] for share in _TREE_SHARES]
+    best = int(np.argmin([_mean_error(each) for each in mixed]))
+    share = _TREE_SHARES[best]
+    parts = tuple(
+        (model.residual, weight)
+        for model, weight in zip(models, (1.0 - share, share), strict=True)
+        if model.residual is not None and weight > 0.0
+    )
+    residuals, weights = zip(*parts, strict=True)
+    residual = residuals[0] if len(residuals) == 1 else StackedResidual(parts=residuals, weights=weights)
+    return replace(models[0], residual=residual), mixed[best]
 
 
-def _best(log_errors: Sequence[Column], operator: Operator, worth: float) -> int:
-    """Return which residual to take by errors on shapes not seen: the smooth one (0), trees (1) or their mean (2).
+def _best(log_errors: Sequence[Column], operator: Operator) -> int:
+    """Return which residual to take by errors on shapes not seen: the smooth one (0) or trees (1).
 
     A smooth residual on a grid is quicker than trees, and without one slower; the quicker one stays unless another errs
-    less by the share ``worth``.
+    clearly less.
     """
     if len(log_errors) == 1:
         return 0
-    errors = [float(np.abs(np.exp(-each) - 1.0).mean()) for each in log_errors]
+    errors = [_mean_error(each) for each in log_errors]
     quickest, least = 0 if operator.is_bakeable else 1, int(np.argmin(errors))
-    return least if errors[least] < (1.0 - worth) * errors[quickest] else quickest
+    return least if errors[least] < (1.0 - _WORTH_THE_TIME) * errors[quickest] else quickest
+
+
+def _mean_error(log_errors: Column) -> float:
+    """Return the mean of ``|predicted / measured - 1|``."""
+    return float(np.abs(np.exp(-log_errors) - 1.0).mean())
 
 
 def _folds(count: int, seed: int) -> list[NDArray[np.int64]]:

@@ -17,9 +17,7 @@ from meshwright.profiler.importers.aiconfigurator import SYSTEMS
 
 FOLDER = files("meshwright.hardware_specs") / "calibrations"
 MISSING = [
-    name
-    for name in ("aiconfigurator_core", "pandas", "pyarrow", "sklearn")
-    if not importlib.util.find_spec(name)
+    name for name in ("aiconfigurator_core", "pandas", "pyarrow") if not importlib.util.find_spec(name)
 ]
 # Texts such as "1.25e-05 s" hold a number too.
 QUANTITY = re.compile(r"([-+0-9.e]+) (\S+)")

@@ -247,7 +247,6 @@ def test_nothing_to_fit_is_an_error_that_says_how_many_more() -> None:
 
 
 def test_equal_seeds_give_equal_bytes() -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn grows the trees")
     made = measured(products("gemm", 120), collectives=(collective(),))
     texts = [
         calibration_text(calibrate(made, H200, FitSettings(max_points=40, seed=seed)).document)

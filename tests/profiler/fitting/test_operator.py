@@ -91,7 +91,6 @@ def test_shapes_beyond_the_most_points_judge_the_fit() -> None:
 
 
 def test_steps_take_trees() -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn grows the trees")
     samples, unseen = made(300, step=0.4), made(1000, seed=1, step=0.4)
     model = fit_operator(samples, RATES)
     assert model.residual is not None
@@ -100,7 +99,7 @@ def test_steps_take_trees() -> None:
 
 
 def test_few_samples_grow_no_trees() -> None:
-    model = fit_operator(made(149, step=0.4), RATES)
+    model = fit_operator(made(99, step=0.4), RATES)
     assert isinstance(model.residual, RbfResidual)
 
 
@@ -108,23 +107,29 @@ def test_the_quicker_residual_stays_unless_the_other_errs_clearly_less() -> None
     wide = 0.2 * np.random.default_rng(5).normal(size=500)
     attention = OPERATORS["attention_prefill"]
 
-    def best(log_errors: list[np.ndarray], operator: Operator) -> int:
-        return fitting._best(log_errors, operator, 0.06)
+    def best(*log_errors: np.ndarray, operator: Operator = GEMM) -> int:
+        return fitting._best(log_errors, operator)
 
-    assert best([wide], GEMM) == best([wide], attention) == 0
+    assert best(wide) == best(wide, operator=attention) == 0
     # On a grid the smooth one is quicker, elsewhere trees are.
-    assert [best([wide, share * wide], GEMM) for share in (1.1, 0.97, 0.8)] == [0, 0, 1]
-    assert [best([wide, share * wide], attention) for share in (1.3, 1.03, 0.9)] == [0, 1, 1]
-    assert best([wide, 0.9 * wide, 0.8 * wide], GEMM) == 2
+    assert [best(wide, share * wide) for share in (1.1, 0.97, 0.8)] == [0, 0, 1]
+    assert [best(wide, share * wide, operator=attention) for share in (1.3, 1.03, 0.9)] == [0, 1, 1]
 
 
-def test_a_mean_of_residuals_errs_as_the_mean_of_their_errors() -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn grows the trees")
+def test_a_sum_takes_the_shares_that_err_least() -> None:
     samples, unseen = made(200, step=0.4), made(300, seed=1, step=0.4)
     models = fitting._with_residuals(fit_operator(samples, RATES, SMOOTH_ONLY), samples, with_trees=True)
-    errors = [fitting._log_errors(model, unseen) for model in models]
-    mixed = fitting._log_errors(fitting._mean_of(models), unseen)
-    np.testing.assert_allclose(mixed, 0.5 * (errors[0] + errors[1]), atol=1e-12)
+    smooth, stepwise = (fitting._log_errors(model, unseen) for model in models)
+    for share in (0.25, 0.5, 0.75):
+        # Errors that cancel at this share and no other.
+        noise = np.linspace(-0.2, 0.3, 300)
+        mixed, left = fitting._mixed(models, (share * noise, (share - 1.0) * noise))
+        np.testing.assert_allclose(left, 0.0, atol=1e-12)
+        expected = (1.0 - share) * smooth + share * stepwise
+        np.testing.assert_allclose(fitting._log_errors(mixed, unseen), expected, atol=1e-12)
+    # A part of no weight is not kept.
+    assert fitting._mixed(models, (0.1 * smooth, stepwise))[0].residual is models[0].residual
+    assert fitting._mixed(models, (smooth, 0.1 * stepwise))[0].residual is models[1].residual
 
 
 def test_errors_of_left_out_folds_are_those_of_fits_without_them() -> None:
@@ -152,18 +157,6 @@ def test_intervals_of_a_regime_with_few_shapes_lean_on_all() -> None:
     np.testing.assert_allclose(
         fitting._intervals(errors[:400], regime[:400])["compute"], bands["launch"], rtol=0.2
     )
-
-
-def test_without_scikit_learn_residuals_are_smooth(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = made(160, step=0.4)
-    expected = fit_operator(samples, RATES, SMOOTH_ONLY)
-    for module in (fitting, residuals):
-        monkeypatch.setattr(module, "has_trees", lambda: False)
-    model = fit_operator(samples, RATES)
-    assert isinstance(model.residual, RbfResidual)
-    np.testing.assert_array_equal(model.time(samples.shape), expected.time(samples.shape))
-    with pytest.raises(CalibrationError, match=r"pip install 'meshwright\[calibrate\]'"):
-        residuals.fit_trees(np.zeros((4, 3)), np.zeros(4))
 
 
 def test_the_box_is_what_was_sampled(wavy: OperatorModel) -> None:
