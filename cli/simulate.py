@@ -60,6 +60,12 @@ _OTHER_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".pdf", ".html")
 )
 @click.option("--explain", "explains", is_flag=True, help="Serving: split the time to the first token.")
 @click.option(
+    "--policy",
+    metavar="NAME",
+    help="Serving: form steps otherwise than the engine does: static, orca, chunked_prefill, prefill_first, split_fuse, "
+    "inflight.",
+)
+@click.option(
     "--seeds",
     type=click.IntRange(1, 1_000_000),
     help="Iterations to draw with jitter, the first one with --seed; 100.",
@@ -80,6 +86,7 @@ def command(
     contention: ContentionFlags,
     requests: Path | None,
     explains: bool,
+    policy: str | None,
     seeds: int | None,
     common: CommonOptions,
 ) -> None:
@@ -92,6 +99,7 @@ def command(
     meshwright simulate plans/1.yaml --jitter 2% --rank-spread 1% --seeds 100
     meshwright simulate plans/1.yaml --contention --routing ecmp --background 'leaf up=30%'
     meshwright simulate serving-plan.yaml --requests requests.jsonl --out results/
+    meshwright simulate serving-plan.yaml --policy orca
     """
     from meshwright.cli.render.console import print_json
     from meshwright.cli.render.simulation import print_simulation, simulation_mapping
@@ -119,11 +127,14 @@ def command(
             timeline=timeline,
             out=out,
             explains=explains,
+            policy=policy,
             common=common,
         )
         return
-    if requests is not None or explains:
-        raise SpecError(f"{plan}: --requests and --explain go with serving plans, this is a training plan")
+    if requests is not None or explains or policy is not None:
+        raise SpecError(
+            f"{plan}: --requests, --explain and --policy go with serving plans, this is a training plan"
+        )
     document = read_plan(plan)
     asked = _asked_jitter(
         document.plan, document.job.cluster.node.num_gpus, jitter, rank_spread, slow_ranks, slow_nodes, seeds

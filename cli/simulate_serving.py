@@ -32,7 +32,14 @@ def explain_serving(
     """
     if not long_context:
         simulate_serving(
-            plan, other_flags, requests=None, timeline=None, out=None, explains=True, common=common
+            plan,
+            other_flags,
+            requests=None,
+            timeline=None,
+            out=None,
+            explains=True,
+            policy=None,
+            common=common,
         )
         return
     from meshwright.cli.render.serving_long_context import print_long_context
@@ -55,6 +62,7 @@ def simulate_serving(
     timeline: Path | None,
     out: Path | None,
     explains: bool,
+    policy: str | None,
     common: CommonOptions,
 ) -> None:
     """Simulate a serving plan request by request.
@@ -71,6 +79,8 @@ def simulate_serving(
         Trace of all engine steps; folder of ``requests.csv`` and ``metrics.json``.
     explains : bool
         Split the time to the first token.
+    policy : str | None
+        How every pool forms its steps instead of as the plan says, whether its engine can or not.
     common : CommonOptions
         Shared options.
     """
@@ -91,6 +101,8 @@ def simulate_serving(
     if requests is not None:
         document = _with_requests(document, requests)
     check_engine_runs(document.job, document.plan)
+    if policy is not None:
+        document = _with_policy(document, policy)
     check_serving_outputs(timeline, out, force=common.force)
     costs = JobCosts(document.job, common.calibrations)
     run = serve_plan(document, costs, seed=common.seed, is_recording=timeline is not None)
@@ -113,6 +125,27 @@ def _refuse_training_flags(flags: dict[str, object]) -> None:
 
 def _with_requests(document: ServingPlanDocument, requests: Path) -> ServingPlanDocument:
     from meshwright.simcore.domain.serving import ServingWorkload
+    from meshwright.simcore.serving.traces import has_lengths_only
 
-    workload = ServingWorkload(arrival="trace", requests_file=str(requests))
+    own = document.job.workload
+    if own.arrival != "trace" and has_lengths_only(requests):
+        workload = ServingWorkload(
+            arrival=own.arrival,
+            rate=own.rate,
+            burstiness=own.burstiness,
+            concurrency=own.concurrency,
+            requests_file=str(requests),
+        )
+    else:
+        workload = ServingWorkload(arrival="trace", requests_file=str(requests))
     return replace(document, job=replace(document.job, workload=workload))
+
+
+def _with_policy(document: ServingPlanDocument, word: str) -> ServingPlanDocument:
+    from meshwright.errors import SpecError
+    from meshwright.planner.serving.deployment import with_policy
+
+    try:
+        return replace(document, plan=with_policy(document.plan, word))
+    except SpecError as error:
+        raise SpecError(f"--policy: {error}") from None

@@ -33,6 +33,7 @@ KNOWN_FEATURES = frozenset(
         "deepep",
         "fp8_activations",
         "float8_linear",
+        "float8_rowwise",
         "no_overlap",
         "tp_overlap",
         "overlap_grad_reduce",
@@ -145,7 +146,19 @@ class CostContext:
     @property
     def gathered_bytes(self) -> float:
         """Width of what sequence parallelism gathers before linear layers [B]."""
-        return self.operand_bytes if self.software.gathers_narrow_operands else self.element_bytes
+        is_narrow = self.software.gathers_narrow_operands and not self.scales_by_row
+        return self.operand_bytes if is_narrow else self.element_bytes
+
+    @property
+    def scales_by_row(self) -> bool:
+        """Whether fp8 operands have one scale per row, in place of one per tensor."""
+        return "float8_rowwise" in self.features
+
+    @property
+    def cast_bytes(self) -> float:
+        """Traffic of quantising one element of an operand to a narrow format [B]."""
+        software = self.software
+        return software.fp8_cast_bytes * (software.fp8_rowwise_cast_factor if self.scales_by_row else 1.0)
 
     @property
     def is_lora(self) -> bool:
@@ -206,7 +219,7 @@ def cost_context(
     Raises
     ------
     SpecError
-        If the software is unknown, the device lacks the precision or the model has linear attention.
+        If the software is unknown or lacks a feature, the device lacks the precision or the model has linear attention.
     CalibrationError
         If the device has no calibration.
     """
@@ -242,6 +255,8 @@ def cost_context(
         else load_device_calibration(gpu, node)
     )
     software = with_constants(load_software(job.software), calibration.software)
+    features = features | frozenset(job.features)
+    _check_row_scales(job, software, features)
     return CostContext(
         model=job.model,
         cluster=job.cluster,
@@ -249,8 +264,23 @@ def cost_context(
         software=software,
         calibration=calibration,
         attention_kernel=attention_kernel or _default_kernel(job, software),
-        features=features | frozenset(job.features),
+        features=features,
     )
+
+
+def _check_row_scales(job: TrainingJob, software: SoftwareGeneration, features: frozenset[str]) -> None:
+    """Refuse one scale per row where no products are fp8, or where the software has no such recipe."""
+    if "float8_rowwise" not in features:
+        return
+    if job.workload.precision != "fp8":
+        raise SpecError(
+            f"feature float8_rowwise needs precision fp8, not {job.workload.precision}; leave it out"
+        )
+    if not software.fp8_rowwise_cast_factor:
+        raise SpecError(
+            f"software {software.id} has no fp8 with one scale per row; leave the feature float8_rowwise out "
+            "or use software torchtitan"
+        )
 
 
 def _default_kernel(job: TrainingJob, software: SoftwareGeneration) -> AttentionKernel:

@@ -95,7 +95,9 @@ class SoftwareGeneration:
     expert_overlap_contention : float
         Slowdown of compute per second of hidden expert all-to-all: the share of SMs its kernels hold.
     fp8_cast_bytes : float
-        Traffic of quantising one element of a GEMM input for fp8 [B].
+        Traffic of quantising one element of a GEMM input for fp8, one scale per tensor [B].
+    fp8_rowwise_cast_factor : float
+        Traffic of quantising with one scale per row (the feature ``float8_rowwise``) over that; 0 lacks the recipe.
     vocab_pass_time : float
         What one pass of vocabulary parallelism costs besides its work: the barrier of all stages, small
         collectives and launches [s].
@@ -120,7 +122,8 @@ class SoftwareGeneration:
         Gathers and scatters of sequence parallelism split the second dimension of (batch, sequence, hidden): the
         whole tensor is copied once more in each, but where they are pipelined with their products.
     gathers_narrow_operands : bool
-        Sequence parallelism gathers inputs and output gradients in the narrow format of the products.
+        Sequence parallelism gathers inputs and output gradients in the narrow format of the products, where a
+        tensor has one scale.
     extra_state_bytes : float
         Further copies held with the optimizer states, sharded like them [B per parameter].
     fragmentation : float
@@ -166,6 +169,7 @@ class SoftwareGeneration:
     # 20 of 132 SMs (DeepSeek-V3 report, arXiv 2412.19437, section 3.2.2).
     expert_overlap_contention: float = 0.15
     fp8_cast_bytes: float = 2.3
+    fp8_rowwise_cast_factor: float = 0.0
     # Once per pass, whatever the vocabulary: 40 published rows of the vocabulary-parallel artifact.
     vocab_pass_time: float = 0.4e-3
     fixed_time: float = 0.0

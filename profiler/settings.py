@@ -35,7 +35,7 @@ class ProfileSettings:
     ----------
     points : Mapping[str, int]
         Shapes by operator; ``streaming`` and ``copies`` are sizes of each such kernel. Products in fp16, fp32
-        and tf32 get a third of ``gemm``.
+        and tf32 get a third of ``gemm``, gradients in other formats than the main one sixteen shapes at most.
     precisions : tuple[str, ...]
         Number formats to try; those the device lacks become rows with a reason.
     suites : tuple[str, ...]

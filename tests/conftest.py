@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import tomllib
 from collections.abc import Callable
@@ -31,6 +32,8 @@ def _require_links() -> None:
 
 
 _require_links()
+# Readline sets the width of the terminal, and processes that run tests in parallel inherit it.
+os.environ.pop("COLUMNS", None)
 
 
 class Outcome(NamedTuple):

@@ -15,6 +15,7 @@ from meshwright.cli.render.serving_plan_table import gpus_text, pool_text
 from meshwright.cli.render.serving_plans import failed_note
 from meshwright.cli.render.serving_timeline import write_serving_timeline
 from meshwright.planner.output_file import check_replaceable, is_our_json, is_our_trace, replace_file
+from meshwright.planner.serving.deployment import policy_note
 from meshwright.planner.serving.plan_file import serving_plan_mapping
 from meshwright.planner.serving.run import ServingRun
 from meshwright.planner.serving.workload_section import slo_mapping, workload_mapping
@@ -50,6 +51,7 @@ def serving_simulation_mapping(run: ServingRun) -> dict[str, object]:
     optional = {
         "joules_per_output_token": run.joules_per_output_token,
         "dollars_per_million_output_tokens": run.dollars_per_million_output_tokens,
+        "policy_note": policy_note(plan),
     }
     return {
         "kind": "serving_simulation",
@@ -172,9 +174,12 @@ def _phase_joules(run: ServingRun) -> str:
 
 
 def _load_notes(run: ServingRun) -> list[str]:
-    """Return whose load was served, and what of it the model cannot hold."""
+    """Return whether the engine forms such steps, whose load was served, and what of it the model cannot hold."""
     workload, model = run.document.job.workload, run.document.job.model
     notes = []
+    foreign = policy_note(run.document.plan)
+    if foreign is not None:
+        notes.append(f"Note: {foreign}.")
     if run.num_failed:
         notes.append(failed_note(run.num_failed))
     if workload.arrival != "trace":

@@ -259,9 +259,9 @@ def product_times(
     if is_narrow:
         # Inputs and weights are quantised before the forward, output gradients and weights before the backward.
         quantised = num_weights + inputs if casts_input else num_weights
-        cast = stream_time(software.fp8_cast_bytes * quantised, bandwidth, stream)
+        cast = stream_time(context.cast_bytes * quantised, bandwidth, stream)
         forward = forward + cast
-        dgrad = dgrad + stream_time(software.fp8_cast_bytes * (outputs + num_weights), bandwidth, stream)
+        dgrad = dgrad + stream_time(context.cast_bytes * (outputs + num_weights), bandwidth, stream)
     return LinearTimes(forward=forward, input_gradient=dgrad, weight_gradient=weight, cast=cast)
 
 

@@ -85,12 +85,16 @@ def tensor_parallel_times(
     gather, scatter = timed("all_gather", gathered), timed("reduce_scatter", summed)
     # Only the split form can be pipelined with its products, over one scale-up domain, and never beyond them.
     overlap = np.where(tp <= context.cluster.node.num_gpus, _overlap(context), 0.0)
-    split = gather + scatter
+    # Gathers are not fused with products of one scale per row (pytorch issue 149990).
+    fuses_gather = not context.scales_by_row
+    split = gather + scatter if fuses_gather else scatter
     exposed = 1.0 - np.minimum(overlap, cover / np.maximum(split, np.finfo(np.float32).tiny))
-    gather, scatter = gather * exposed, scatter * exposed
-    if software.copies_gathered_sequence and "async_tp" not in context.features:
-        gather = gather + _copy_time(context, tp, gathered)
-        if not (is_backward and software.splits_projections):
+    gather, scatter = gather * exposed if fuses_gather else gather, scatter * exposed
+    if software.copies_gathered_sequence:
+        is_pipelined = "async_tp" in context.features
+        if not (is_pipelined and fuses_gather):
+            gather = gather + _copy_time(context, tp, gathered)
+        if not (is_pipelined or (is_backward and software.splits_projections)):
             scatter = scatter + _copy_time(context, tp, summed)
     return ExchangeTimes(
         gather=np.where(sequence_parallel, gather, 0.0), reduce=np.where(sequence_parallel, scatter, reduce)

@@ -13,6 +13,7 @@ from meshwright.planner.export.rules import (
     nearest,
     nearest_multiples,
     ranks_in_natural_order,
+    scales_have_settings,
     window_bites,
 )
 from meshwright.simcore.domain.job import TrainingJob
@@ -160,6 +161,7 @@ def precision_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 ACCELERATE_RULES: tuple[Rule, ...] = (
     *COMMON_RULES,
+    scales_have_settings,
     ranks_in_natural_order,
     no_pipeline,
     no_expert_axes,

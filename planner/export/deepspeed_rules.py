@@ -14,6 +14,7 @@ from meshwright.planner.export.rules import (
     nearest,
     nearest_multiples,
     ranks_in_natural_order,
+    scales_have_settings,
 )
 from meshwright.simcore.domain.job import TrainingJob
 from meshwright.simcore.domain.plan import ParallelPlan
@@ -223,6 +224,7 @@ def precision_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 DEEPSPEED_RULES: tuple[Rule, ...] = (
     *COMMON_RULES,
+    scales_have_settings,
     ranks_in_natural_order,
     no_pipeline,
     no_interleaving,

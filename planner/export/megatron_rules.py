@@ -17,6 +17,7 @@ from meshwright.planner.export.rules import (
     inner_stages_hold_layers,
     nearest,
     nearest_multiples,
+    scales_have_settings,
     window_bites,
 )
 from meshwright.simcore.domain.device_mapping import RANK_ORDERS
@@ -290,6 +291,7 @@ def rank_order_fits_experts(job: TrainingJob, plan: ParallelPlan) -> str | None:
 
 MEGATRON_RULES: tuple[Rule, ...] = (
     *COMMON_RULES,
+    scales_have_settings,
     rank_order_fits_experts,
     *MEGATRON_MODEL_RULES,
     tensor_parallel_divides_attention,

@@ -26,6 +26,7 @@ __all__ = [
     "nearest",
     "nearest_multiples",
     "ranks_in_natural_order",
+    "scales_have_settings",
     "server_size",
     "window_bites",
 ]
@@ -255,6 +256,16 @@ def storage_has_settings(job: TrainingJob, plan: ParallelPlan) -> str | None:
     return (
         f"features {', '.join(narrow)} narrow what a rank holds and are not written into the target's files; "
         "leave them out."
+    )
+
+
+def scales_have_settings(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """Only torchtitan is told how many scales an fp8 operand has; other targets would run one per tensor."""
+    if "float8_rowwise" not in job.features:
+        return None
+    return (
+        "feature float8_rowwise (one scale per row, torchao) has no setting in this target; leave it out or use target "
+        "torchtitan."
     )
 
 

@@ -98,7 +98,7 @@ class _Exporter(ABC):
             f"Meshwright: {label(job.model.name)} on {plan.num_gpus} GPUs, torchtitan {self.target_version}."
         )
         default = self._model_name(job)
-        notes = _notes(job, plan, is_registered=default is not None)
+        notes = (*_notes(job, plan, is_registered=default is not None), *self._more_notes(job, plan))
         settings, sources, words, last_words = self._settings(job, plan, title, notes)
         if plan.schedule in PLACED_LIKE:
             settings = (*settings, ExportFile(SCHEDULE_FILE, schedule_csv(job, plan)))
@@ -131,6 +131,10 @@ class _Exporter(ABC):
     @abstractmethod
     def _model_name(self, job: TrainingJob) -> str | None:
         """Return the registered model as the launch script splits it, ``left:right``; None for other shapes."""
+
+    def _more_notes(self, job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
+        """Return what holds for this release alone."""
+        return ()
 
     @abstractmethod
     def _settings(
@@ -207,6 +211,14 @@ class Torchtitan02Exporter(_Exporter):
         flavor = find_flavor(job.model, self.target_version)
         return None if flavor is None else f"{flavor.family}:{flavor.name}"
 
+    def _more_notes(self, job: TrainingJob, plan: ParallelPlan) -> tuple[str, ...]:
+        if job.workload.precision != "fp8" or plan.tp == 1 or "float8_rowwise" in job.features:
+            return ()
+        return (
+            "torchtitan 0.2.1 gathers for tp in 16 bits: parallelize.py looks for a converter 'float8', which has another "
+            "name by then. The prediction counts on 8 bits.",
+        )
+
     def _settings(
         self, job: TrainingJob, plan: ParallelPlan, title: str, notes: tuple[str, ...]
     ) -> tuple[tuple[ExportFile, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -261,9 +273,7 @@ def _notes(job: TrainingJob, plan: ParallelPlan, *, is_registered: bool) -> tupl
             f"The prediction assumes that the busiest expert rank gets {job.workload.imbalance_at(plan.ep):g} times the mean."
         )
     if job.workload.precision in ("fp8", "mxfp8"):
-        notes.append(
-            "Number format by torchao, row by row for fp8; layers whose sizes do not align stay in bf16."
-        )
+        notes.append("Number format by torchao; layers whose sizes do not align stay in bf16.")
     if plan.parameter_offload != "none":
         notes.append("Offload to host memory takes gradients along with weights and optimizer states.")
     return tuple(notes)

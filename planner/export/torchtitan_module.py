@@ -66,7 +66,8 @@ def _converters(job: TrainingJob, is_compiled: bool) -> list[str]:
     calls = []
     if job.workload.precision == "fp8":
         left_out = '["lm_head", "router.gate"]' if has_experts else '["lm_head"]'
-        calls.append(f"Float8LinearConverter.Config(filter_fqns={left_out}, {compiled})")
+        recipe = 'recipe_name="rowwise"'
+        calls.append(f"Float8LinearConverter.Config({recipe}, filter_fqns={left_out}, {compiled})")
         if has_experts:
             calls.append(f"Float8GroupedExpertsConverter.Config({compiled})")
     elif job.workload.precision == "mxfp8":

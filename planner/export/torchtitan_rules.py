@@ -6,6 +6,7 @@ embeddings and a schedule on compiled layers end the run once every rank has sta
 
 from __future__ import annotations
 
+from meshwright.costmodels.software import load_software
 from meshwright.planner.export.rules import (
     COMMON_RULES,
     Rule,
@@ -192,6 +193,19 @@ def precision_exists(job: TrainingJob, plan: ParallelPlan) -> str | None:
     return f"precision '{precision}' is not mapped to torchtitan; use '{near}'."
 
 
+def fp8_scales_by_row(job: TrainingJob, plan: ParallelPlan) -> str | None:
+    """The converter of 0.3 has no other recipe (quantization/float8.py), and a prediction should know."""
+    if job.workload.precision != "fp8" or "float8_rowwise" in job.features:
+        return None
+    if not load_software(job.software).fp8_rowwise_cast_factor:
+        # The prediction is for other software altogether, which a note says.
+        return None
+    return (
+        "precision 'fp8' has one scale per row in torchtitan 0.3, one per tensor in the prediction; add the feature "
+        "float8_rowwise or use target torchtitan-0.2."
+    )
+
+
 def sequence_parallel_comes_with_tp(job: TrainingJob, plan: ParallelPlan) -> str | None:
     """The tensor parallel plans of 0.2 are written for sequence parallelism."""
     if plan.tp == 1 or plan.sequence_parallel:
@@ -334,6 +348,7 @@ TORCHTITAN_0_2_RULES: tuple[Rule, ...] = (
 )
 TORCHTITAN_0_3_RULES: tuple[Rule, ...] = (
     *_SHARED,
+    fp8_scales_by_row,
     context_parallel_gathers,
     expert_parallel_keeps_experts_whole,
     dual_pipe_overlaps_no_experts,

@@ -202,7 +202,8 @@ def _quantization(job: TrainingJob) -> Settings:
     converters = [f"quantize.linear.{kind}"]
     linear: dict[str, object] = {"filter_fqns": ["output"]}
     if kind == "float8":
-        linear = {"recipe_name": "rowwise", **linear}
+        recipe = "rowwise" if "float8_rowwise" in job.features else "tensorwise"
+        linear = {"recipe_name": recipe, **linear}
     settings: Settings = {"model": {"converters": converters}, f"quantize.linear.{kind}": linear}
     if job.model.moe is not None:
         linear["filter_fqns"] = ["output", "router.gate"]

@@ -71,11 +71,16 @@ def load_state(path: Path, digest: str) -> SearchState | None:
     Raises
     ------
     SpecError
-        If the file is something else, or belongs to another job.
+        If its folder does not exist, or the file is something else or belongs to another job.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
+        # A new search makes the file; a folder that is not there is more likely mistyped.
+        if not path.parent.is_dir():
+            raise SpecError(
+                f"--resume {path}: there is no folder {path.parent}; make it, or name the file to resume from"
+            ) from None
         return None
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror})") from None

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 from meshwright.costmodels.serving.memory import kv_bytes_per_token
 from meshwright.costmodels.serving.replica import engine_behaviour
-from meshwright.errors import InfeasiblePlanError, UnsupportedByTargetError
+from meshwright.errors import InfeasiblePlanError, SpecError, UnsupportedByTargetError, did_you_mean
 from meshwright.hardware_specs.specs import ClusterSpec
 from meshwright.planner.serving.costs import JobCosts
 from meshwright.planner.serving.replica_shapes import has_units, rule_numbers, vendor_reason
-from meshwright.simcore.domain.serving import EngineName, PolicyName, ServingJob, ServingPlan, ServingPool
+from meshwright.simcore.domain.serving import (
+    POLICIES,
+    EngineName,
+    PolicyName,
+    ServingJob,
+    ServingPlan,
+    ServingPool,
+)
 from meshwright.simcore.serving.behaviour import TransferLink
 from meshwright.simcore.serving.pool import ReplicaPool
 
-__all__ = ["ENGINE_POLICIES", "check_engine_runs", "replica_pools", "transfer_link"]
+__all__ = [
+    "ENGINE_POLICIES",
+    "check_engine_runs",
+    "policy_note",
+    "replica_pools",
+    "transfer_link",
+    "with_policy",
+]
 
 ENGINE_POLICIES: dict[EngineName, tuple[PolicyName, ...]] = {
     # --enable-chunked-prefill is vLLM v1's only scheduler.
@@ -42,8 +57,8 @@ def check_engine_runs(job: ServingJob, plan: ServingPlan) -> None:
         known = ENGINE_POLICIES[plan.engine]
         if pool.policy not in known:
             reasons.append(
-                f"{pool.role} pool: policy {pool.policy} (it has {', '.join(known)}; the other policies are for "
-                "engines of their own)"
+                f"{pool.role} pool: policy {pool.policy} (it has {', '.join(known)}; what another would do, "
+                f"'meshwright simulate --policy {pool.policy}' tells)"
             )
         gpu = job.cluster_of(pool.role).gpu
         vendor = vendor_reason(plan.engine, gpu)
@@ -65,6 +80,38 @@ def check_engine_runs(job: ServingJob, plan: ServingPlan) -> None:
         ]
     if reasons:
         raise UnsupportedByTargetError(f"{plan.engine} cannot express this plan: {'; '.join(reasons)}")
+
+
+def with_policy(plan: ServingPlan, word: str) -> ServingPlan:
+    """Return a plan whose every pool forms its steps by another policy, one its engine need not have.
+
+    Raises
+    ------
+    SpecError
+        If there is no such policy, or it cannot hand requests from pool to pool.
+    """
+    if word not in POLICIES:
+        raise SpecError(
+            f"unknown policy '{word}'{did_you_mean(word, POLICIES) or ';'} known: {', '.join(POLICIES)}"
+        )
+    if word == "static" and plan.is_disaggregated:
+        raise SpecError(
+            "static batching ends a batch as a whole and cannot hand requests from a prefill to a decode pool; "
+            "simulate an aggregated plan"
+        )
+    policy = cast("PolicyName", word)
+    return replace(plan, pools=tuple(replace(pool, policy=policy) for pool in plan.pools))
+
+
+def policy_note(plan: ServingPlan) -> str | None:
+    """Return what to say of a plan whose policy is not one of its engine's; None where it is."""
+    words = {pool.policy for pool in plan.pools} - set(ENGINE_POLICIES[plan.engine])
+    if not words:
+        return None
+    return (
+        f"policy {', '.join(sorted(words))} is not what {plan.engine} does; kernels, host time, front end and memory "
+        f"stay those of {plan.engine}"
+    )
 
 
 def replica_pools(plan: ServingPlan, costs: JobCosts, prompt_length: float = 0.0) -> tuple[ReplicaPool, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 # Ratios up to this many replicas a side are tried: finer ones differ by less than the latencies are known.
 _MAX_REPLICAS = 12
+# Shares of the expected rate that simulation may find: a ratio that just carries a demand may turn out to miss it.
+_RATE_SHARES = (1.0, 0.8, 0.65)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,8 +55,9 @@ def best_pairs(
     max_gpus: int,
     prefill_margin: FloatArray | None = None,
     max_prefill_gpus: int | None = None,
+    demand: FloatArray | None = None,
 ) -> Pairs:
-    """Return every pair of sides at its best ratio.
+    """Return every pair of sides at its best ratio, or at those that serve a demand on the fewest GPUs.
 
     Parameters
     ----------
@@ -67,11 +71,14 @@ def best_pairs(
         Rate that a prefill pool keeps free, whatever its size, ``(num_prefills,)``; None is nothing [1/s].
     max_prefill_gpus : int | None
         GPUs of a cluster of the prefill pools' own, ``max_gpus`` being those of the decode pools; None shares one.
+    demand : NDArray[np.float64] | None
+        Rate that all units together have to carry, ``(num_prefills, num_decodes)``; None where more is better [1/s].
 
     Notes
     -----
     A ratio's value is the rate of the slower side per GPU that the cluster's whole units use of all GPUs there are: a
-    ratio that wastes no GPUs but leaves a node idle is worth less.
+    ratio that wastes no GPUs but leaves a node idle is worth less. With a demand it is the GPUs that carry it, and a
+    pair has an entry for each ratio that is the cheapest with more or less room to spare.
     """
     counts = np.arange(1, _MAX_REPLICAS + 1)
     ratios_p, ratios_d = (axis.ravel() for axis in np.meshgrid(counts, counts, indexing="ij"))
@@ -93,11 +100,14 @@ def best_pairs(
     margin = np.zeros(len(p)) if prefill_margin is None else prefill_margin[p]
     # Where the margin leaves nothing, a hundredth of the bound keeps the order of what is left.
     estimate = np.maximum(np.minimum(first - margin[:, None], second), 0.01 * rate)
-    value = np.where(room > 0, estimate * room, -1.0)
-    chosen = value.argmax(axis=1)
-    rows = np.arange(len(p))
-    kept = value[rows, chosen] > 0.0
-    rows, chosen = rows[kept], chosen[kept]
+    served = estimate * room
+    rows = np.flatnonzero((served > 0.0).any(axis=1))
+    if demand is None:
+        chosen = served[rows].argmax(axis=1)
+    else:
+        rows, chosen = _cheapest_ratios(
+            rows, demand.ravel(), (rate, *(share * estimate for share in _RATE_SHARES)), room, gpus
+        )
     return Pairs(
         prefill=p[rows],
         decode=d[rows],
@@ -107,3 +117,24 @@ def best_pairs(
         estimate=estimate[rows, chosen],
         num_gpus=gpus[rows, chosen].astype(np.int64),
     )
+
+
+def _cheapest_ratios(
+    rows: IntArray, demand: FloatArray, capacities: Sequence[FloatArray], room: IntArray, gpus: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Return pairs and ratios that carry the demand on the fewest GPUs by any of the capacities, each combination once.
+
+    Where no ratio carries it, the one that carries the most.
+    """
+    places: list[IntArray] = []
+    wanted = demand[rows, None]
+    for capacity in (each[rows] for each in capacities):
+        units = np.ceil(wanted / np.maximum(capacity, 1e-300) - 1e-9)
+        is_enough = units <= room[rows]
+        # Among equal numbers of GPUs the one with the most to spare.
+        spare = np.minimum(units * capacity / np.maximum(wanted, 1e-300), 1e6)
+        best = np.where(is_enough, units * gpus[rows] - 1e-7 * spare, np.inf).argmin(axis=1)
+        most = (capacity * room[rows]).argmax(axis=1)
+        places.append(rows * gpus.shape[1] + np.where(is_enough.any(axis=1), best, most))
+    found, chosen = np.divmod(np.unique(np.concatenate(places)), gpus.shape[1])
+    return found.astype(np.int64), chosen.astype(np.int64)

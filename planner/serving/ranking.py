@@ -233,7 +233,7 @@ def _disaggregated(
     sizing: Sizing,
     is_closed_loop: bool,
 ) -> dict[str, NDArray[Any]]:
-    """Return the units of pairs of shapes of one engine and format, each at its best ratio."""
+    """Return the units of pairs of shapes of one engine and format, each at its best ratios."""
     formats: dict[tuple[str, str, str], list[int]] = {}
     for index, option in enumerate(space.options):
         formats.setdefault((option.engine, option.precision, option.kv_precision), []).append(index)
@@ -244,6 +244,11 @@ def _disaggregated(
         )
         first = _best_rows(likely, prefill.option, option_gpus, members)
         second = _best_rows(decode.rate, decode.option, option_gpus, members)
+        # Requests under way: those in the prefill pool beside those that decode.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            decoding = np.where(decode.rate > 0.0, decode.clients / decode.rate, 0.0)
+        seconds = prefill.ttft[first][:, None] + decoding[second]
+        demand = sizing.demand / (seconds if is_closed_loop else np.ones_like(seconds))
         pairs = best_pairs(
             prefill.rate[first],
             option_gpus[prefill.option[first]],
@@ -252,13 +257,9 @@ def _disaggregated(
             sizing.max_gpus,
             prefill.margin[first],
             sizing.max_prefill_gpus,
+            demand if sizing.objective == "cost" else None,
         )
         p, d = first[pairs.prefill], second[pairs.decode]
-        # Requests under way: those in the prefill pool beside those that decode.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            seconds = (
-                np.where(decode.rate[d] > 0.0, decode.clients[d] / decode.rate[d], 0.0) + prefill.ttft[p]
-            )
         found.append(
             {
                 "decode": d,
@@ -267,7 +268,7 @@ def _disaggregated(
                 "num_decode": pairs.num_decode,
                 "rate": pairs.rate,
                 "estimate": pairs.estimate,
-                "load": pairs.rate * seconds if is_closed_loop else pairs.rate,
+                "load": pairs.rate * seconds[pairs.prefill, pairs.decode] if is_closed_loop else pairs.rate,
                 "num_gpus": pairs.num_gpus,
                 "prefill_gpus": pairs.num_prefill * option_gpus[prefill.option[p]],
                 "shape": len(space.options) * (1 + prefill.option[p]) + decode.option[d],

@@ -140,12 +140,24 @@ def _fit_operators(
         forward = fitted.get(f"gemm.{samples.precision}")
         try:
             if samples.operator in _LAYOUTS and forward and len(samples.seconds) < _OWN_RESIDUAL:
-                fitted[samples.name] = _under_forward_residual(samples, forward, settings)
+                fitted[samples.name] = _few_gradients(samples, forward, settings)
             else:
                 fitted[samples.name] = fit_operator(samples, rates, settings)
         except CalibrationError as error:
             notes.append(str(error))
     return fitted, tuple(notes)
+
+
+def _few_gradients(samples: OperatorSamples, forward: OperatorModel, settings: FitSettings) -> OperatorModel:
+    """Return a gradient layout's roofline under the forward layout's residual, or bare where that errs less.
+
+    Where the layouts run kernels of their own (fp16 on a processor) they share no residual.
+    """
+    bare = fit_operator(samples, forward.rates, replace(settings, with_residual=False))
+    shared = _under_forward_residual(samples, forward, settings)
+    assert bare.error is not None
+    assert shared.error is not None
+    return bare if bare.error.mean < shared.error.mean else shared
 
 
 def _under_forward_residual(

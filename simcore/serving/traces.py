@@ -29,7 +29,7 @@ from meshwright.errors import SpecError, did_you_mean
 from meshwright.simcore.domain.serving import ServingWorkload
 from meshwright.simcore.serving.requests import RequestTable, arrival_times, generate_requests
 
-__all__ = ["MOONCAKE_BLOCK_SIZE", "Trace", "load_requests", "read_trace"]
+__all__ = ["MOONCAKE_BLOCK_SIZE", "Trace", "has_lengths_only", "load_requests", "read_trace"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -46,6 +46,8 @@ _CSV_NAMES = {
     ),
     "time": ("arrival_time_s", "TIMESTAMP", "Timestamp"),
 }
+# Lengths of JSON lines may be called what they are called in CSV.
+_LENGTH_OF = {name: field for field in ("input_length", "output_length") for name in _CSV_NAMES[field]}
 _JSON_NAMES = (
     "arrival_time_s",
     "hash_ids",
@@ -87,7 +89,8 @@ def load_requests(workload: ServingWorkload, *, seed: int = 0) -> RequestTable:
     if workload.arrival == "trace":
         if not trace.has_times:
             raise SpecError(
-                f"{workload.requests_file}: has lengths but no times; choose closed_loop, poisson or gamma arrivals"
+                f"{workload.requests_file}: has lengths but no times; say how requests come: --rate '4 /s' or "
+                "--concurrency 64 (in a job file, 'arrival: poisson' with a rate, or a concurrency, beside 'requests')"
             )
         return trace.requests
     count = trace.requests.num_requests
@@ -97,6 +100,18 @@ def load_requests(workload: ServingWorkload, *, seed: int = 0) -> RequestTable:
         arrival_time=arrival_times(workload, count, np.random.default_rng(seed)),
         concurrency=workload.concurrency if is_closed else 0,
     )
+
+
+def has_lengths_only(path: Path) -> bool:
+    """Return whether the first line of a file names no times; False where it cannot be read, which its reader tells."""
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            first = next((line for line in stream if line.strip()), "")
+        names = json.loads(first) if first.lstrip().startswith("{") else next(csv.reader([first]), [])
+    except (OSError, ValueError):
+        return False
+    known = {"timestamp", *_CSV_NAMES["time"]}
+    return bool(first) and not known & {name.strip() for name in names}
 
 
 def read_trace(path: Path) -> Trace:
@@ -228,6 +243,7 @@ class _Rows:
     def add_json(self, line: int, record: Mapping[str, object]) -> None:
         """Check and keep a request of a JSON line."""
         where = f"{self._path}:{line}"
+        record = {_LENGTH_OF.get(name, name): value for name, value in record.items()}
         for name in record:
             if name not in _JSON_NAMES:
                 raise SpecError(

@@ -72,6 +72,13 @@ def test_the_state_of_another_job_is_refused(meshwright, job, folder):
     assert (folder / "state.json").read_bytes() == before
 
 
+def test_a_state_in_a_folder_that_does_not_exist_is_refused_before_the_search(meshwright, job, folder):
+    outcome = meshwright("plan", job, "--resume", "nowhere/state.json")
+    assert outcome.code == 2
+    assert "--resume nowhere/state.json: there is no folder nowhere; make it" in outcome.stderr
+    assert not (folder / "nowhere").exists()
+
+
 @pytest.mark.parametrize("content", ["mine\n", '{"kind": "search_state"}', ""])
 def test_a_file_that_is_no_state_is_refused(meshwright, job, folder, content):
     (folder / "mine").write_text(content)

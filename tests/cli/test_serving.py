@@ -311,7 +311,7 @@ def test_flags_of_the_other_kind_of_plan_are_refused(meshwright, plan_file, flat
     training.write_text(flat_plan)
     outcome = meshwright("simulate", training, "--requests", "a.csv")
     assert outcome.code == 2
-    assert "--requests and --explain go with serving plans" in outcome.stderr
+    assert "--requests, --explain and --policy go with serving plans" in outcome.stderr
     assert meshwright("explain", training, "--long-context").code == 2
 
 

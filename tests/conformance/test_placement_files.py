@@ -33,5 +33,6 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     ran = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), "vllm"], check=False, capture_output=True, text=True
     )
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 4, ran.stderr
     assert "vllm: not asked, no folder" in ran.stdout
+    assert ran.stderr.startswith("error: no engine's code in ")

@@ -21,6 +21,7 @@ from meshwright.costmodels.layers.projections import (
 )
 from meshwright.costmodels.parallelism.tensor import ExchangeTimes, tensor_parallel_times
 from meshwright.costmodels.roofline import stream_time
+from meshwright.errors import SpecError
 
 MakeContext = Callable[..., CostContext]
 
@@ -179,6 +180,53 @@ def test_fp8_inputs_are_gathered_in_fp8(make_context: MakeContext) -> None:
     assert narrow.reduce[0] == wide.reduce[0]
     megatron = make_context("llama-3-8b", software="megatron-core", precision="fp8")
     assert megatron.gathered_bytes == 2.0
+
+
+@pytest.fixture
+def by_tensor_and_row(make_context: MakeContext) -> tuple[CostContext, CostContext]:
+    """Llama 3 8B in fp8, with one scale per tensor and one per row."""
+    tensor = make_context("llama-3-8b", software="torchtitan", length=LENGTH, precision="fp8")
+    return tensor, replace(tensor, features=frozenset({"float8_rowwise"}))
+
+
+def test_scales_per_row_cost_casts_and_16_bit_gathers(
+    context: CostContext, by_tensor_and_row: tuple[CostContext, CostContext]
+) -> None:
+    tensor, row = by_tensor_and_row
+    rows, out, into = (np.array([float(each)]) for each in (LENGTH, FFN, HIDDEN))
+    once, more = (product_times(each, rows, out, into, out * into, is_trained=True) for each in (tensor, row))
+    casts = stream_time(
+        np.array([(row.cast_bytes - tensor.cast_bytes) * (out * into + rows * into)[0]]),
+        context.gpu.memory_bandwidth_bytes_per_second,
+        context.calibration.memory_stream_efficiency,
+    )
+    assert row.cast_bytes == row.software.fp8_rowwise_cast_factor * tensor.cast_bytes
+    assert more.forward[0] - once.forward[0] == pytest.approx(casts[0])
+    assert more.input_gradient[0] > once.input_gradient[0]
+    assert more.weight_gradient[0] == once.weight_gradient[0]
+    assert exchange(row).gather[0] == exchange(context).gather[0] > exchange(tensor).gather[0]
+
+
+def test_gathers_are_not_pipelined_with_products_of_scales_per_row(
+    by_tensor_and_row: tuple[CostContext, CostContext],
+) -> None:
+    _, row = by_tensor_and_row
+    apart, pipelined = (
+        exchange(replace(row, features=row.features | more)) for more in (frozenset[str](), {"async_tp"})
+    )
+    assert pipelined.gather[0] == apart.gather[0]
+    assert pipelined.reduce[0] < 0.75 * apart.reduce[0]
+
+
+@pytest.mark.parametrize(
+    ("software", "precision", "expected"),
+    [("torchtitan", "bf16", "needs precision fp8"), ("megatron-core", "fp8", "software torchtitan")],
+)
+def test_scales_per_row_need_fp8_and_software_that_has_them(
+    make_context: MakeContext, software: str, precision: str, expected: str
+) -> None:
+    with pytest.raises(SpecError, match=expected):
+        make_context("llama-3-8b", software=software, precision=precision, features=("float8_rowwise",))
 
 
 def test_repeated_heads_move_through_memory(context: CostContext) -> None:

@@ -143,6 +143,7 @@ def make_job(
     gpus_per_node: int = 8,
     vendor: str = "nvidia",
     software: str = "megatron-core",
+    features: tuple[str, ...] = (),
     **workload: object,
 ) -> TrainingJob:
     """Return a job of a model on made-up machines; further keywords are fields of the workload."""
@@ -156,6 +157,7 @@ def make_job(
             **workload,  # type: ignore[arg-type]  # keywords are checked by the class
         ),
         software=software,
+        features=features,
     )
 
 
@@ -356,7 +358,14 @@ CASES: dict[str, tuple[str, Launcher, TrainingJob, ParallelPlan]] = {
     "torchtitan_float8_adapters": (
         "torchtitan",
         "torchrun",
-        make_job(LLAMA_405B, num_nodes=32, precision="fp8", lora_rank=16, software="torchtitan"),
+        make_job(
+            LLAMA_405B,
+            num_nodes=32,
+            precision="fp8",
+            lora_rank=16,
+            software="torchtitan",
+            features=("float8_rowwise",),
+        ),
         make_plan(
             126,
             dp=16,

@@ -361,6 +361,14 @@ def test_narrow_storage_is_never_dropped_without_a_word(target):
     assert "leave them out" in reasons
 
 
+@pytest.mark.parametrize("target", sorted(set(EXPORTERS) - {"torchtitan", "torchtitan-0.2"}))
+def test_scales_per_row_are_torchtitans_alone(target):
+    job = make_job(precision="fp8", software="torchtitan", features=("float8_rowwise",))
+    reasons = " ".join(EXPORTERS[target].unsupported(job, make_plan(dp=8)))
+    assert "feature float8_rowwise" in reasons
+    assert "target torchtitan" in reasons
+
+
 def test_every_reason_is_listed_at_once():
     job = make_job(dataclasses.replace(LLAMA_8B, position_embedding="alibi"), precision="int8", length=8191)
     reasons = EXPORTERS["megatron"].unsupported(job, make_plan(tp=2, dp=8, cp=1, **SP))

@@ -126,6 +126,11 @@ BOTH = {
     ),
 }
 ONLY_0_3 = {
+    "one scale per tensor": (
+        make_job(precision="fp8", software="torchtitan"),
+        make_plan(dp=16, sharding="zero3"),
+        ["one scale per row", "float8_rowwise", "torchtitan-0.2"],
+    ),
     "a ring": (make_job(), make_plan(dp=8, cp=2, sharding="zero3"), ["'ring'", "'all_gather'"]),
     "split experts": (
         make_job(MIXTRAL),
@@ -219,3 +224,21 @@ def test_layers_are_not_compiled_where_torch_refuses_it(schedule, target):
     settings = bundle.files[1].text
     assert "--compile.components loss\n" in settings or 'components = ["loss"]\n' in settings
     assert any("only the loss is compiled" in note for note in bundle.notes)
+
+
+@pytest.mark.parametrize(
+    ("features", "recipe", "gathers_wider"),
+    [((), "tensorwise", True), (("float8_rowwise",), "rowwise", False)],
+)
+def test_the_release_0_2_is_told_the_recipe_that_was_predicted(features, recipe, gathers_wider):
+    job = make_job(precision="fp8", software="torchtitan", features=features)
+    plan = make_plan(dp=8, tp=2, sequence_parallel=True, sharding="zero3")
+    bundle = EXPORTERS["torchtitan-0.2"].export(job, plan, "torchrun")
+    assert f'recipe_name = "{recipe}"\n' in bundle.files[1].text
+    assert any("gathers for tp in 16 bits" in note for note in bundle.notes) is gathers_wider
+
+
+def test_the_release_0_3_is_told_its_only_recipe():
+    job = make_job(precision="fp8", software="torchtitan", features=("float8_rowwise",))
+    bundle = EXPORTERS["torchtitan"].export(job, make_plan(dp=16, sharding="zero3"), "torchrun")
+    assert any('Float8LinearConverter.Config(recipe_name="rowwise", ' in each.text for each in bundle.files)

@@ -8,9 +8,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from meshwright.errors import InfeasiblePlanError, UnsupportedByTargetError
+from meshwright.errors import InfeasiblePlanError, SpecError, UnsupportedByTargetError
 from meshwright.planner.serving.costs import JobCosts
-from meshwright.planner.serving.deployment import check_engine_runs, replica_pools, transfer_link
+from meshwright.planner.serving.deployment import (
+    check_engine_runs,
+    policy_note,
+    replica_pools,
+    transfer_link,
+    with_policy,
+)
 from meshwright.planner.serving.long_context import CONTEXT_LENGTHS, long_context_rows
 from meshwright.planner.serving.plan_file import ServingPlanDocument
 from meshwright.planner.serving.run import serve_plan
@@ -75,6 +81,18 @@ def test_an_engine_that_cannot_express_the_plan_is_named(job, plan, says):
     with pytest.raises(UnsupportedByTargetError, match=f"{plan.engine} cannot express this plan: .*{says}"):
         check_engine_runs(job, plan)
     check_engine_runs(job, plan_of())
+
+
+def test_another_policy_reaches_every_pool_and_is_named(job, costs):
+    pair = plan_of(ServingPool(role="prefill", tp=2), ServingPool(role="decode", tp=2))
+    assert policy_note(pair) is None
+    changed = with_policy(pair, "orca")
+    assert {pool.behaviour.policy for pool in replica_pools(changed, costs)} == {"orca"}
+    assert policy_note(changed).startswith("policy orca is not what vllm does")
+    with pytest.raises(
+        SpecError, match=r"static batching .* cannot hand requests from a prefill to a decode"
+    ):
+        with_policy(pair, "static")
 
 
 def test_a_stated_cache_must_fit_beside_the_weights(job, costs):

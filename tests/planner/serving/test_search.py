@@ -117,6 +117,17 @@ def test_disaggregated_sides_are_matched_at_the_best_ratio():
     assert len(best_pairs(np.array([6.0]), np.array([8]), np.array([2.0]), np.array([1]), 8)) == 0
 
 
+def test_a_demand_is_paired_on_the_fewest_gpus_with_more_or_less_to_spare():
+    sides = (np.array([6.0]), np.array([1]), np.array([10.0]), np.array([2]), 64)
+    pairs = best_pairs(*sides, demand=np.array([[9.0]]))
+    found = list(zip(pairs.num_prefill.tolist(), pairs.num_decode.tolist(), strict=True))
+    # 12 and 10 requests/s on 4 GPUs carry 9; should a fifth be lost, 12 and 20 on 6 do, and should a third, 18 and 20.
+    assert sorted(found) == [(1, 1), (2, 1), (3, 2)]
+    # What no ratio carries is paired to carry the most.
+    pairs = best_pairs(*sides[:4], 8, demand=np.array([[1000.0]]))
+    assert len(pairs) == 1
+
+
 def test_the_front_holds_no_point_that_another_beats(cases, fixed_load):
     request = cases.request()
     space = candidate_space(request, fixed_load, cases.costs(), 8)

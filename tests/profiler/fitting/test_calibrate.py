@@ -36,15 +36,19 @@ LAYER = {
 CURVE = RooflineCurve(launch_time=4e-6, compute_efficiency=0.65, memory_efficiency=0.8, exponent=1.8)
 
 
-def products(name: str, count: int, curve: RooflineCurve = CURVE, seed: int = 0) -> OperatorSamples:
+def products(
+    name: str, count: int, curve: RooflineCurve = CURVE, seed: int = 0, precision: str = "bf16"
+) -> OperatorSamples:
     """Products of a roofline under a deviation that all layouts share."""
     rng = np.random.default_rng(seed)
     shape = {field: np.round(2.0 ** rng.uniform(6.0, 14.0, count)) for field in "mnk"}
     deviation = 0.15 * np.sin(np.log2(np.column_stack(list(shape.values()))) / 2.0).sum(axis=1)
-    work = OPERATORS[name].work(shape, "bf16", device_rates(H200, name, "bf16"), {})
-    seconds = roofline_time(work, curve, device_rates(H200, name, "bf16")) * np.exp(deviation)
+    rates = device_rates(H200, name, precision)
+    seconds = roofline_time(OPERATORS[name].work(shape, precision, rates, {}), curve, rates) * np.exp(
+        deviation
+    )
     return OperatorSamples(
-        operator=name, precision="bf16", shape=shape, seconds=seconds, source=f"made-up {name}"
+        operator=name, precision=precision, shape=shape, seconds=seconds, source=f"made-up {name}"
     )
 
 
@@ -123,6 +127,32 @@ def test_a_gradient_layout_takes_the_forwards_residual_over_a_roofline_of_its_ow
     # What the error says is of the times as measured.
     assert model.error is not None
     assert model.error.mean == pytest.approx(errors.mean(), abs=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp16", "fp32", "tf32"])
+def test_the_few_gradients_of_other_formats_make_a_roofline_of_their_own(precision: str) -> None:
+    slower = replace(CURVE, compute_efficiency=0.5, launch_time=6e-6)
+    forward = products("gemm", 100, precision=precision)
+    backward = products("gemm_wgrad", 16, slower, seed=1, precision=precision)
+    models = calibrate(measured(forward, backward), H200, SMOOTH_ONLY).document.operators
+    own, forward_model = models[f"gemm_wgrad.{precision}"], models[f"gemm.{precision}"]
+    assert own.residual is forward_model.residual
+    unseen = products("gemm_wgrad", 300, slower, seed=2, precision=precision)
+    error, borrowed = (
+        np.abs(model.time(unseen.shape) / unseen.seconds - 1.0).mean() for model in (own, forward_model)
+    )
+    assert error < 0.07 < borrowed
+
+
+def test_a_gradient_layout_that_shares_no_deviation_keeps_its_bare_roofline() -> None:
+    forward, backward = products("gemm", 100), products("gemm_dgrad", 16, seed=1)
+    rates = device_rates(H200, "gemm_dgrad", "bf16")
+    work = OPERATORS["gemm_dgrad"].work(backward.shape, "bf16", rates, {})
+    backward = replace(backward, seconds=roofline_time(work, CURVE, rates))
+    model = calibrate(measured(forward, backward), H200, SMOOTH_ONLY).document.operators["gemm_dgrad.bf16"]
+    assert model.residual is None
+    assert model.error is not None
+    assert model.error.mean < 0.03
 
 
 def test_a_gradient_layout_of_many_shapes_stands_on_its_own() -> None:

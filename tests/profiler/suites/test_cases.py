@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -83,6 +84,8 @@ def test_a_hopper_gpu_gets_the_points_the_budget_was_made_for() -> None:
     counts = Counter((case.operator, case.precision) for case in cases_of(H200, ProfileSettings()))
     assert counts["gemm", "bf16"] == counts["gemm", "fp8"] == 300
     assert counts["gemm_dgrad", "bf16"] == counts["gemm_wgrad", "bf16"] == 100
+    for precision in ("fp8", "fp16", "fp32", "tf32"):
+        assert counts["gemm_dgrad", precision] == counts["gemm_wgrad", precision] == 16
     assert counts["gemm", "fp32"] == counts["gemm", "tf32"] == counts["gemm", "fp16"] == 100
     assert counts["attention_prefill", "bf16"] == counts["attention_decode", "bf16"] == 300
     assert counts["attention_backward", "bf16"] == counts["moe", "bf16"] == 150
@@ -121,17 +124,24 @@ def test_a_lone_gpu_has_no_peer() -> None:
     ],
     ids=["h200", "a100", "v100", "mi300x", "cpu"],
 )
-def test_formats_a_device_lacks_become_one_row_with_a_reason(device: Device, missing: set[str]) -> None:
-    products = [
-        case for case in load_suite("gemm").cases(device, ProfileSettings()) if case.operator == "gemm"
-    ]
-    for precision in ("bf16", "fp8", "fp16", "fp32", "tf32"):
-        rows = [case for case in products if case.precision == precision]
+def test_formats_a_device_lacks_become_one_row_a_layout_with_a_reason(
+    device: Device, missing: set[str]
+) -> None:
+    products = list(load_suite("gemm").cases(device, ProfileSettings()))
+    layouts, precisions = ("gemm", "gemm_dgrad", "gemm_wgrad"), ("bf16", "fp8", "fp16", "fp32", "tf32")
+    for operator, precision in itertools.product(layouts, precisions):
+        rows = [case for case in products if (case.operator, case.precision) == (operator, precision)]
         assert (lacks(device, precision) is not None) == (precision in missing)
         assert (len(rows) == 1) == (precision in missing)
         if precision in missing:
             with pytest.raises(NotImplementedError, match=precision):
                 rows[0].prepare()
+
+
+def test_fp8_gradients_have_the_sizes_their_units_take() -> None:
+    for case in load_suite("gemm").cases(H200, ProfileSettings()):
+        if case.precision == "fp8":
+            assert case.shape["n"] % 16 == case.shape["k"] % 16 == 0
 
 
 def test_a_volta_gpu_is_measured_in_fp16_throughout() -> None:

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -43,8 +45,8 @@ def cpu() -> Device:
 def test_a_profile_of_all_suites_measures_every_operator(tmp_path: Path, cpu: Device) -> None:
     summary = run_profile(tmp_path / "host.jsonl", cpu, TINY)
     assert summary.missing == {}
-    # fp8 and tf32 products, and graphs.
-    assert {status: count for status, count in summary.counts.items() if status != "ok"} == {"unsupported": 3}
+    # fp8 and tf32 products in three layouts, and graphs.
+    assert {status: count for status, count in summary.counts.items() if status != "ok"} == {"unsupported": 7}
     measured = read_measurements([tmp_path / "host.jsonl"])
     assert {samples.operator for samples in measured.operators} == set(OPERATORS) - ABSENT
     for samples in measured.operators:
@@ -130,6 +132,29 @@ def test_products_have_the_layout_of_their_layer(
     assert (tuple(b.shape), b.stride()) == right
     product()
     torch.testing.assert_close(out, a @ b)
+
+
+@pytest.mark.parametrize("operator", ["gemm", "gemm_dgrad", "gemm_wgrad"])
+def test_fp8_operands_lie_along_the_inner_size(operator: str, cpu: Device) -> None:
+    # A processor computes such products slowly, which is enough to see that they are right.
+    product = gemm.prepare_product(operator, "fp8", {"m": 32, "n": 48, "k": 16}, cpu)
+    assert isinstance(product, partial)
+    a, b = product.args
+    assert (a.stride(), b.stride()) == ((16, 1), (1, 16))
+    out = product()
+    assert isinstance(out, torch.Tensor)
+    torch.testing.assert_close(out.float(), a.float() @ b.float(), rtol=0.01, atol=0.05)
+
+
+def test_gradients_in_fp8_are_summed_at_full_width() -> None:
+    described = cast("Device", SimpleNamespace(type="cuda", torch_name="cpu", software={}))
+    shape = {"m": 16, "n": 16, "k": 16}
+    products = [gemm.prepare_product(operator, "fp8", shape, described) for operator in gemm._LAYOUTS]
+    assert [cast("partial[object]", each).keywords["use_fast_accum"] for each in products] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_tf32_product_leaves_the_precision_of_others_alone(cpu: Device) -> None:

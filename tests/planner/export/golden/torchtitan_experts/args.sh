@@ -3,7 +3,7 @@
 # Meshwright: deepseek-v3 on 256 GPUs, torchtitan 0.3.0.
 # Note: Data, optimizer and learning rate are those of torchtitan's config; the plan sets neither them nor the 100 steps.
 # Note: The prediction assumes that the busiest expert rank gets 1 times the mean.
-# Note: Number format by torchao, row by row for fp8; layers whose sizes do not align stay in bf16.
+# Note: Number format by torchao; layers whose sizes do not align stay in bf16.
 
 # Section training.
 TRAINING_ARGS=(
