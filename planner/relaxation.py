@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -52,7 +53,10 @@ def infeasible(
 
 
 def nearest_relaxations(job: TrainingJob, context: CostContext, limits: SearchLimits) -> list[str]:
-    """Return single changes that make a plan feasible, the user's own restrictions first."""
+    """Return single changes that make a plan feasible: another target, or the user's own restrictions first."""
+    refusal = _most_common_refusal(job, context, limits)
+    if refusal:
+        return [f"fits without target {limits.target}, which says of most plans: {refusal}"]
     found = []
     for key, values in limits.allowed.items():
         others = {name: allowed for name, allowed in limits.allowed.items() if name != key}
@@ -73,6 +77,21 @@ def nearest_relaxations(job: TrainingJob, context: CostContext, limits: SearchLi
             break
         length //= 2
     return found
+
+
+def _most_common_refusal(job: TrainingJob, context: CostContext, limits: SearchLimits) -> str:
+    """Return what the target says of most of the first plans that fit without it; empty without one."""
+    if limits.target is None:
+        return ""
+    free = replace(limits, target=None)
+    for block in space_blocks(context, free, world_sizes("throughput", context)):
+        for part in feasible_parts(context, choices_left(context, block, free, {}), free, {}):
+            _, columns = part.plans(*(index[:_PLANS_AT_ONCE] for index in np.nonzero(part.fits)))
+            plans = (plan_of_row(job, columns, row) for row in range(len(columns)))
+            said = Counter(word for plan in plans for word in EXPORTERS[limits.target].unsupported(job, plan))
+            if said:
+                return said.most_common(1)[0][0]
+    return ""
 
 
 def _nodes_needed(job: TrainingJob, context: CostContext, limits: SearchLimits) -> int | None:

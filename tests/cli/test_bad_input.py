@@ -454,6 +454,10 @@ INFEASIBLE = {
         ("rejected by memory (the fullest rank fits)", "nearest: fits on", "GPUs"),
     ),
     "far too large a model": ({"--model": "gpt-1t"}, ("rejected by memory", "nearest:")),
+    "a target that refuses all": (
+        {"--software": "torchtitan", "--precision": "fp8", "--target": "torchtitan"},
+        ("nearest: fits without target torchtitan, which says of most plans: precision 'fp8' has one scale",),
+    ),
 }
 
 
