@@ -87,12 +87,32 @@ _DRAFTING: Mapping[tuple[str, str], tuple[int, float]] = {
 # Published runs of these releases and formats always keep one client waiting (Little's law: 1.01 to 1.15 of 8, at every
 # answer length): their batch was limited to one less than the clients. Runs of the same release in 8 bits do not.
 _WITHOUT_LAST_SLOT = (("trtllm", "1.0.0rc3", "bf16"),)
+# Releases that rows on B200 without one are of, by the formats and labels of the InferenceX recipes' history
+# (dsr1_fp4_b200_docker.sh from 2025-09-21, dsr1_fp8_b200_docker.sh from 2025-11-10 with expert ranks in its labels).
+_UNNAMED_RELEASES: Mapping[tuple[str, str, str], str] = {
+    ("sglang", "b200-sxm-180", "nvfp4"): "0.5.3rc1",
+    ("sglang", "b200-sxm-180", "fp8_block"): "0.5.5",
+}
+# Releases whose recipes spread experts over the tensor parallel ranks (--enable-ep-moe) before labels told so.
+_UNLABELLED_EXPERT_RANKS = (("sglang", "0.5.3rc1"),)
+# Releases whose recipes began cold: the client sent nothing before the measured requests (a warm-up came on 2026-01-21,
+# InferenceX pull request 480), and a prompt that did not fit the first chunk of 16,384 tokens ran another latent
+# attention of FlashInfer, built by nvcc on its first use while all wait. Builds of FlashInfer's modules take 80 to 120 s
+# (TensorRT-LLM pull request 17286, vLLM issue 47456); fitted to four runs, each of which lost 63 to 80 s.
+_COLD_RELEASES = (("sglang", "0.5.3rc1"),)
+_COLD_CHUNK, _COMPILE_TIME = 16384, 72.0
 # The three shapes of the InferenceX recipe draw lengths from 0.8 of the nominal one up whatever the ratio column says:
 # such rows labelled 1.0 repeat both values of rows labelled 0.8. These releases were measured by a campaign of its own,
 # with fixed lengths.
 _VARIED_SHAPES = ((1024, 1024), (1024, 8192), (8192, 1024))
 _VARIED_RATIO = 0.8
 _FIXED_CAMPAIGNS = (("trtllm", "1.0.0rc3"), ("vllm", "0.12.0"), ("sglang", "0.5.1.post1"))
+# Releases whose runs of fixed lengths were launched as aiconfigurator's generator writes it (rule_plugin/sglang.rule:
+# --enable-mixed-chunk, --max-prefill-tokens of a prompt and 1,500 more, --max-running-requests of the clients): a further
+# prompt enters a step while it stays within those, beside all decoding sequences. Its own benchmark asks ten requests of
+# each client after a warm-up (eval/benchmarks/genai_perf_runner.py).
+_GENERATED_LAUNCHES = (("sglang", "0.5.6.post2"), ("sglang", "0.5.8.post1"))
+_GENERATED_SPARE_TOKENS = 1500
 # Launch flags of the InferenceX recipes that make prompts wait while others decode, in steps. TensorRT-LLM's attention
 # ranks begin prompts together or after so many steps (attention_dp_config: enable_balance, timeout_iters 60). SGLang on
 # Blackwell looks for requests every 10 steps, and every 30 from 16 clients on (--scheduler-recv-interval).
@@ -159,6 +179,11 @@ class ServingSetup:
         Lowest length over the nominal one.
     prompt_wait_steps : int
         Steps that the run's launch flags let prompts wait while others decode.
+    cold_start : float
+        Time that the first request of every client waits for kernels to be compiled [s].
+    mixed_step_tokens : int
+        Most tokens of a step by the run's launch flags, which put whole prompts beside all decoding sequences; 0
+        leaves how steps are formed to the engine.
     """
 
     model: ModelSpec
@@ -172,6 +197,8 @@ class ServingSetup:
     output_length: int
     length_ratio: float
     prompt_wait_steps: int = 0
+    cold_start: float = 0.0
+    mixed_step_tokens: int = 0
 
 
 def is_serving_table(path: Path) -> bool:
@@ -299,7 +326,7 @@ def _setup(run: ServingRun, model: ModelSpec, pool: ServingPool, clients: int) -
     precision = run.cell("precision") or "bf16"
     if precision not in PRECISIONS:
         raise SpecError(f"precision '{precision}' is none of {', '.join(PRECISIONS)}")
-    version = run.cell("engine_version")
+    version = _release(run)
     drafts_unsaid = (engine, version) in _DRAFTING and run.cell("length_ratio") == f"{_VARIED_RATIO:g}"
     if drafts_unsaid and model.num_mtp_layers:
         drafts, rate = _DRAFTING[engine, version]
@@ -309,7 +336,9 @@ def _setup(run: ServingRun, model: ModelSpec, pool: ServingPool, clients: int) -
     ratio = float(run.cell("length_ratio") or 1.0)
     if lengths in _VARIED_SHAPES and (engine, version) not in _FIXED_CAMPAIGNS:
         ratio = min(ratio, _VARIED_RATIO)
-    per_client = _FIXED_REQUESTS_PER_CLIENT if ratio == 1.0 else _REQUESTS_PER_CLIENT
+    is_generated = ratio == 1.0 and (engine, version) in _GENERATED_LAUNCHES
+    is_other_fixed = ratio == 1.0 and not is_generated
+    per_client = _FIXED_REQUESTS_PER_CLIENT if is_other_fixed else _REQUESTS_PER_CLIENT
     return ServingSetup(
         model=model,
         cluster=cluster,
@@ -328,7 +357,21 @@ def _setup(run: ServingRun, model: ModelSpec, pool: ServingPool, clients: int) -
         output_length=lengths[1],
         length_ratio=ratio,
         prompt_wait_steps=_prompt_wait(engine, model, pool, cluster, clients),
+        cold_start=_cold_start(run, clients * lengths[0] * 0.5 * (1.0 + ratio)),
+        mixed_step_tokens=lengths[0] + _GENERATED_SPARE_TOKENS + clients if is_generated else 0,
     )
+
+
+def _cold_start(run: ServingRun, burst_tokens: float) -> float:
+    """Return how long the first burst waits for kernels that nothing before it had compiled [s]."""
+    is_cold = (run.cell("engine"), _release(run)) in _COLD_RELEASES and burst_tokens > _COLD_CHUNK
+    return _COMPILE_TIME if is_cold else 0.0
+
+
+def _release(run: ServingRun) -> str:
+    """Return the release a row names, or the one its recipe had; blank where neither is known."""
+    recipe = (run.cell("engine"), load_gpu(run.cell("gpu")).id, run.cell("moe_precision"))
+    return run.cell("engine_version") or _UNNAMED_RELEASES.get(recipe, "")
 
 
 def _prompt_wait(engine: str, model: ModelSpec, pool: ServingPool, cluster: ClusterSpec, clients: int) -> int:
@@ -356,6 +399,8 @@ def _pool(run: ServingRun, model: ModelSpec, prefix: str) -> tuple[ServingPool, 
     if model.moe is None:
         return ServingPool(tp=tp, pp=pp, attention_dp=attention_dp), factor
     ranks = moe_tp * ep
+    if ep == 1 and (run.cell("engine"), _release(run)) in _UNLABELLED_EXPERT_RANKS:
+        moe_tp, ep = 1, moe_tp
     is_multiplied = (run.cell("engine"), run.cell("engine_version")) not in _FIXED_CAMPAIGNS
     if is_multiplied and moe_tp == ep > 1 and ranks in (tp, attention_dp):
         if attention_dp == ranks:
@@ -371,7 +416,8 @@ def _pool(run: ServingRun, model: ModelSpec, prefix: str) -> tuple[ServingPool, 
         attention_dp, tp, moe_tp, ep = tp * attention_dp, 1, 1, tp * attention_dp
         factor = 1
     elif ranks > tp * attention_dp:
-        tp = ranks // attention_dp
+        # A plan of aiconfigurator has as many attention as expert ranks; its column of vLLM's data parallel degree stays 1.
+        factor = attention_dp = ranks // tp
     elif ranks < tp * attention_dp:
         moe_tp = tp * attention_dp // ep
     return ServingPool(tp=tp, pp=pp, attention_dp=attention_dp, moe_tp=moe_tp, ep=ep), factor

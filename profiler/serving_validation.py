@@ -209,6 +209,13 @@ class ServingValidator:
             served.constants, pool, one.memory.kv_cache_tokens, prompt_length=setup.input_length
         )
         behaviour = replace(behaviour, prompt_wait_steps=setup.prompt_wait_steps)
+        if setup.mixed_step_tokens:
+            behaviour = replace(
+                behaviour,
+                policy="chunked_prefill",
+                splits_prompts=False,
+                max_num_batched_tokens=setup.mixed_step_tokens,
+            )
         return served, replace(one, behaviour=behaviour)
 
     def _setup(self, run: ServingRun) -> ServingSetup:
@@ -275,6 +282,7 @@ def simulated_means(one: Replica, setup: ServingSetup, seed: int = 0) -> tuple[f
     )
     result = simulate(one.table, one.behaviour, requests)
     ttft = float((result.first_token_time - result.arrival_time).mean())
+    ttft += setup.cold_start * setup.num_clients / setup.num_requests
     streamed = result.finish_time - result.first_token_time
     return ttft, float((streamed / np.maximum(result.output_length - 1, 1)).mean())
 

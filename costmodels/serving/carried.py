@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -66,10 +67,8 @@ def carried_kernels(
             launch_time=launch_time,
         ),
         operators={name: carried(operator) for name, operator in kernels.operators.items()},
-        all_reduce={
-            size: _carried_all_reduce(table, collective_latency, bandwidth)
-            for size, table in kernels.all_reduce.items()
-        },
+        all_reduce=_carried_all_reduces(kernels.all_reduce, collective_latency, bandwidth),
+        fused_all_reduce=_carried_all_reduces(kernels.fused_all_reduce, collective_latency, bandwidth),
         other_gemms={
             precision: tuple(carried(each) for each in operators)
             for precision, operators in kernels.other_gemms.items()
@@ -94,9 +93,14 @@ def _link_bandwidth(gpu: GpuSpec) -> float:
     return (gpu.scale_up or gpu.host_link).bandwidth_bytes_per_second
 
 
-def _carried_all_reduce(table: CollectiveTable, latency: float, bandwidth: float) -> CollectiveTable:
-    start = float(table.seconds.min())
-    return replace(table, seconds=start * latency + (table.seconds - start) / bandwidth)
+def _carried_all_reduces(
+    tables: Mapping[int, CollectiveTable], latency: float, bandwidth: float
+) -> dict[int, CollectiveTable]:
+    found = {}
+    for size, table in tables.items():
+        start = float(table.seconds.min())
+        found[size] = replace(table, seconds=start * latency + (table.seconds - start) / bandwidth)
+    return found
 
 
 def _carried_experts(

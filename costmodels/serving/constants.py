@@ -66,16 +66,27 @@ class EngineConstants:
         The all-reduce kernel applies the residual and the norm that follow.
     expert_factor : float
         Time of routed experts over the tables', which were measured under a power law of routing.
+    fused_expert_factor : float
+        The same where the engine runs the shared expert of DeepSeek-V3 as one routed expert more; 0 is an engine that
+        does not.
     fuses_rotary_cache : bool
         The attention kernel rotates queries and keys and writes the cache.
+    overlaps_shared_experts : bool
+        Steps replayed from a graph run shared experts on a stream of their own beside the routed ones.
+    splits_linear_projections : bool
+        Linear attention projects queries, keys and values, the output's gate and both gates of the state one by one.
     split_norm_kernels : float
         Small kernels of norms over all heads of a layer whose heads are split, once for queries and keys.
     absorbs_prompts : bool
         Latent attention runs prompts in the absorbed form of its decode steps.
+    prompt_expert_factor : float
+        Further factor on 8-bit routed experts in steps with prompts.
     prefill_attention_factor : float
         Time of attention over prompts over the kernel's own.
     decode_skew : float
         Extra decode attention per coefficient of variation of the contexts.
+    mixed_decode_factor : float
+        Time of decode attention in a step that holds prompts over that of a pure decode step.
     request_time : float
         Serial work of the front end per request [s].
     token_time : float
@@ -86,6 +97,8 @@ class EngineConstants:
         A token is delivered one step after it was computed.
     policy : PolicyName
         How steps are formed unless the pool says otherwise.
+    reserves_output : bool
+        A request is admitted when its prompt and whole answer fit, whatever the policy does.
     prompts_per_step : float
         Prompts that enter one step when many wait, as the front end hands them over; 0 is no limit.
     max_num_batched_tokens : float
@@ -115,16 +128,22 @@ class EngineConstants:
     max_graph_tokens: float = 512.0
     fuses_all_reduce_norm: bool = False
     fuses_rotary_cache: bool = False
+    overlaps_shared_experts: bool = False
+    splits_linear_projections: bool = False
     split_norm_kernels: float = 4.0
     absorbs_prompts: bool = False
     expert_factor: float = 1.0
+    fused_expert_factor: float = 0.0
+    prompt_expert_factor: float = 1.0
     prefill_attention_factor: float = 1.0
     decode_skew: float = 0.0
+    mixed_decode_factor: float = 1.0
     request_time: float = 0.0
     token_time: float = 0.0
     response_latency: float = 1e-2
     has_output_lag: bool = False
     policy: PolicyName = "chunked_prefill"
+    reserves_output: bool = False
     prompts_per_step: float = 0.0
     max_num_batched_tokens: float = 8192.0
     max_num_sequences: float = 1024.0
@@ -147,8 +166,11 @@ _FLAGS: tuple[str, ...] = (
     "is_host_hidden",
     "fuses_all_reduce_norm",
     "fuses_rotary_cache",
+    "overlaps_shared_experts",
+    "splits_linear_projections",
     "absorbs_prompts",
     "has_output_lag",
+    "reserves_output",
 )
 FITTABLE: tuple[str, ...] = tuple(each.name for each in fields(EngineConstants) if each.type == "float")
 """Constants that are plain numbers, which a calibration may replace."""
@@ -165,6 +187,7 @@ TIME_CONSTANTS: tuple[str, ...] = (
 _BYTES = ("overhead_bytes",)
 _KINDS = ("any", "dense", "moe")
 _ARCHITECTURES = ("any", "ampere", "ada", "hopper", "blackwell")
+_EXPERTS = ("any", "int4_wo")
 # Names that are no release sort after every release: they were built from a branch newer than the last one.
 _NO_RELEASE = (10**6,)
 _BEFORE_ALL = -9
@@ -203,22 +226,30 @@ class _Block:
     unstated_only: bool
     kind: str
     architecture: str
+    experts: str
     certainty: Certainty
     evidence: str
     values: Mapping[str, float | bool | str]
 
-    def applies(self, version: str, kind: str, architecture: str) -> bool:
-        """Whether the block is for a release or build, kind of model and architecture."""
+    def applies(self, version: str, kind: str, architecture: str, experts: str) -> bool:
+        """Whether the block is for a release or build, kind of model, architecture and format of experts."""
         if version == UNSTATED:
             in_range = self.includes_unstated or self.unstated_only
         elif self.build and version.startswith(self.build):
             in_range = True
         else:
             in_range = not self.unstated_only and self.first <= release_key(version) < self.below
-        return in_range and self.kind in ("any", kind) and self.architecture in ("any", architecture)
+        return (
+            in_range
+            and self.kind in ("any", kind)
+            and self.architecture in ("any", architecture)
+            and self.experts in ("any", experts)
+        )
 
 
-def engine_constants(engine: str, version: str, *, is_moe: bool, architecture: str) -> EngineConstants:
+def engine_constants(
+    engine: str, version: str, *, is_moe: bool, architecture: str, experts: str = ""
+) -> EngineConstants:
     """Return the constants of an engine release for a kind of model on an architecture.
 
     Parameters
@@ -230,6 +261,8 @@ def engine_constants(engine: str, version: str, *, is_moe: bool, architecture: s
         Whether the model is a mixture of experts.
     architecture : str
         Of the GPU, such as ``hopper``.
+    experts : str
+        Format of the routed experts: some run kernels of their own.
 
     Raises
     ------
@@ -245,7 +278,7 @@ def engine_constants(engine: str, version: str, *, is_moe: bool, architecture: s
     certainty: dict[str, Certainty] = {}
     evidence = []
     for block in _blocks(engine):
-        if block.applies(version, kind, architecture):
+        if block.applies(version, kind, architecture, experts):
             values |= block.values
             certainty |= dict.fromkeys(block.values, block.certainty)
             evidence.append(block.evidence)
@@ -306,6 +339,7 @@ def _block(section: Section) -> _Block:
         unstated_only=section.boolean("unstated_only", default=False),
         kind=section.choice("models", _KINDS, default="any"),
         architecture=section.choice("architecture", _ARCHITECTURES, default="any"),
+        experts=section.choice("experts", _EXPERTS, default="any"),
         certainty=cast("Certainty", section.choice("certainty", CERTAINTIES)),
         evidence=section.text("evidence"),
         values={name: _value(constants, name) for name in constants},

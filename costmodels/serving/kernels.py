@@ -40,6 +40,9 @@ _REPRESENTATIVES: Mapping[str, str] = {"hopper": "h100-sxm-80", "blackwell": "b2
 _MOST_EXPERT_RANKS = 16.0
 # Formats in which engines share kernels but time them unlike.
 _SHARED_FORMATS = ("fp8", "fp8_block")
+# Engines whose own tables of experts count where they have one. SGLang's is of the kernels it runs, FlashInfer's on
+# Blackwell and Triton's on Hopper: experts spread over ranks take it two to three times TensorRT-LLM's on prompts.
+_OWN_EXPERTS = ("sglang",)
 # Formats to borrow from, in this order, where an engine has no kernel of a format.
 _EXPERT_FORMATS: Mapping[str, tuple[str, ...]] = {
     "fp8": ("fp8_block",),
@@ -87,6 +90,8 @@ class ServingKernels:
         By ``OPERATOR.FORMAT``, overlay first.
     all_reduce : Mapping[int, CollectiveTable]
         One-shot all-reduce replayed from a graph, by group size; empty where nobody measured it.
+    fused_all_reduce : Mapping[int, CollectiveTable]
+        TensorRT-LLM's, which other engines run through FlashInfer where they fuse residual and norm with it.
     expert_tables : Mapping[tuple[str, tuple[int, ...]], ExpertTable]
         Routed experts of published models, a fitted curve each: seconds over tokens, by format and ``(hidden size, expert
         width, top k, experts, moe_tp, ep)``.
@@ -99,6 +104,7 @@ class ServingKernels:
     calibration: DeviceCalibration
     operators: Mapping[str, OperatorModel]
     all_reduce: Mapping[int, CollectiveTable]
+    fused_all_reduce: Mapping[int, CollectiveTable] = field(default_factory=dict)
     expert_tables: Mapping[tuple[str, tuple[int, ...]], ExpertTable] = field(default_factory=dict)
     other_gemms: Mapping[str, tuple[OperatorModel, ...]] = field(default_factory=dict)
     memo: dict[tuple[object, ...], NDArray[np.float64]] = field(default_factory=dict, repr=False)
@@ -230,6 +236,7 @@ def load_serving_kernels(
         calibration=shipped,
         operators=operators,
         all_reduce=_all_reduce().get((lender, engine), {}),
+        fused_all_reduce=_all_reduce().get((lender, "trtllm"), {}),
         # Times of another device of the architecture would not scale with its memory: those take the fits.
         expert_tables=_expert_tables(lender, engine) if lender == gpu.id and not _holds(own, "moe.") else {},
         other_gemms={} if _holds(own, "gemm.") else _other_gemms(gpu, lender, engine),
@@ -260,7 +267,7 @@ def _engine_gemm(device: str, engine: str, precision: str) -> OperatorModel | No
 
 @cache
 def _expert_tables(device: str, engine: str) -> Mapping[tuple[str, tuple[int, ...]], ExpertTable]:
-    """Return the tables of an engine, and in 8 bits the quickest of all engines'.
+    """Return the tables of an engine, and in 8 bits the quickest of all engines' unless its own is what it runs.
 
     TensorRT-LLM's table of fp8_block on Blackwell is of a kernel at half the memory's bandwidth, which its engine does
     not run; vLLM and SGLang time the one it does (FlashInfer's, of TensorRT-LLM's making).
@@ -278,9 +285,14 @@ def _expert_tables(device: str, engine: str) -> Mapping[tuple[str, tuple[int, ..
                     )
                     if owner == engine or key not in found:
                         found[key] = measured
-                    elif precision in _SHARED_FORMATS:
+                    elif precision in _SHARED_FORMATS and not _runs_own_experts(engine, key[1][-1]):
                         found[key] = _quicker(found[key], measured)
     return found
+
+
+def _runs_own_experts(engine: str, ep: int) -> bool:
+    """Whether an engine's own table is of the kernel it runs; over many ranks DeepEP's takes its place."""
+    return engine in _OWN_EXPERTS and ep < _MOST_EXPERT_RANKS
 
 
 def _quicker(first: ExpertTable, second: ExpertTable) -> ExpertTable:

@@ -72,11 +72,6 @@ def served_model(
     gpu = cluster.gpu
     if kernels is None:
         kernels = load_serving_kernels(gpu, cluster.node, plan.engine, calibration_paths)
-    if constants is None:
-        known = engine_constants(
-            plan.engine, plan.engine_version, is_moe=model.moe is not None, architecture=gpu.architecture
-        )
-        constants = with_engine_constants(known, kernels.calibration.software)
     formats: ServingFormats = serving_formats(
         model,
         plan.precision,
@@ -85,6 +80,15 @@ def served_model(
         architecture=gpu.architecture,
         engine=plan.engine,
     )
+    if constants is None:
+        known = engine_constants(
+            plan.engine,
+            plan.engine_version,
+            is_moe=model.moe is not None,
+            architecture=gpu.architecture,
+            experts=formats.experts,
+        )
+        constants = with_engine_constants(known, kernels.calibration.software)
     return ServedModel(
         model=model,
         formats=formats,
@@ -130,6 +134,7 @@ def engine_behaviour(
         has_prefix_cache=pool.has_prefix_cache,
         attention_dp=pool.attention_dp,
         pipeline_stages=pool.pp,
+        reserves_output=constants.reserves_output or None,
     )
 
 

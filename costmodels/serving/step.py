@@ -36,22 +36,32 @@ _ACTIVATION_BYTES = 2.0
 _INTER_NODE_EFFICIENCY = 0.8
 # DeepEP and its kin replace gather and scatter beyond this many expert ranks (DeepSeek-V3, arXiv 2412.19437, 3.2.2).
 _WIDE_EP = 16
+# Largest buffers that vLLM reduces, with the residual and the norm that follow, in FlashInfer's kernel on Blackwell, which
+# is TensorRT-LLM's (FI_ALLREDUCE_FUSION_MAX_SIZE_MB in vllm/compilation/passes/fusion/allreduce_rms_fusion.py).
+_FUSED_BYTES = {2: 64.0 * 2.0**20, 4: 32.0 * 2.0**20, 8: 2.0**20}
 # Small kernels of a layer beside products, attention and experts: two norms with the residual, rotary embedding, cache
 # write, activation; norms of queries and keys; top-k of the router and the sum with the shared experts; latent norms,
 # absorbed products and concatenation of MLA.
 _BASE_KERNELS, _QK_NORM_KERNELS, _ROUTER_KERNELS, _MLA_KERNELS = 5.0, 1.0, 1.0, 4.0
 _ACTIVATION_KERNELS, _ROTARY_KERNELS = 1.0, 2.0
+# An indexer beside its scores and top-k: rotary embedding and its two copies, rotation and quantisation of the queries
+# (those of the keys run beside), the write of its cache and the scaling of its heads (sglang 0.5.9, nsa_indexer.py).
+_INDEX_KERNELS = 7.0
 # Convolution and recurrence are counted apart; the gated delta rule also splits, normalises and gates in small kernels.
 _LINEAR_KERNELS = 9.0
+# Routed experts of the one architecture whose shared expert SGLang fuses.
+_FUSED_EXPERTS = 256
 # Quantising the inputs of a layer's products in blocks takes a kernel each: two products around the attention, two in a
 # dense or shared MLP. Scales of whole tensors are applied by the norms before.
 _QUANTISED_PAIR = 2.0
 _BLOCK_FORMATS = ("fp8_block", "mxfp8", "nvfp4")
+_NARROW_FORMATS = ("fp8", "fp8_block")
 # What the host starts per layer of a step with prompts beside small kernels: two products around the attention, and the
 # attention over prompts and over the cache; for MLA five products, the up-projection's splits, copies and concatenations,
-# and the absorbed form of what decodes beside; chunks of a linear recurrence; the two products of an MLP; router, its
-# top-k, permutation, two grouped products with their quantisation, and the weighted sum of routed experts.
-_ATTENTION_LAUNCHES, _MLA_LAUNCHES, _LINEAR_LAUNCHES = 4.0, 30.0, 40.0
+# and, where prompts do not run alone, the absorbed form of what decodes beside; chunks of a linear recurrence; the two
+# products of an MLP; router, its top-k, permutation, two grouped products with their quantisation, and the weighted sum
+# of routed experts.
+_ATTENTION_LAUNCHES, _MLA_LAUNCHES, _ABSORBED_LAUNCHES, _LINEAR_LAUNCHES = 4.0, 14.0, 16.0, 40.0
 _MLP_PRODUCTS, _EXPERT_LAUNCHES = 2.0, 7.0
 # Gated delta rule as sglang 0.5.14 times it on H200 and B200 (aiconfigurator-core 0.12.0, table gdn): a state is read
 # and written at 85 % of the memory's bandwidth; prompts move 14 kB per token and value head after 45 us.
@@ -63,7 +73,8 @@ _CHUNK_LATENCY, _CHUNK_BYTES = 45e-6, 14e3
 class StepBreakdown:
     """Device time by part at each of :data:`TOKEN_COUNTS`, all layers, ``(num_counts,)`` each [s].
 
-    ``head`` samples every token (pure decode), ``prompt_head`` those of a step that holds prompts.
+    ``head`` samples every token (pure decode), ``prompt_head`` those of a step that holds prompts; ``overlapped`` is
+    what a step replayed from a graph hides of the rest.
     """
 
     products: Column
@@ -72,10 +83,11 @@ class StepBreakdown:
     collectives: Column
     head: Column
     prompt_head: Column
+    overlapped: Column
 
     @property
     def body(self) -> Column:
-        """Everything but the head [s]."""
+        """Everything but the head, one kernel after the other [s]."""
         return self.products + self.experts + self.small_kernels + self.collectives
 
 
@@ -93,19 +105,21 @@ def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
     """
     constants = served.constants
     parts = step_breakdown(served, pool)
+    slower = constants.prompt_expert_factor - 1.0 if served.formats.experts in _NARROW_FORMATS else 0.0
     sends = _send_time(served, pool)
     lengths, prefill = prefill_attention(served, pool)
     contexts, decode = decode_attention(served, pool)
     return StepTable(
         token_counts=TOKEN_COUNTS,
-        graph_token_time=parts.body + parts.head + sends,
-        eager_token_time=parts.body + parts.prompt_head + sends,
+        graph_token_time=parts.body - parts.overlapped + parts.head + sends,
+        eager_token_time=parts.body + slower * parts.experts + parts.prompt_head + sends,
         decode_batch_sizes=DECODE_BATCH_SIZES,
         decode_contexts=contexts,
         decode_attention_time=decode,
         prompt_lengths=lengths,
         prefill_attention_time=prefill,
         decode_skew=constants.decode_skew,
+        mixed_decode_factor=constants.mixed_decode_factor,
         step_latency=constants.step_latency,
         host_time=constants.host_time,
         host_time_per_sequence=constants.host_time_per_sequence,
@@ -126,13 +140,15 @@ def step_breakdown(served: ServedModel, pool: ServingPool) -> StepBreakdown:
         products = products + model.num_linear_layers * _linear_products(served, pool)
     if dense_layers:
         products = products + dense_layers * _mlp(served, model.ffn_hidden_size, formats.mlp, pool)
-    experts = np.zeros_like(TOKEN_COUNTS)
+    experts, overlapped = np.zeros_like(TOKEN_COUNTS), np.zeros_like(TOKEN_COUNTS)
     if model.moe is not None and moe_layers:
-        if model.moe.shared_ffn_hidden_size:
-            products = products + moe_layers * _mlp(
-                served, model.moe.shared_ffn_hidden_size, formats.shared_experts, pool
-            )
         experts = moe_layers * _experts(served, pool)
+        if _runs_shared_experts(served, pool):
+            shared = moe_layers * _mlp(served, model.moe.shared_ffn_hidden_size, formats.shared_experts, pool)
+            products = products + shared
+            if served.constants.overlaps_shared_experts:
+                kernels = _num_shared_kernels(served, pool) * served.constants.kernel_time
+                overlapped = np.minimum(shared + moe_layers * kernels, experts)
     return StepBreakdown(
         products=products,
         experts=experts,
@@ -140,6 +156,7 @@ def step_breakdown(served: ServedModel, pool: ServingPool) -> StepBreakdown:
         collectives=_collectives(served, pool),
         head=_head(served, pool, TOKEN_COUNTS),
         prompt_head=_head(served, pool, np.minimum(TOKEN_COUNTS, _SAMPLED_ROWS)),
+        overlapped=overlapped,
     )
 
 
@@ -194,11 +211,12 @@ def _linear_products(served: ServedModel, pool: ServingPool) -> Column:
     values = linear.num_value_heads * linear.value_head_dim / pool.tp
     heads = linear.num_value_heads / pool.tp
     m = TOKEN_COUNTS
-    projections = (
-        _product(served, precision, m, 2.0 * keys + 2.0 * values, model.hidden_size)
-        + _product(served, "bf16", m, 2.0 * heads, model.hidden_size)
-        + _product(served, precision, m, model.hidden_size, values)
-    )
+    inputs = [(precision, 2.0 * keys + 2.0 * values), ("bf16", 2.0 * heads)]
+    if served.constants.splits_linear_projections:
+        inputs = [(precision, 2.0 * keys + values), (precision, values), ("bf16", heads), ("bf16", heads)]
+    projections = _product(served, precision, m, model.hidden_size, values)
+    for name, width in inputs:
+        projections = projections + _product(served, name, m, width, model.hidden_size)
     rate = served.cluster.gpu.memory_bandwidth_bytes_per_second
     state = _STATE_PASSES * 4.0 * heads * linear.key_head_dim * linear.value_head_dim * m
     decode = state / (_STATE_EFFICIENCY * rate)
@@ -213,6 +231,29 @@ def _mlp(served: ServedModel, width: int, precision: str, pool: ServingPool) -> 
     return _product(served, precision, TOKEN_COUNTS, gates * part, model.hidden_size) + _product(
         served, precision, TOKEN_COUNTS, model.hidden_size, part
     )
+
+
+def _fuses_shared_experts(served: ServedModel, pool: ServingPool) -> bool:
+    """Whether the engine runs the shared expert as one more routed expert, which every token takes.
+
+    SGLang's condition (models/deepseek_v2.py, determine_num_fused_shared_experts): the architecture of DeepSeek-V3, 256
+    routed experts and one shared, no expert parallelism.
+    """
+    model, moe = served.model, served.model.moe
+    if moe is None or not served.constants.fused_expert_factor or pool.ep > 1:
+        return False
+    is_dense_latent = model.mla is not None and model.mla.index_top_k is None
+    return (
+        is_dense_latent
+        and moe.num_experts == _FUSED_EXPERTS
+        and moe.shared_ffn_hidden_size == moe.moe_ffn_hidden_size
+    )
+
+
+def _runs_shared_experts(served: ServedModel, pool: ServingPool) -> bool:
+    """Whether shared experts have products of their own."""
+    moe = served.model.moe
+    return moe is not None and bool(moe.shared_ffn_hidden_size) and not _fuses_shared_experts(served, pool)
 
 
 def _experts(served: ServedModel, pool: ServingPool) -> Column:
@@ -237,7 +278,10 @@ def _experts(served: ServedModel, pool: ServingPool) -> Column:
     }
     router = _product(served, "bf16", TOKEN_COUNTS, moe.num_experts, model.hidden_size)
     grouped = served.kernels.expert_time(served.formats.experts, shape) + _copies_time(served, pool, tokens)
-    return router + served.constants.expert_factor * grouped
+    factor = served.constants.expert_factor
+    if _fuses_shared_experts(served, pool):
+        factor = served.constants.fused_expert_factor
+    return router + factor * grouped
 
 
 def _copies_time(served: ServedModel, pool: ServingPool, tokens: Column) -> Column:
@@ -267,25 +311,28 @@ def _num_small_kernels(served: ServedModel, pool: ServingPool) -> float:
     is_whole = model.is_qk_norm_per_head or pool.tp == 1
     norms = _QK_NORM_KERNELS if is_whole else constants.split_norm_kernels
     count = layers * (_BASE_KERNELS + norms * model.has_qk_norm + _MLA_KERNELS * (model.mla is not None))
+    if model.mla is not None and model.mla.index_top_k is not None:
+        count += _INDEX_KERNELS * layers
     # The experts' kernel holds their activation.
     count += moe_layers * (_ROUTER_KERNELS - _ACTIVATION_KERNELS)
     count += _LINEAR_KERNELS * model.num_linear_layers
     if served.formats.attention in _BLOCK_FORMATS:
-        count += _QUANTISED_PAIR * layers
+        count += _QUANTISED_PAIR * layers + model.num_linear_layers * constants.splits_linear_projections
     dense_layers = layers - moe_layers
     if served.formats.mlp in _BLOCK_FORMATS:
         count += _QUANTISED_PAIR * dense_layers
-    if (
-        model.moe is not None
-        and model.moe.shared_ffn_hidden_size
-        and served.formats.shared_experts in _BLOCK_FORMATS
-    ):
-        count += _QUANTISED_PAIR * moe_layers
+    count += moe_layers * _num_shared_kernels(served, pool)
     if constants.fuses_all_reduce_norm and pool.tp > 1 and pool.attention_dp == 1:
         count -= 2.0 * layers
     if constants.fuses_rotary_cache and model.mla is None:
         count -= _ROTARY_KERNELS * layers
     return count
+
+
+def _num_shared_kernels(served: ServedModel, pool: ServingPool) -> float:
+    """Return the small kernels of one layer's shared experts."""
+    is_quantised = served.formats.shared_experts in _BLOCK_FORMATS
+    return _QUANTISED_PAIR if is_quantised and _runs_shared_experts(served, pool) else 0.0
 
 
 def _small_kernels(served: ServedModel, pool: ServingPool) -> Column:
@@ -310,11 +357,14 @@ def _num_launches(served: ServedModel, pool: ServingPool) -> float:
     model = served.model
     moe_layers, layers = float(model.num_moe_layers), float(model.num_layers)
     count = _num_small_kernels(served, pool)
-    attention = _ATTENTION_LAUNCHES if model.mla is None else _MLA_LAUNCHES
+    attention = _ATTENTION_LAUNCHES
+    if model.mla is not None:
+        is_mixed = served.constants.policy != "prefill_first"
+        attention = _MLA_LAUNCHES + _ABSORBED_LAUNCHES * is_mixed
     count += layers * attention + (layers - moe_layers) * _MLP_PRODUCTS
     count += model.num_linear_layers * _LINEAR_LAUNCHES
     if model.moe is not None:
-        shared = _MLP_PRODUCTS if model.moe.shared_ffn_hidden_size else 0.0
+        shared = _MLP_PRODUCTS if _runs_shared_experts(served, pool) else 0.0
         count += moe_layers * (_EXPERT_LAUNCHES + shared)
     if pool.tp * pool.attention_dp > 1:
         count += 2.0 * layers
@@ -344,13 +394,18 @@ def _collective(served: ServedModel, kind: Collective, num_bytes: Column, size: 
     )
 
 
-def _all_reduce(served: ServedModel, num_bytes: Column, size: int) -> Column:
-    """Return an all-reduce of each buffer: one-shot where it is quicker than NCCL."""
+def _all_reduce(served: ServedModel, num_bytes: Column, size: int, *, is_fused: bool = False) -> Column:
+    """Return an all-reduce of each buffer: one-shot, or fused with what follows, where it is quicker than NCCL."""
     if size <= 1:
         return np.zeros_like(num_bytes)
     nccl = _collective(served, "all_reduce", num_bytes, size)
     table = served.kernels.all_reduce.get(size)
-    return nccl if table is None else np.minimum(nccl, table.time(num_bytes))
+    time = nccl if table is None else np.minimum(nccl, table.time(num_bytes))
+    fused = served.kernels.fused_all_reduce.get(size)
+    if fused is None or not is_fused:
+        return time
+    fits = num_bytes <= _FUSED_BYTES.get(size, 0.0)
+    return np.where(fits, np.minimum(time, fused.time(num_bytes)), time)
 
 
 def _collectives(served: ServedModel, pool: ServingPool) -> Column:
@@ -358,7 +413,7 @@ def _collectives(served: ServedModel, pool: ServingPool) -> Column:
     model = served.model
     buffer = TOKEN_COUNTS * model.hidden_size * _ACTIVATION_BYTES
     layers, moe_layers = float(model.num_layers), float(model.num_moe_layers)
-    reduced = _all_reduce(served, buffer, pool.tp)
+    reduced = _all_reduce(served, buffer, pool.tp, is_fused=served.constants.fuses_all_reduce_norm)
     if model.has_qk_norm and not model.is_qk_norm_per_head:
         # Norms over all heads of a split layer share their sums of squares: one number per token for queries and keys.
         reduced = reduced + 0.5 * _all_reduce(served, TOKEN_COUNTS * 2.0 * 4.0, pool.tp)

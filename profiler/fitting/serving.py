@@ -55,6 +55,7 @@ _STEPS: Mapping[str, float] = {
     "expert_factor": 0.05,
     "prefill_attention_factor": 0.1,
     "decode_skew": 0.1,
+    "mixed_decode_factor": 0.2,
 }
 # A kernel replayed from a graph starts half a microsecond after the one before it and runs no shorter than that (Gray,
 # "Getting Started with CUDA Graphs", NVIDIA 2019); a share of measured kernels is never near nothing.

@@ -231,6 +231,7 @@ def _fill_pool(
         (fields.FIXED, behaviour.fixed_time_per_request),
         (fields.PER_TOKEN, behaviour.stream_time_per_token),
         (fields.SKEW, table.decode_skew),
+        (fields.MIXED_DECODE, table.mixed_decode_factor),
         (fields.LATENCY, table.step_latency),
         (fields.HOST, table.host_time),
         (fields.HOST_SEQUENCE, table.host_time_per_sequence),

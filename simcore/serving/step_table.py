@@ -21,7 +21,8 @@ class StepTable:
     A step holds ``d`` decoding sequences of mean context ``c`` and prompt chunks, chunk ``i`` being ``q_i`` tokens
     after ``p_i`` already computed; ``n = d * (1 + num_speculative_tokens) + sum q_i`` tokens. Device time is
 
-    ``token_time(n) + decode_attention_time(d, c) * (1 + decode_skew * (variation of contexts))
+    ``token_time(n) + decode_attention_time(d, c) * (1 + decode_skew * (variation of contexts)) * (mixed_decode_factor if
+    any q_i > 0)
     + sum_i prefill_attention(p_i + q_i) - prefill_attention(p_i) + step_latency``,
 
     read between grid points linearly in ``n`` and ``c`` and in the prompt length (beyond the last point at the
@@ -42,6 +43,8 @@ class StepTable:
         Attention of one decode step, all layers, ``(num_batch_sizes, num_contexts)`` [s].
     decode_skew : float
         Extra share of decode attention per unit of the contexts' coefficient of variation.
+    mixed_decode_factor : float
+        Time of decode attention beside prompts over that without: some engines run it in the kernel for prompts.
     prompt_lengths, prefill_attention_time : NDArray[np.float64]
         Attention of one whole prompt, all layers, ``(num_lengths,)``, from length 0 with time 0 [s].
     step_latency : float
@@ -66,6 +69,7 @@ class StepTable:
     prompt_lengths: FloatArray
     prefill_attention_time: FloatArray
     decode_skew: float = 0.0
+    mixed_decode_factor: float = 1.0
     step_latency: float = 0.0
     host_time: float = 0.0
     host_time_per_sequence: float = 0.0

@@ -70,7 +70,8 @@ def step_time(
         interpolate(table.token_counts, table.graph_token_time, tokens),
         interpolate(table.token_counts, table.eager_token_time, tokens),
     )
-    device = device + _decode_attention(table, num_decodes, context) * (1.0 + table.decode_skew * variation)
+    decode = _decode_attention(table, num_decodes, context) * (1.0 + table.decode_skew * variation)
+    device = device + decode * np.where(chunk_tokens > 0.0, table.mixed_decode_factor, 1.0)
     device = device + chunk_attention + table.step_latency
     host = table.host_time + table.host_time_per_sequence * (num_decodes + chunk_sequences)
     host = np.where(is_graph, host, np.maximum(host, table.eager_host_time))

@@ -47,6 +47,11 @@ def test_the_published_table_is_read_whole() -> None:
         ("serve-04474", (4, 1, 1, 4), 64),  # load multiplied by attention_dp 4, run on four GPUs
         ("serve-02955", (1, 8, 1, 8), 256),  # attention data parallel as stated
         ("serve-01690", (2, 1, 2, 1), 16),
+        (
+            "serve-01697",
+            (2, 2, 4, 1),
+            14,
+        ),  # four expert ranks of two tp: data parallel attention that no column states
     ],
 )
 def test_labels_are_read_as_the_gpus_that_ran(run_id: str, degrees: tuple[int, ...], clients: int) -> None:
@@ -84,6 +89,20 @@ def test_prompts_wait_as_the_recipes_launch_flags_say(run_id: str, steps: int) -
     assert serving_setup(RUNS[run_id]).prompt_wait_steps == steps
 
 
+@pytest.mark.parametrize(
+    ("run_id", "tokens"),
+    [
+        ("serve-01637", 2000 + 1500 + 448),  # sglang 0.5.6.post2, fixed lengths
+        ("serve-00965", 0),  # sglang 0.5.1.post1
+        ("serve-01690", 0),  # vllm
+    ],
+)
+def test_generated_launches_mix_a_prompt_and_what_decodes(run_id: str, tokens: int) -> None:
+    setup = serving_setup(RUNS[run_id])
+    assert setup.mixed_step_tokens == tokens
+    assert setup.num_requests == setup.num_clients * (10 if tokens else 9)
+
+
 def test_prefill_ranks_are_shared_by_decode_ranks() -> None:
     setup, ranks = prefill_setup(RUNS["serve-00270"])  # five workers of eight ranks for one of 32
     assert setup.plan.pools[0].attention_dp == 8
@@ -101,6 +120,24 @@ def test_unsaid_drafts_are_taken_for_what_the_times_say() -> None:
     plain = serving_setup(RUNS["serve-02907"]).plan.pools[0]
     assert drafting.num_speculative_tokens > 0
     assert plain.num_speculative_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("run_id", "release", "ep", "cold_start"),
+    [
+        ("serve-00464", "0.5.3rc1", 4, 0.0),  # four prompts fit the first chunk
+        ("serve-00584", "0.5.3rc1", 8, 72.0),
+        ("serve-04137", "0.5.5", 8, 0.0),
+        ("serve-03178", "unstated", 72, 0.0),  # another system's recipe
+        ("serve-02033", "0.5.9", 4, 0.0),
+    ],
+)
+def test_unnamed_releases_follow_from_the_recipes_history(
+    run_id: str, release: str, ep: int, cold_start: float
+) -> None:
+    setup = serving_setup(RUNS[run_id])
+    assert (setup.plan.engine_version, setup.plan.pools[0].ep) == (release, ep)
+    assert setup.cold_start == cold_start
 
 
 def test_rows_of_separate_pools_state_a_decode_batch_but_no_clients() -> None:

@@ -16,6 +16,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     IS_HIDDEN,
     LATENCY,
     MAX_GRAPH,
+    MIXED_DECODE,
     NUM_CONTEXTS,
     NUM_PROMPTS,
     NUM_TOKENS,
@@ -105,6 +106,8 @@ def step_time(
             variance = square_sum / num_decodes - context * context
             if variance > 0.0:
                 decode *= 1.0 + skew * math.sqrt(variance) / context
+        if prompt_tokens > 0:
+            decode *= floats[pool + MIXED_DECODE]
         device += decode
     host = host_time(floats, pool, num_decodes + num_prompts, is_graph)
     if ints[pool + IS_HIDDEN] == 0:

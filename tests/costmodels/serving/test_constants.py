@@ -81,3 +81,13 @@ def test_a_build_by_name_takes_the_block_that_names_it() -> None:
     assert (build.absorbs_prompts, after.absorbs_prompts) == (False, True)
     # Any other name is newer than every release.
     assert replace(of("main"), version="0.5.10.post1") == after
+
+
+def test_formats_with_kernels_of_their_own_take_the_block_that_names_them() -> None:
+    def factor(experts: str) -> float:
+        return engine_constants(
+            "vllm", "0.15.1", is_moe=True, architecture="blackwell", experts=experts
+        ).expert_factor
+
+    assert factor("int4_wo") == 1.0
+    assert factor("nvfp4") == factor("") < 1.0

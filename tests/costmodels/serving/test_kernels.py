@@ -74,3 +74,12 @@ def test_the_users_calibration_wins(tmp_path: Path, kernels: Load) -> None:
             mine.gemm_time(name, gemm_shape(64.0)), ours.gemm_time(name, gemm_shape(64.0))
         )
     assert mine.expert_tables.keys() == ours.expert_tables.keys()
+
+
+def test_an_engine_runs_its_own_experts_unless_they_are_spread_widely(kernels: Load) -> None:
+    sglang, trtllm = (kernels("b200", engine).expert_tables for engine in ("sglang", "trtllm"))
+    model = (7168, 2048, 8, 256, 1)
+    prompt = np.array([8192.0])
+    narrow, wide = (("fp8_block", (*model, ep)) for ep in (8, 32))
+    assert sglang[narrow].time(prompt)[0] > 2.0 * trtllm[narrow].time(prompt)[0]
+    assert sglang[wide].time(prompt)[0] <= trtllm[wide].time(prompt)[0]

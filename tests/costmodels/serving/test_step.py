@@ -88,6 +88,18 @@ def test_fused_norms_leave_fewer_kernels(make_served: MakeServed) -> None:
     np.testing.assert_allclose(saved, 2 * 64 * 2e-6)
 
 
+def test_fused_all_reduces_take_the_quicker_kernel_up_to_its_largest_buffer(make_served: MakeServed) -> None:
+    plain, fused = (
+        step_breakdown(
+            make_served("llama-3.1-70b", gpu="b200", fuses_all_reduce_norm=fuses), ServingPool(tp=8)
+        ).collectives
+        for fuses in (False, True)
+    )
+    fits = TOKEN_COUNTS * 8192 * 2 <= 2**20
+    assert (fused[fits] < plain[fits]).all()
+    np.testing.assert_array_equal(fused[~fits], plain[~fits])
+
+
 @pytest.mark.parametrize(
     ("model", "pool", "per_layer"),
     [
@@ -189,3 +201,52 @@ def test_a_recorded_imbalance_takes_the_place_of_the_measured_skew(make_served: 
     assert (copies.experts >= even.experts).all()
     assert copies.experts[large] == pytest.approx(even.experts[large], rel=0.05)
     assert even.products == pytest.approx(unknown.products)
+
+
+def test_shared_experts_beside_routed_ones_cost_a_captured_step_nothing(make_served: MakeServed) -> None:
+    pool = POOLS["deepseek-v3"]
+    one, two = (
+        step_table(make_served("deepseek-v3", "fp8", overlaps_shared_experts=flag), pool)
+        for flag in (False, True)
+    )
+    hidden = one.graph_token_time - two.graph_token_time
+    assert (hidden > 2e-4).all()
+    assert (hidden < 0.5 * one.graph_token_time).all()
+    np.testing.assert_array_equal(one.eager_token_time, two.eager_token_time)
+
+
+@pytest.mark.parametrize(
+    ("model", "ep", "is_fused"), [("deepseek-v3", 1, True), ("deepseek-v3", 8, False), ("glm-5", 1, False)]
+)
+def test_only_the_shared_expert_of_deepseek_v3_is_fused(
+    make_served: MakeServed, model: str, ep: int, is_fused: bool
+) -> None:
+    pool = ServingPool(tp=8, moe_tp=8 // ep, ep=ep)
+    apart, fused = (
+        step_breakdown(make_served(model, "fp8", expert_factor=1.0, fused_expert_factor=factor), pool)
+        for factor in (0.0, 1.0)
+    )
+    assert (apart.products > fused.products).all() == is_fused
+    assert (apart.small_kernels > fused.small_kernels).all() == is_fused
+    np.testing.assert_array_equal(apart.experts, fused.experts)
+
+
+def test_prompts_may_run_slower_experts_of_eight_bits(make_served: MakeServed) -> None:
+    pool = POOLS["deepseek-v3"]
+    for precision, is_slower in (("fp8", True), ("nvfp4", False)):
+        plain, slow = (
+            step_table(make_served("deepseek-v3", precision, gpu="b200", prompt_expert_factor=factor), pool)
+            for factor in (1.0, 3.0)
+        )
+        np.testing.assert_array_equal(plain.graph_token_time, slow.graph_token_time)
+        assert (slow.eager_token_time > plain.eager_token_time).all() == is_slower
+
+
+def test_projections_of_linear_attention_cost_more_one_by_one(make_served: MakeServed) -> None:
+    pool = POOLS["qwen3.5-397b-a17b"]
+    merged, split = (
+        step_breakdown(make_served("qwen3.5-397b-a17b", "fp8", splits_linear_projections=flag), pool)
+        for flag in (False, True)
+    )
+    assert (split.products > merged.products)[TOKEN_COUNTS <= 64].all()
+    assert (split.small_kernels > merged.small_kernels).all()

@@ -43,6 +43,7 @@ def step_table(**changes: object) -> StepTable:
         "prompt_lengths": prompts,
         "prefill_attention_time": 2e-9 * prompts**2,
         "decode_skew": 0.2,
+        "mixed_decode_factor": 1.4,
         "step_latency": 3e-4,
         "host_time": 0.003,
         "host_time_per_sequence": 2e-5,

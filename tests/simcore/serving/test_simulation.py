@@ -41,7 +41,8 @@ def expected_step(
             [extended(mean, table.decode_contexts, row) for row in table.decode_attention_time]
         )
         decode = extended(np.float64(count), table.decode_batch_sizes, by_batch)
-        device += decode * (1.0 + table.decode_skew * np.std(contexts) / mean)
+        decode *= 1.0 + table.decode_skew * np.std(contexts) / mean
+        device += decode * (table.mixed_decode_factor if chunks else 1.0)
     for past, length in chunks:
         for end, sign in ((past + length, 1.0), (past, -1.0)):
             device += sign * extended(np.float64(end), table.prompt_lengths, table.prefill_attention_time)
