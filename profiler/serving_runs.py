@@ -96,9 +96,9 @@ _UNNAMED_RELEASES: Mapping[tuple[str, str, str], str] = {
 # Releases whose recipes spread experts over the tensor parallel ranks (--enable-ep-moe) before labels told so.
 _UNLABELLED_EXPERT_RANKS = (("sglang", "0.5.3rc1"),)
 # Releases whose recipes began cold: the client sent nothing before the measured requests (a warm-up came on 2026-01-21,
-# InferenceX pull request 480), and a prompt that did not fit the first chunk of 16,384 tokens ran another latent
-# attention of FlashInfer, built by nvcc on its first use while all wait. Builds of FlashInfer's modules take 80 to 120 s
-# (TensorRT-LLM pull request 17286, vLLM issue 47456); fitted to four runs, each of which lost 63 to 80 s.
+# InferenceX pull request 480), and bursts beyond the first chunk of 16,384 tokens waited once for kernels being built.
+# Builds of FlashInfer's modules take 80 to 120 s (TensorRT-LLM pull request 17286, vLLM issue 47456). That the size of
+# the burst decides is inferred from nine runs: the four beyond it but one of longer prompts each lost 63 to 80 s.
 _COLD_RELEASES = (("sglang", "0.5.3rc1"),)
 _COLD_CHUNK, _COMPILE_TIME = 16384, 72.0
 # The three shapes of the InferenceX recipe draw lengths from 0.8 of the nominal one up whatever the ratio column says:

@@ -84,6 +84,7 @@ def with_host_time(constants: EngineConstants, host_time: float, launch_time: fl
         constants,
         host_time=constants.host_time * host_time,
         host_time_per_sequence=constants.host_time_per_sequence * host_time,
+        host_time_per_prompt=constants.host_time_per_prompt * host_time,
         eager_kernel_time=constants.eager_kernel_time * host_time,
         kernel_time=constants.kernel_time * launch_time,
     )

@@ -56,6 +56,8 @@ class EngineConstants:
         Traffic of sampling per logit of the vocabulary [B].
     host_time, host_time_per_sequence : float
         Host work of a step, and of each sequence in it [s].
+    host_time_per_prompt : float
+        Host work of taking one prompt into a step that no graph replays, beside the kernels' [s].
     eager_kernel_time : float
         Host work of each kernel started in a step that is not replayed from a graph [s].
     is_host_hidden : bool
@@ -93,8 +95,8 @@ class EngineConstants:
         Serial work of the front end per token streamed out [s].
     response_latency : float
         Fixed delay between client and engine, both ways together [s].
-    has_output_lag : bool
-        A token is delivered one step after it was computed.
+    overlaps_steps : bool
+        One process of the host starts the kernels of a step before it handles the tokens of the step before.
     policy : PolicyName
         How steps are formed unless the pool says otherwise.
     reserves_output : bool
@@ -123,6 +125,7 @@ class EngineConstants:
     logit_bytes: float = 8.0
     host_time: float = 0.0
     host_time_per_sequence: float = 0.0
+    host_time_per_prompt: float = 0.0
     eager_kernel_time: float = 1.5e-5
     is_host_hidden: bool = True
     max_graph_tokens: float = 512.0
@@ -141,7 +144,7 @@ class EngineConstants:
     request_time: float = 0.0
     token_time: float = 0.0
     response_latency: float = 1e-2
-    has_output_lag: bool = False
+    overlaps_steps: bool = False
     policy: PolicyName = "chunked_prefill"
     reserves_output: bool = False
     prompts_per_step: float = 0.0
@@ -169,7 +172,7 @@ _FLAGS: tuple[str, ...] = (
     "overlaps_shared_experts",
     "splits_linear_projections",
     "absorbs_prompts",
-    "has_output_lag",
+    "overlaps_steps",
     "reserves_output",
 )
 FITTABLE: tuple[str, ...] = tuple(each.name for each in fields(EngineConstants) if each.type == "float")
@@ -179,6 +182,7 @@ TIME_CONSTANTS: tuple[str, ...] = (
     "step_latency",
     "host_time",
     "host_time_per_sequence",
+    "host_time_per_prompt",
     "eager_kernel_time",
     "request_time",
     "token_time",

@@ -125,7 +125,7 @@ def engine_behaviour(
         max_num_batched_tokens=max(1, int(budget)),
         num_kv_blocks=max(1, tokens // pool.block_size // pool.pp),
         block_size=pool.block_size,
-        has_output_lag=constants.has_output_lag,
+        overlaps_steps=constants.overlaps_steps,
         serial_time_per_request=constants.request_time,
         fixed_time_per_request=constants.response_latency,
         stream_time_per_token=constants.token_time,

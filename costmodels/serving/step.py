@@ -123,6 +123,7 @@ def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
         step_latency=constants.step_latency,
         host_time=constants.host_time,
         host_time_per_sequence=constants.host_time_per_sequence,
+        host_time_per_prompt=constants.host_time_per_prompt,
         eager_host_time=constants.eager_kernel_time * _num_launches(served, pool) / pool.pp,
         is_host_hidden=constants.is_host_hidden,
         max_graph_tokens=constants.max_graph_tokens,

@@ -32,9 +32,11 @@ class EngineBehaviour:
         Blocks of the KV cache of each engine, and tokens of a block.
     watermark : float
         Share of the blocks that admission of a further request leaves free.
-    has_output_lag : bool
-        A token reaches the client when the step after its own has ended: the engine handles outputs while it runs
-        the next step.
+    overlaps_steps : bool
+        The host forms and starts a step while the device runs the one before, and handles the tokens of that one only
+        then: a prompt just missed waits for a whole further step to be started, and so do the first and last tokens
+        of a step before one with prompts, whose kernels the host starts one by one. (SGLang's and TensorRT-LLM's
+        overlap scheduling: one process both starts kernels and answers.)
     serial_time_per_request, fixed_time_per_request : float
         A request passes the front end, which takes the first, and then waits the second [s].
     stream_time_per_token : float
@@ -67,7 +69,7 @@ class EngineBehaviour:
     num_kv_blocks: int = 1 << 20
     block_size: int = 16
     watermark: float = 0.0
-    has_output_lag: bool = False
+    overlaps_steps: bool = False
     serial_time_per_request: float = 0.0
     fixed_time_per_request: float = 0.0
     stream_time_per_token: float = 0.0

@@ -44,7 +44,12 @@ def prefill_time(pool: ReplicaPool, input_length: IntArray, cached: IntArray) ->
     )
     num_steps = num_full + (rest > 0)
     total = num_full * whole + np.where(rest > 0, device(rest.astype(np.float64)), 0.0) + end - start
-    host = max(table.host_time + table.host_time_per_sequence, table.eager_host_time) * num_steps
+    host = (
+        max(
+            table.host_time + table.host_time_per_sequence, table.eager_host_time + table.host_time_per_prompt
+        )
+        * num_steps
+    )
     time: FloatArray = np.maximum(total, host) if table.is_host_hidden else total + host
     return time
 

@@ -28,7 +28,7 @@ class StepTable:
     read between grid points linearly in ``n`` and ``c`` and in the prompt length (beyond the last point at the
     last slope). ``token_time`` is ``graph_token_time`` for a pure decode step of at most ``max_graph_tokens``
     tokens, ``eager_token_time`` otherwise. Host time is ``host_time + host_time_per_sequence * sequences``, and
-    at least ``eager_host_time`` for a step not replayed from a graph. A step lasts ``max(device, host)`` where
+    at least ``eager_host_time + host_time_per_prompt * prompts`` for a step not replayed from a graph. A step lasts ``max(device, host)`` where
     ``is_host_hidden``, else their sum.
 
     Parameters
@@ -49,7 +49,7 @@ class StepTable:
         Attention of one whole prompt, all layers, ``(num_lengths,)``, from length 0 with time 0 [s].
     step_latency : float
         Device time of a step beside its kernels: gaps between them, sampling, output [s].
-    host_time, host_time_per_sequence, eager_host_time : float
+    host_time, host_time_per_sequence, host_time_per_prompt, eager_host_time : float
         As above [s].
     is_host_hidden : bool
         The host prepares the next step while the device runs this one.
@@ -73,6 +73,7 @@ class StepTable:
     step_latency: float = 0.0
     host_time: float = 0.0
     host_time_per_sequence: float = 0.0
+    host_time_per_prompt: float = 0.0
     eager_host_time: float = 0.0
     is_host_hidden: bool = True
     max_graph_tokens: float = 512.0

@@ -74,7 +74,9 @@ def step_time(
     device = device + decode * np.where(chunk_tokens > 0.0, table.mixed_decode_factor, 1.0)
     device = device + chunk_attention + table.step_latency
     host = table.host_time + table.host_time_per_sequence * (num_decodes + chunk_sequences)
-    host = np.where(is_graph, host, np.maximum(host, table.eager_host_time))
+    host = np.where(
+        is_graph, host, np.maximum(host, table.eager_host_time + table.host_time_per_prompt * chunk_sequences)
+    )
     return np.maximum(device, host) if table.is_host_hidden else device + host
 
 

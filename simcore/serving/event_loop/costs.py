@@ -12,6 +12,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     DECODE_AT,
     EAGER_HOST,
     HOST,
+    HOST_PROMPT,
     HOST_SEQUENCE,
     IS_HIDDEN,
     LATENCY,
@@ -20,10 +21,12 @@ from meshwright.simcore.serving.event_loop.fields import (
     NUM_CONTEXTS,
     NUM_PROMPTS,
     NUM_TOKENS,
+    OVERLAPS,
     PROMPT_HINT,
     PROMPTS_AT,
     SKEW,
     SPECULATION,
+    STEP_HOST,
     TOKEN_HINT,
     TOKENS_AT,
     Floats,
@@ -67,11 +70,13 @@ def token_time(ints: Ints, floats: Floats, pool: int, num_tokens: int, is_graph:
 
 
 @kernel_part
-def host_time(floats: Floats, pool: int, num_sequences: int, is_graph: bool) -> float:
+def host_time(floats: Floats, pool: int, num_sequences: int, num_prompts: int, is_graph: bool) -> float:
     """Return the host time of a step [s]."""
     time: float = floats[pool + HOST] + floats[pool + HOST_SEQUENCE] * num_sequences
-    if not is_graph and time < floats[pool + EAGER_HOST]:
-        time = floats[pool + EAGER_HOST]
+    if not is_graph:
+        eager = floats[pool + EAGER_HOST] + floats[pool + HOST_PROMPT] * num_prompts
+        if time < eager:
+            time = eager
     return time
 
 
@@ -79,6 +84,7 @@ def host_time(floats: Floats, pool: int, num_sequences: int, is_graph: bool) -> 
 def step_time(
     ints: Ints,
     floats: Floats,
+    engine: int,
     pool: int,
     num_decodes: int,
     context_sum: float,
@@ -87,7 +93,7 @@ def step_time(
     attention: float,
     num_prompts: int,
 ) -> float:
-    """Return the time of one step [s], by the formula of StepTable."""
+    """Return the time of one step [s] by the formula of StepTable, of its device alone where steps overlap."""
     num_tokens = num_decodes * (1 + ints[pool + SPECULATION]) + prompt_tokens
     is_graph = prompt_tokens == 0 and num_tokens <= floats[pool + MAX_GRAPH]
     device = token_time(ints, floats, pool, num_tokens, is_graph) + attention
@@ -109,7 +115,10 @@ def step_time(
         if prompt_tokens > 0:
             decode *= floats[pool + MIXED_DECODE]
         device += decode
-    host = host_time(floats, pool, num_decodes + num_prompts, is_graph)
+    host = host_time(floats, pool, num_decodes + num_prompts, num_prompts, is_graph)
+    floats[engine + STEP_HOST] = host
+    if ints[pool + OVERLAPS] == 1:
+        return device
     if ints[pool + IS_HIDDEN] == 0:
         return device + host
     return host if host > device else device

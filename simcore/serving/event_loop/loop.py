@@ -14,6 +14,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     BLOCKED,
     CAN_SKIP,
     DECODES,
+    DEVICE_FREE,
     ENGINE,
     ENGINE_STRIDE,
     EVENTS_AT,
@@ -40,6 +41,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     NUM_ENGINES,
     NUM_REPLICAS,
     NUM_ROOTS,
+    OVERLAPS,
     PATIENCE,
     PENDING_HEAD,
     PHASE,
@@ -56,6 +58,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     RUNNING,
     SERIAL,
     STAGE_SHARE,
+    STEP_HOST,
     STEP_START,
     STEP_TIME,
     STEP_TOKENS,
@@ -73,7 +76,7 @@ from meshwright.simcore.serving.event_loop.sequences import show_tokens
 from meshwright.simcore.serving.event_loop.skipping import skip_decodes
 from meshwright.simcore.serving.event_loop.steps import complete_step, form_step
 
-__all__ = ["advance", "chosen_replica", "deliver", "form_steps", "hold_prompts", "run"]
+__all__ = ["advance", "chosen_replica", "deliver", "form_steps", "hold_prompts", "run", "start_step"]
 
 
 @kernel_part
@@ -102,12 +105,33 @@ def hold_prompts(ints: Ints, floats: Floats, replica: int, first: int, num_ranks
 
 
 @kernel_part
+def start_step(ints: Ints, floats: Floats, replica: int, now: float, duration: float, host: float) -> None:
+    """Set when a step that begins now ends, and when the next one may be formed.
+
+    Where steps overlap, the host forms and starts a step while the device runs the one before, then handles the tokens
+    of that one, and only then looks at its queue again: the next step is formed when its own work is done and the
+    device has ended the step before.
+    """
+    ints[replica + IS_BUSY] = 1
+    if ints[ints[replica + POOL] + OVERLAPS] == 0:
+        floats[replica + STEP_START] = now
+        floats[replica + NEXT] = now + duration
+        return
+    start, ready = floats[replica + DEVICE_FREE], now + host
+    floats[replica + NEXT] = start if start > ready else ready
+    if start < now:
+        start = now
+    floats[replica + STEP_START] = start
+    floats[replica + DEVICE_FREE] = start + duration if start + duration > ready else ready
+
+
+@kernel_part
 def form_steps(ints: Ints, floats: Floats, replica: int, now: float) -> None:
     """Let the engines of a replica form their next steps together, or let it sleep."""
     pool, first = ints[replica + POOL], ints[replica + FIRST_ENGINE]
     count, micro_batches = ints[replica + NUM_ENGINES], ints[pool + MICRO_BATCHES]
     num_ranks = count // micro_batches
-    is_busy, longest, total, wake = False, 0.0, 0.0, math.inf
+    is_busy, longest, total, host, wake = False, 0.0, 0.0, 0.0, math.inf
     for micro_batch in range(micro_batches):
         widest = 0.0
         start = first + micro_batch * num_ranks * ENGINE_STRIDE
@@ -118,6 +142,8 @@ def form_steps(ints: Ints, floats: Floats, replica: int, now: float) -> None:
                 is_busy = True
                 if floats[engine + STEP_TIME] > widest:
                     widest = floats[engine + STEP_TIME]
+                if floats[engine + STEP_HOST] > host:
+                    host = floats[engine + STEP_HOST]
             elif ints[engine + WAITING] > 0:
                 ready = floats[ints[engine + WAIT_HEAD] + READY]
                 if ready < wake:
@@ -128,9 +154,12 @@ def form_steps(ints: Ints, floats: Floats, replica: int, now: float) -> None:
     if is_busy:
         ints[STEPS_RUN] += 1
         total *= floats[pool + STAGE_SHARE]
+        start_step(ints, floats, replica, now, total if total > longest else longest, host)
+        return
+    if floats[replica + DEVICE_FREE] > now:
+        # What the device still runs is handled before the engine looks for requests again.
         ints[replica + IS_BUSY] = 1
-        floats[replica + STEP_START] = now
-        floats[replica + NEXT] = now + (total if total > longest else longest)
+        floats[replica + NEXT] = floats[replica + DEVICE_FREE]
         return
     ints[replica + IS_BUSY] = 0
     floats[replica + NEXT] = wake

@@ -18,6 +18,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     DECODE_AT,
     DECODE_BUSY,
     DECODES,
+    DEVICE_FREE,
     EVICTABLE,
     FREE,
     FRONT_FREE,
@@ -25,6 +26,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     IS_HIDDEN,
     MAX_GRAPH,
     NUM_CONTEXTS,
+    OVERLAPS,
     PATIENCE,
     PER_TOKEN,
     POOL,
@@ -87,7 +89,7 @@ def skip_decodes(ints: Ints, floats: Floats, replica: int, engine: int, start: f
     num_tokens = num_decodes * (1 + ints[pool + SPECULATION])
     is_graph = num_tokens <= floats[pool + MAX_GRAPH]
     fixed = token_time(ints, floats, pool, num_tokens, is_graph)
-    host = host_time(floats, pool, num_decodes, is_graph)
+    host = host_time(floats, pool, num_decodes, 0, is_graph)
     is_hidden = ints[pool + IS_HIDDEN] == 1
     skew = floats[pool + SKEW] if num_decodes > 1 else 0.0
 
@@ -99,7 +101,11 @@ def skip_decodes(ints: Ints, floats: Floats, replica: int, engine: int, start: f
     low, high = floats[index], floats[index + 1]
     value, slope = floats[decode_row + index], floats[decode_row + index + count]
     per_token, visible = floats[pool + PER_TOKEN], floats[replica + FRONT_FREE]
-    busy = floats[engine + DECODE_BUSY]
+    busy, overlaps, free = (
+        floats[engine + DECODE_BUSY],
+        ints[pool + OVERLAPS] == 1,
+        floats[replica + DEVICE_FREE],
+    )
     while time < bound and ints[wheel + slot] < 0:
         need = ints[growth + key] if has_growth else 0
         if need > available:
@@ -121,9 +127,20 @@ def skip_decodes(ints: Ints, floats: Floats, replica: int, engine: int, start: f
         duration = device + host
         if is_hidden:
             duration = host if host > device else device
-        end = time + duration
+        begin, until = time, time + duration
+        end = until
+        if overlaps:
+            end = time + host
+            if free > time:
+                begin = free
+            until = begin + device
+            if until < end:
+                until = end
+            if end < free:
+                end = free
         if end >= limit:
             break
+        free = until
         available -= need
         taken += need
         square_sum += 2.0 * cross + rate_square
@@ -132,7 +149,7 @@ def skip_decodes(ints: Ints, floats: Floats, replica: int, engine: int, start: f
         counter += 1
         slot = slot + 1 if slot + 1 < wheel_size else 0
         key = key - 1 if key > 0 else stride - 1
-        busy += end - time
+        busy += until - begin
         time = end
         if per_token > 0.0:
             if visible < end:
@@ -144,4 +161,6 @@ def skip_decodes(ints: Ints, floats: Floats, replica: int, engine: int, start: f
     floats[engine + CONTEXT], floats[engine + SQUARE], floats[engine + CROSS] = context_sum, square_sum, cross
     floats[replica + FRONT_FREE] = visible
     floats[engine + DECODE_BUSY] = busy
+    if overlaps:
+        floats[replica + DEVICE_FREE] = free
     return time

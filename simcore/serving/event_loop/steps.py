@@ -23,6 +23,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     DECODE,
     DECODE_BUSY,
     DECODES,
+    DEVICE_FREE,
     DONE,
     DONE_COUNT,
     DONE_HEAD,
@@ -32,7 +33,6 @@ from meshwright.simcore.serving.event_loop.fields import (
     FRONT_FREE,
     HAS_BUDGET,
     HAS_CACHE,
-    HAS_LAG,
     HELD,
     IS_DECODING,
     LINK,
@@ -44,6 +44,7 @@ from meshwright.simcore.serving.event_loop.fields import (
     MAX_SEQUENCES,
     MIXES,
     NO_BUDGET,
+    OVERLAPS,
     PARTIAL,
     PER_TOKEN,
     PHASE,
@@ -135,9 +136,10 @@ def send_to_decode(ints: Ints, floats: Floats, engine: int, request: int, pool: 
 
 
 @kernel_part
-def complete_step(ints: Ints, floats: Floats, engine: int, pool: int, end: float) -> None:
-    """Apply what a step brings at its end."""
+def complete_step(ints: Ints, floats: Floats, engine: int, pool: int, now: float) -> None:
+    """Apply what a step brings; where steps overlap, the device may run it for a while yet."""
     replica = ints[engine + REPLICA]
+    end = floats[replica + DEVICE_FREE] if ints[pool + OVERLAPS] == 1 else now
     if ints[RECORD_SIZE] > 0:
         row = ints[RECORD_AT] + RECORD_STRIDE * ints[RECORDED]
         ints[RECORDED] += 1
@@ -153,8 +155,8 @@ def complete_step(ints: Ints, floats: Floats, engine: int, pool: int, end: float
         ints[row + RECORD_FIRST_TOKENS] = ints[engine + DONE_COUNT]
     busy = engine + (PROMPT_BUSY if ints[engine + STEP_TOKENS] > 0 else DECODE_BUSY)
     floats[busy] += end - floats[replica + STEP_START]
-    visible = end
-    if floats[replica + FRONT_FREE] > end:
+    visible = now
+    if floats[replica + FRONT_FREE] > now:
         visible = floats[replica + FRONT_FREE]
     if floats[pool + PER_TOKEN] > 0.0:
         tokens = 1.0 * ints[engine + DONE_COUNT]
@@ -162,7 +164,7 @@ def complete_step(ints: Ints, floats: Floats, engine: int, pool: int, end: float
             tokens += floats[engine + RATES]
         visible += floats[pool + PER_TOKEN] * tokens
         floats[replica + FRONT_FREE] = visible
-    if ints[pool + HAS_LAG] == 1:
+    if ints[pool + OVERLAPS] == 1:
         show_tokens(ints, floats, engine, visible)
     if ints[engine + IS_DECODING] == 1:
         complete_decode(ints, floats, engine, pool)
@@ -188,7 +190,7 @@ def complete_step(ints: Ints, floats: Floats, engine: int, pool: int, end: float
         request = following
     if ints[pool + FILLS_EMPTY] == 1 and ints[engine + LIVE] == 0:
         clear_batch(ints, floats, engine, pool)
-    if ints[pool + HAS_LAG] == 0:
+    if ints[pool + OVERLAPS] == 0:
         show_tokens(ints, floats, engine, visible)
 
 
@@ -272,6 +274,7 @@ def form_step(ints: Ints, floats: Floats, engine: int, pool: int, now: float) ->
     floats[engine + STEP_TIME] = step_time(
         ints,
         floats,
+        engine,
         pool,
         num_decodes,
         floats[engine + CONTEXT],

@@ -47,6 +47,7 @@ def step_table(**changes: object) -> StepTable:
         "step_latency": 3e-4,
         "host_time": 0.003,
         "host_time_per_sequence": 2e-5,
+        "host_time_per_prompt": 3e-4,
         "eager_host_time": 0.004,
         "max_graph_tokens": 16.0,
     }

@@ -21,7 +21,7 @@ from meshwright.simcore.serving.state import ServingState
 SCENARIOS: dict[str, tuple[dict[str, object], dict[str, object], dict[str, object]]] = {
     # Workload, behaviour and simulation of each.
     "open": ({}, {"watermark": 0.02}, {"num_replicas": 2, "router": "round_robin"}),
-    "burst": ({"rate": 1000.0}, {"has_output_lag": True}, {}),
+    "burst": ({"rate": 1000.0}, {"overlaps_steps": True}, {}),
     "closed": (
         {"arrival": "closed_loop", "concurrency": 12},
         {"serial_time_per_request": 0.002, "fixed_time_per_request": 0.01, "burst_spread": 0.003},
@@ -34,7 +34,7 @@ SCENARIOS: dict[str, tuple[dict[str, object], dict[str, object], dict[str, objec
     ),
     "ranks": (
         {"arrival": "gamma", "burstiness": 2.0},
-        {"attention_dp": 2, "pipeline_stages": 2, "has_output_lag": True, "stream_time_per_token": 1e-4},
+        {"attention_dp": 2, "pipeline_stages": 2, "overlaps_steps": True, "stream_time_per_token": 1e-4},
         {},
     ),
     "speculation": ({}, {"num_speculative_tokens": 3, "cached_prompt_share": 0.3}, {}),
@@ -179,7 +179,7 @@ def test_blocks_are_conserved_at_every_moment(name: str, policy: str) -> None:
 @pytest.mark.parametrize("arrival", ["poisson", "closed_loop"])
 def test_pools_hand_every_request_over_once(policy: str, arrival: str) -> None:
     requests = generate_requests(workload(arrival=arrival, concurrency=7), 5)
-    lagging = behaviour(policy=policy, has_output_lag=True, stream_time_per_token=1e-4)
+    lagging = behaviour(policy=policy, overlaps_steps=True, stream_time_per_token=1e-4)
     pools = split_pools(behaviour(policy=policy), lagging)
     result = simulate_pools(pools, requests, link=LINK)
     assert_sound(result, requests)

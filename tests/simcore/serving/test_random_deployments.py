@@ -53,7 +53,7 @@ def random_engine(
         block_size=block_size,
         num_kv_blocks=blocks + int(of(0, 1, 5, 50, 1000)),
         watermark=of(0, 0.05),
-        has_output_lag=bool(of(0, 1)),
+        overlaps_steps=bool(of(0, 1)),
         serial_time_per_request=of(0, 0.003),
         fixed_time_per_request=of(0, 0.01),
         stream_time_per_token=of(0, 0, 1e-4, 0.002),

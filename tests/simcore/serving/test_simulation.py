@@ -48,7 +48,7 @@ def expected_step(
             device += sign * extended(np.float64(end), table.prompt_lengths, table.prefill_attention_time)
     host = table.host_time + table.host_time_per_sequence * (count + len(chunks))
     if not is_graph:
-        host = max(host, table.eager_host_time)
+        host = max(host, table.eager_host_time + table.host_time_per_prompt * len(chunks))
     return max(device, host) if table.is_host_hidden else device + host
 
 
@@ -134,16 +134,22 @@ def test_a_static_batch_waits_for_its_longest_answer() -> None:
     assert result.scheduled_time[2] == result.finish_time[0]
 
 
-def test_output_lag_shows_a_token_when_the_next_step_ends() -> None:
-    requests = table_of((0.0, 200, 3))
-    plain = simulate(step_table(), behaviour(), requests)
-    lagging = simulate(step_table(), behaviour(has_output_lag=True), requests)
+def test_an_overlapped_step_hands_over_its_tokens_when_the_next_one_has_been_started() -> None:
     table = step_table()
-    assert lagging.first_token_time[0] == pytest.approx(
-        plain.first_token_time[0] + expected_step(table, [201], []), rel=1e-12
-    )
-    # With nothing left to run the last token is shown at once.
-    assert lagging.finish_time[0] == plain.finish_time[0]
+    plain = simulate(table, behaviour(), table_of((0.0, 200, 3)))
+    alone = simulate(table, behaviour(overlaps_steps=True), table_of((0.0, 200, 3)))
+    # A step of a graph is started long before the one before it ends: tokens come as if the host took no time.
+    assert alone.first_token_time[0] == plain.first_token_time[0]
+    assert alone.finish_time[0] == plain.finish_time[0]
+    # The host of a step with prompts starts its kernels one by one, and hands over the first's token only after those of
+    # the second; that of the second waits for a step of a graph to be started.
+    host = 10.0 * plain.first_token_time[0]
+    slow = replace(table, eager_host_time=host, host_time_per_prompt=0.1 * host)
+    late = simulate(slow, behaviour(overlaps_steps=True), table_of((0.0, 200, 3), (0.5 * host, 200, 3)))
+    shown = 2.0 * 1.1 * host
+    graph = table.host_time + 2 * table.host_time_per_sequence
+    np.testing.assert_allclose(late.first_token_time, [shown, shown + graph], rtol=1e-12)
+    np.testing.assert_allclose(late.scheduled_time, [0.0, 1.1 * host], rtol=1e-12)
 
 
 def test_the_front_end_serves_one_request_at_a_time() -> None:
