@@ -200,11 +200,11 @@ MISREAD: dict[str, tuple[Callable[[Section], object], str]] = {
 
 @pytest.mark.parametrize(("text", "message"), MALFORMED.values(), ids=MALFORMED.keys())
 def test_malformed_text_gets_one_line_that_says_where(text: str, message: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(SpecError) as caught:
         parse_yaml(text, "f.yaml")
     assert str(caught.value) == "f.yaml" + message
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(("read", "message"), MISREAD.values(), ids=MISREAD.keys())
