@@ -84,17 +84,36 @@ _DRAFTING: Mapping[tuple[str, str], tuple[int, float]] = {
     ("trtllm", "1.1.0rc2.post2"): (1, 0.78),
     ("trtllm", "1.2.0rc6.post3"): (2, 0.75),
 }
+# Qwen3.5 fp8 on B200 in sglang 0.5.9 ran at tp 4 and ep 1 with drafts only: the recipe with them had no other degrees
+# (InferenceX pull request 898 of 2026-03-20: 3 steps, 4 tokens verified), the one without never these (804, 918) before it
+# took another release (1027 of 2026-04-30). Acceptance is the default one, 2.5 tokens a step: the only published figure,
+# 3.3 (golden_al_distribution/qwen3.5_mtp.yaml), is of coding, and these prompts are random.
+_DRAFTING_DEGREES = (("sglang", "0.5.9", "b200-sxm-180", "fp8_block", 4, 1),)
+_DRAFTS_OF_DEGREES = (3, 0.7)
 # Published runs of these releases and formats always keep one client waiting (Little's law: 1.01 to 1.15 of 8, at every
 # answer length): their batch was limited to one less than the clients. Runs of the same release in 8 bits do not.
 _WITHOUT_LAST_SLOT = (("trtllm", "1.0.0rc3", "bf16"),)
-# Releases that rows on B200 without one are of, by the formats and labels of the InferenceX recipes' history
-# (dsr1_fp4_b200_docker.sh from 2025-09-21, dsr1_fp8_b200_docker.sh from 2025-11-10 with expert ranks in its labels).
+# Releases that rows without one are of, by the formats and labels of the InferenceX recipes' history
+# (dsr1_fp4_b200_docker.sh from 2025-09-21, dsr1_fp8_b200_docker.sh from 2025-11-10 with expert ranks in its labels; the
+# images of dsr1-tmpl.yml and 70b-tmpl.yml on TensorRT-LLM from 2025-09-18 to 2025-11-03, when results began to name them).
+# Those of gpt-oss on TensorRT-LLM changed within that time.
 _UNNAMED_RELEASES: Mapping[tuple[str, str, str], str] = {
     ("sglang", "b200-sxm-180", "nvfp4"): "0.5.3rc1",
     ("sglang", "b200-sxm-180", "fp8_block"): "0.5.5",
+    ("trtllm", "b200-sxm-180", "fp8"): "1.1.0rc2.post2",
+    ("trtllm", "h200-sxm-141", "fp8"): "1.1.0rc2.post2",
 }
 # Releases whose recipes spread experts over the tensor parallel ranks (--enable-ep-moe) before labels told so.
 _UNLABELLED_EXPERT_RANKS = (("sglang", "0.5.3rc1"),)
+# What recipes of DeepSeek on TensorRT-LLM chose by load while results named no release (dsr1_fp8_h200_trt_slurm.sh,
+# dsr1_fp8_b200_trt_slurm.sh, dsr1_fp4_b200_trt_slurm.sh until InferenceX pull request 145 of 2025-11-03) and no label
+# tells: the most clients without expert ranks, and the most without attention ranks, for each of the three shapes.
+_RANKS_BY_LOAD: Mapping[tuple[str, str, int], tuple[tuple[int, int], ...]] = {
+    ("h200-sxm-141", "fp8", 8): ((0, 64), (0, 64), (0, 32)),
+    ("b200-sxm-180", "fp8", 8): ((0, 32), (0, 64), (0, 64)),
+    ("b200-sxm-180", "nvfp4", 8): ((8, 255), (16, 255), (32, 32)),
+    ("b200-sxm-180", "nvfp4", 4): ((32, 255), (32, 255), (32, 32)),
+}
 # Releases whose recipes began cold: the client sent nothing before the measured requests (a warm-up came on 2026-01-21,
 # InferenceX pull request 480), and bursts beyond the first chunk of 16,384 tokens waited once for kernels being built.
 # Builds of FlashInfer's modules take 80 to 120 s (TensorRT-LLM pull request 17286, vLLM issue 47456). That the size of
@@ -118,6 +137,13 @@ _GENERATED_SPARE_TOKENS = 1500
 # Blackwell looks for requests every 10 steps, and every 30 from 16 clients on (--scheduler-recv-interval).
 _BALANCED_RANKS_WAIT = 60
 _POLLING_WAIT, _BUSY_POLLING_WAIT, _BUSY_CLIENTS = 10, 30, 16
+# TensorRT-LLM puts prompts off so that they share a step (batch_wait_timeout_iters, PyExecutor._waiting_requests): 20 steps
+# in the recipes of Llama-3.3-70B for 1,024 tokens in and out below tp 8 (70b_fp8_h200_trt_slurm.sh and its siblings, all
+# runs before results named releases), 40 in that of DeepSeek-R1 fp8 for the same lengths from 64 clients on
+# (dsr1_fp8_b200_trt.sh). That a step with 0.9 or 0.8 of the token budget ends the wait is left out: few runs get there.
+_BATCHED_SHAPE = (1024, 1024)
+_DENSE_BATCHING_WAIT, _DENSE_BATCHING_BELOW_TP = 20, 8
+_BATCHING_RELEASES: Mapping[tuple[str, str], tuple[int, int]] = {("1.2.0rc6.post2", "fp8"): (64, 40)}
 # The usual machine of a GPU.
 _NODES: Mapping[str, str] = {
     "a100-sxm-80": "dgx-a100",
@@ -327,9 +353,8 @@ def _setup(run: ServingRun, model: ModelSpec, pool: ServingPool, clients: int) -
     if precision not in PRECISIONS:
         raise SpecError(f"precision '{precision}' is none of {', '.join(PRECISIONS)}")
     version = _release(run)
-    drafts_unsaid = (engine, version) in _DRAFTING and run.cell("length_ratio") == f"{_VARIED_RATIO:g}"
-    if drafts_unsaid and model.num_mtp_layers:
-        drafts, rate = _DRAFTING[engine, version]
+    drafts, rate = _unsaid_drafts(run, model, pool)
+    if drafts:
         pool = replace(pool, num_speculative_tokens=drafts, acceptance_rate=rate)
     cluster = _cluster(run.cell("gpu"), pool.gpus_per_replica)
     lengths = (_count(run, "input_length"), _count(run, "output_length"))
@@ -356,10 +381,23 @@ def _setup(run: ServingRun, model: ModelSpec, pool: ServingPool, clients: int) -
         input_length=lengths[0],
         output_length=lengths[1],
         length_ratio=ratio,
-        prompt_wait_steps=_prompt_wait(engine, model, pool, cluster, clients),
+        prompt_wait_steps=_batching_wait(run, model, pool, lengths, clients)
+        or _prompt_wait(engine, model, pool, cluster, clients),
         cold_start=_cold_start(run, clients * lengths[0] * 0.5 * (1.0 + ratio)),
         mixed_step_tokens=lengths[0] + _GENERATED_SPARE_TOKENS + clients if is_generated else 0,
     )
+
+
+def _unsaid_drafts(run: ServingRun, model: ModelSpec, pool: ServingPool) -> tuple[int, float]:
+    """Return the drafts a step, and the chance of each, that a row's recipe had though no column says so."""
+    if not model.num_mtp_layers or run.cell("length_ratio") != f"{_VARIED_RATIO:g}":
+        return 0, 0.0
+    # Rows that name no release are older than every recipe with drafts.
+    engine, version = run.cell("engine"), run.cell("engine_version")
+    recipe = (engine, version, load_gpu(run.cell("gpu")).id, run.cell("moe_precision"), pool.tp, pool.ep)
+    if recipe in _DRAFTING_DEGREES and model.linear_attention is not None:
+        return _DRAFTS_OF_DEGREES
+    return _DRAFTING.get((engine, version), (0, 0.0))
 
 
 def _cold_start(run: ServingRun, burst_tokens: float) -> float:
@@ -372,6 +410,19 @@ def _release(run: ServingRun) -> str:
     """Return the release a row names, or the one its recipe had; blank where neither is known."""
     recipe = (run.cell("engine"), load_gpu(run.cell("gpu")).id, run.cell("moe_precision"))
     return run.cell("engine_version") or _UNNAMED_RELEASES.get(recipe, "")
+
+
+def _batching_wait(
+    run: ServingRun, model: ModelSpec, pool: ServingPool, lengths: tuple[int, int], clients: int
+) -> int:
+    """Return how many steps TensorRT-LLM was told to put prompts off for others to come; 0 where it was not."""
+    if run.cell("engine") != "trtllm" or lengths != _BATCHED_SHAPE or pool.attention_dp > 1:
+        return 0
+    version = run.cell("engine_version")
+    if model.moe is None:
+        return 0 if version or pool.tp >= _DENSE_BATCHING_BELOW_TP else _DENSE_BATCHING_WAIT
+    fewest, steps = _BATCHING_RELEASES.get((version, run.cell("moe_precision")), (0, 0))
+    return steps if clients >= fewest else 0
 
 
 def _prompt_wait(engine: str, model: ModelSpec, pool: ServingPool, cluster: ClusterSpec, clients: int) -> int:
@@ -401,6 +452,13 @@ def _pool(run: ServingRun, model: ModelSpec, prefix: str) -> tuple[ServingPool, 
     ranks = moe_tp * ep
     if ep == 1 and (run.cell("engine"), _release(run)) in _UNLABELLED_EXPERT_RANKS:
         moe_tp, ep = 1, moe_tp
+    unsplit = _loads_without_ranks(run, model, tp)
+    if unsplit is not None and ep == 1:
+        clients = _count(run, "concurrency")
+        if clients > unsplit[1]:
+            return ServingPool(attention_dp=tp, moe_tp=1, ep=tp), 1
+        if clients > unsplit[0]:
+            moe_tp, ep = 1, tp
     is_multiplied = (run.cell("engine"), run.cell("engine_version")) not in _FIXED_CAMPAIGNS
     if is_multiplied and moe_tp == ep > 1 and ranks in (tp, attention_dp):
         if attention_dp == ranks:
@@ -421,6 +479,15 @@ def _pool(run: ServingRun, model: ModelSpec, prefix: str) -> tuple[ServingPool, 
     elif ranks < tp * attention_dp:
         moe_tp = tp * attention_dp // ep
     return ServingPool(tp=tp, pp=pp, attention_dp=attention_dp, moe_tp=moe_tp, ep=ep), factor
+
+
+def _loads_without_ranks(run: ServingRun, model: ModelSpec, tp: int) -> tuple[int, int] | None:
+    """Return the most clients without expert ranks and without attention ranks, where the row's recipe chose by them."""
+    if run.cell("engine") != "trtllm" or run.cell("engine_version") or not model.num_mtp_layers:
+        return None
+    lengths = (_count(run, "input_length"), _count(run, "output_length"))
+    loads = _RANKS_BY_LOAD.get((load_gpu(run.cell("gpu")).id, run.cell("moe_precision"), tp))
+    return None if loads is None or lengths not in _VARIED_SHAPES else loads[_VARIED_SHAPES.index(lengths)]
 
 
 def _kv_precision(engine: str, precision: str, architecture: str) -> Precision:

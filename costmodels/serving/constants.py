@@ -62,8 +62,11 @@ class EngineConstants:
         Host work of each kernel started in a step that is not replayed from a graph [s].
     is_host_hidden : bool
         The host prepares the next step while the device runs this one.
+    serial_draft_time : float
+        Host work per sequence of a step that verifies drafts, where the engine overlaps none of it with the device [s]; 0
+        is an engine that treats such a step like any other.
     max_graph_tokens : float
-        Largest batch captured as a graph.
+        Largest batch captured as a graph, in sequences of one token.
     fuses_all_reduce_norm : bool
         The all-reduce kernel applies the residual and the norm that follow.
     expert_factor : float
@@ -128,6 +131,7 @@ class EngineConstants:
     host_time_per_prompt: float = 0.0
     eager_kernel_time: float = 1.5e-5
     is_host_hidden: bool = True
+    serial_draft_time: float = 0.0
     max_graph_tokens: float = 512.0
     fuses_all_reduce_norm: bool = False
     fuses_rotary_cache: bool = False
@@ -161,6 +165,17 @@ class EngineConstants:
             sorted(name for name in (*FITTABLE, *_FLAGS, "policy") if self._certainty(name) == certainty)
         )
 
+    def drafting(self, num_speculative_tokens: int) -> EngineConstants:
+        """Return what holds while so many tokens are drafted a step."""
+        if not (num_speculative_tokens and self.serial_draft_time):
+            return self
+        return replace(
+            self,
+            is_host_hidden=False,
+            overlaps_steps=False,
+            host_time_per_sequence=self.host_time_per_sequence + self.serial_draft_time,
+        )
+
     def _certainty(self, name: str) -> Certainty:
         return self.certainty.get(name, "default")
 
@@ -183,6 +198,7 @@ TIME_CONSTANTS: tuple[str, ...] = (
     "host_time",
     "host_time_per_sequence",
     "host_time_per_prompt",
+    "serial_draft_time",
     "eager_kernel_time",
     "request_time",
     "token_time",

@@ -114,6 +114,7 @@ def engine_behaviour(
     prompt_length : float
         Typical prompt; with ``prompts_per_step`` it bounds the token budget [tokens].
     """
+    constants = constants.drafting(pool.num_speculative_tokens)
     budget = float(pool.max_num_batched_tokens)
     if constants.prompts_per_step and prompt_length:
         # Decoding sequences count against the budget of a mixed step.

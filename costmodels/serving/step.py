@@ -20,6 +20,7 @@ from meshwright.costmodels.collectives import (
 )
 from meshwright.costmodels.operators import element_bytes
 from meshwright.costmodels.serving.attention import DECODE_BATCH_SIZES, decode_attention, prefill_attention
+from meshwright.costmodels.serving.constants import EngineConstants
 from meshwright.costmodels.serving.served import Column, ServedModel
 from meshwright.simcore.domain.serving import ServingPool
 from meshwright.simcore.serving.step_table import StepTable
@@ -103,7 +104,7 @@ def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
     pool : ServingPool
         Degrees and speculation.
     """
-    constants = served.constants
+    constants = served.constants.drafting(pool.num_speculative_tokens)
     parts = step_breakdown(served, pool)
     slower = constants.prompt_expert_factor - 1.0 if served.formats.experts in _NARROW_FORMATS else 0.0
     sends = _send_time(served, pool)
@@ -126,9 +127,18 @@ def step_table(served: ServedModel, pool: ServingPool) -> StepTable:
         host_time_per_prompt=constants.host_time_per_prompt,
         eager_host_time=constants.eager_kernel_time * _num_launches(served, pool) / pool.pp,
         is_host_hidden=constants.is_host_hidden,
-        max_graph_tokens=constants.max_graph_tokens,
+        max_graph_tokens=constants.max_graph_tokens * _tokens_per_captured(constants, pool),
         stage_share=1.0 / pool.pp,
     )
+
+
+def _tokens_per_captured(constants: EngineConstants, pool: ServingPool) -> int:
+    """Return the tokens of each unit that a limit of captured batches counts.
+
+    SGLang and TensorRT-LLM capture numbers of sequences, each with its drafts (cuda_graph_max_bs and num_tokens_per_bs,
+    cuda_graph_config.max_batch_size); vLLM captures numbers of tokens (cudagraph_capture_sizes).
+    """
+    return 1 if constants.engine == "vllm" else 1 + pool.num_speculative_tokens
 
 
 def step_breakdown(served: ServedModel, pool: ServingPool) -> StepBreakdown:

@@ -47,6 +47,8 @@ def test_the_published_table_is_read_whole() -> None:
         ("serve-04474", (4, 1, 1, 4), 64),  # load multiplied by attention_dp 4, run on four GPUs
         ("serve-02955", (1, 8, 1, 8), 256),  # attention data parallel as stated
         ("serve-01690", (2, 1, 2, 1), 16),
+        ("serve-00630", (8, 1, 1, 8), 8),  # expert ranks that no label told before 2025-11-03
+        ("serve-00470", (8, 1, 1, 8), 64),
         (
             "serve-01697",
             (2, 2, 4, 1),
@@ -79,6 +81,11 @@ def test_every_aggregated_row_has_a_setup() -> None:
     [
         ("serve-00702", 60),  # trtllm, four attention ranks
         ("serve-00470", 0),  # trtllm, one
+        ("serve-03715", 20),  # trtllm, dense, 1,024 tokens in and out at tp 4
+        ("serve-03666", 0),  # the same at tp 8
+        ("serve-03495", 0),  # and with longer answers
+        ("serve-02915", 40),  # trtllm 1.2.0rc6.post2, fp8, 64 clients
+        ("serve-02907", 0),  # the same with four
         ("serve-00333", 30),  # sglang on B200, 32 clients
         ("serve-02185", 10),  # sglang on B200, 4 clients
         ("serve-05210", 0),  # sglang on H200
@@ -87,6 +94,16 @@ def test_every_aggregated_row_has_a_setup() -> None:
 )
 def test_prompts_wait_as_the_recipes_launch_flags_say(run_id: str, steps: int) -> None:
     assert serving_setup(RUNS[run_id]).prompt_wait_steps == steps
+
+
+def test_attention_ranks_follow_the_load_where_the_recipe_chose_them_by_it() -> None:
+    run = RUNS["serve-00630"]
+    few, many = (serving_setup(changed(run, concurrency=clients)) for clients in ("64", "65"))
+    assert few.plan.pools[0].attention_dp == 1
+    assert (many.plan.pools[0].tp, many.plan.pools[0].attention_dp, many.plan.pools[0].ep) == (1, 8, 8)
+    assert many.num_clients == 65
+    labelled = serving_setup(changed(run, concurrency="65", engine_version="1.1.0rc2.post2"))
+    assert (labelled.plan.pools[0].attention_dp, labelled.plan.pools[0].ep) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +137,22 @@ def test_unsaid_drafts_are_taken_for_what_the_times_say() -> None:
     plain = serving_setup(RUNS["serve-02907"]).plan.pools[0]
     assert drafting.num_speculative_tokens > 0
     assert plain.num_speculative_tokens == 0
+    unnamed = changed(RUNS["serve-00630"], length_ratio="0.8")
+    assert serving_setup(unnamed).plan.pools[0].num_speculative_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("cells", "drafts"),
+    [
+        ({}, 3),
+        ({"tp": "8", "moe_tp": "8"}, 0),
+        ({"moe_tp": "1", "moe_ep": "4"}, 0),
+        ({"engine_version": "0.5.10"}, 0),
+    ],
+)
+def test_drafts_follow_from_degrees_that_only_one_recipe_has(cells: dict[str, str], drafts: int) -> None:
+    pool = serving_setup(changed(RUNS["serve-02185"], **cells)).plan.pools[0]
+    assert pool.num_speculative_tokens == drafts
 
 
 @pytest.mark.parametrize(
@@ -128,6 +161,8 @@ def test_unsaid_drafts_are_taken_for_what_the_times_say() -> None:
         ("serve-00464", "0.5.3rc1", 4, 0.0),  # four prompts fit the first chunk
         ("serve-00584", "0.5.3rc1", 8, 72.0),
         ("serve-04137", "0.5.5", 8, 0.0),
+        ("serve-00630", "1.1.0rc2.post2", 8, 0.0),
+        ("serve-00470", "unstated", 8, 0.0),  # gpt-oss of the same labels changed its release
         ("serve-03178", "unstated", 72, 0.0),  # another system's recipe
         ("serve-02033", "0.5.9", 4, 0.0),
     ],

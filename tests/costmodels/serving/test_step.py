@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from meshwright.costmodels.serving.replica import engine_behaviour
 from meshwright.costmodels.serving.step import TOKEN_COUNTS, ServedModel, step_breakdown, step_table
 from meshwright.simcore.domain.serving import ServingPool
 
@@ -174,6 +175,32 @@ def test_drafted_tokens_are_further_queries_of_one_cache(make_served: MakeServed
         for count in (0, 3)
     )
     assert plain <= drafting < 2.0 * plain
+
+
+@pytest.mark.parametrize(("engine", "version", "tokens"), [("sglang", "0.5.9", 4), ("vllm", "0.18.0", 1)])
+def test_captured_batches_count_sequences_or_tokens(
+    make_served: MakeServed, engine: str, version: str, tokens: int
+) -> None:
+    served = make_served(engine=engine, version=version)
+    plain, drafting = (
+        step_table(served, ServingPool(num_speculative_tokens=count)).max_graph_tokens for count in (0, 3)
+    )
+    assert drafting == tokens * plain
+
+
+def test_an_engine_may_overlap_nothing_while_it_drafts(make_served: MakeServed) -> None:
+    served = make_served(
+        engine="sglang",
+        version="0.5.9",
+        serial_draft_time=2e-4,
+        host_time_per_sequence=1e-5,
+        overlaps_steps=True,
+    )
+    for count, is_hidden, host in ((0, True, 1e-5), (3, False, 2.1e-4)):
+        pool = ServingPool(num_speculative_tokens=count)
+        table = step_table(served, pool)
+        assert (table.is_host_hidden, table.host_time_per_sequence) == (is_hidden, pytest.approx(host))
+        assert engine_behaviour(served.constants, pool, 1024).overlaps_steps is is_hidden
 
 
 def test_tables_are_the_same_when_asked_again(make_served: MakeServed) -> None:
