@@ -34,7 +34,7 @@ class HostCopies:
         self._recorder, self._axis = recorder, axis
         self._stream: Any = None
         if recorder.device.type == "cuda":
-            self._stream = torch.cuda.Stream(recorder.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(recorder.device)  # type: ignore[no-untyped-call]  # torch leaves it so
 
     @property
     def device(self) -> torch.device:

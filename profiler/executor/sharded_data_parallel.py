@@ -242,8 +242,8 @@ class ShardedParameters(Optimizer):
         rests = CPUOffloadPolicy(pin_memory=recorder.device.type == "cuda") if on_host else OffloadPolicy()
         fully_shard(module, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy, offload_policy=rests)
         assert isinstance(module, FSDPModule)
-        module.set_custom_all_gather(_Gather(axis, recorder, from_host=on_host))  # type: ignore[arg-type]
-        module.set_custom_reduce_scatter(_Scatter(axis, recorder, from_host=on_host))  # type: ignore[arg-type]
+        module.set_custom_all_gather(_Gather(axis, recorder, from_host=on_host))  # type: ignore[arg-type]  # duck-typed
+        module.set_custom_reduce_scatter(_Scatter(axis, recorder, from_host=on_host))  # type: ignore[arg-type]  # duck-typed
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 

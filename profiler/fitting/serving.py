@@ -49,6 +49,7 @@ _STEPS: Mapping[str, float] = {
     "host_time": 1e-3,
     "host_time_per_sequence": 2e-5,
     "host_time_per_prompt": 5e-4,
+    "serial_draft_time": 1e-4,
     "eager_kernel_time": 1e-5,
     "request_time": 1e-3,
     "token_time": 2e-5,

@@ -21,15 +21,16 @@ class StepTable:
     A step holds ``d`` decoding sequences of mean context ``c`` and prompt chunks, chunk ``i`` being ``q_i`` tokens
     after ``p_i`` already computed; ``n = d * (1 + num_speculative_tokens) + sum q_i`` tokens. Device time is
 
-    ``token_time(n) + decode_attention_time(d, c) * (1 + decode_skew * (variation of contexts)) * (mixed_decode_factor if
-    any q_i > 0)
-    + sum_i prefill_attention(p_i + q_i) - prefill_attention(p_i) + step_latency``,
+    ``token_time(n) + decode_attention_time(d, c) * (1 + decode_skew * (variation of contexts))
+    + sum_i prefill_attention(p_i + q_i) - prefill_attention(p_i) + step_latency``, attention of the decoding sequences
+    times ``mixed_decode_factor`` where the step holds prompts,
 
     read between grid points linearly in ``n`` and ``c`` and in the prompt length (beyond the last point at the
     last slope). ``token_time`` is ``graph_token_time`` for a pure decode step of at most ``max_graph_tokens``
     tokens, ``eager_token_time`` otherwise. Host time is ``host_time + host_time_per_sequence * sequences``, and
-    at least ``eager_host_time + host_time_per_prompt * prompts`` for a step not replayed from a graph. A step lasts ``max(device, host)`` where
-    ``is_host_hidden``, else their sum.
+    at least ``eager_host_time + host_time_per_prompt * prompts`` for a step not replayed from a graph. A step lasts
+    ``max(device, host)`` where ``is_host_hidden``, else their sum; overlapped steps of
+    :class:`~meshwright.simcore.serving.behaviour.EngineBehaviour` take turns of both instead.
 
     Parameters
     ----------

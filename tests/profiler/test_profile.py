@@ -89,6 +89,14 @@ def install(monkeypatch: pytest.MonkeyPatch, *cases: Case) -> None:
     monkeypatch.setattr(profile_run, "measure_sentinels", lambda device, limits: {"gemm.64": 1e-3})
 
 
+class Clock:
+    """Time that passes when the test says so: a busy machine changes nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(profile_run, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
 def rows(path: Path, kind: str = "sample") -> list[dict[str, Any]]:
     parsed = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
     return [row for row in parsed if row["kind"] == kind]
@@ -216,18 +224,15 @@ def test_memory_of_a_case_is_free_before_the_next(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_time_limit_ends_a_run_cleanly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
+    path, clock = tmp_path / "a.jsonl", Clock(monkeypatch)
 
     def busy() -> Callable[[], object]:
-        end = time.perf_counter() + 0.02
-        while time.perf_counter() < end:
-            pass
+        clock.now += 0.02
         return lambda: None
 
     install(monkeypatch, *(case(m, busy) for m in range(200)), constant("a", lambda: 1.0, 0.1))
     summary = run_profile(path, CPU, dataclasses.replace(FAST, max_seconds=1.5))
-    # All 200 would take four seconds; a busy machine may stall one of them.
-    assert 1.3 < summary.seconds < 4.0
+    assert 1.3 < summary.seconds <= 1.5
     # What was kept back for the constant was enough.
     assert len(rows(path, "constant")) == 1
     measured = len(shapes(path))
@@ -376,12 +381,12 @@ def test_collectives_are_taken_from_their_own_processes_once(
 
 
 def test_collectives_end_with_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path, closed = tmp_path / "a.jsonl", []
+    path, closed, clock = tmp_path / "a.jsonl", [], Clock(monkeypatch)
 
     def results() -> Iterator[tuple[Case, Timing | Failure]]:
         try:
             for size in range(1, 10**9):
-                time.sleep(0.001)
+                clock.now += 0.1
                 yield collective(size), timing_of([1e-4], "eager", 0.1)
         finally:
             closed.append(1)
@@ -392,8 +397,8 @@ def test_collectives_end_with_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert closed == [1]
     assert summary.unfinished_suites == ("collectives",)
     assert not summary.is_complete
-    assert summary.seconds < 5.0
-    assert summary.counts["ok"] >= 1
+    assert summary.seconds < 2.0
+    assert summary.counts["ok"] > 2
 
 
 def test_collectives_go_on_where_they_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

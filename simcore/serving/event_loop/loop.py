@@ -142,6 +142,7 @@ def form_steps(ints: Ints, floats: Floats, replica: int, now: float) -> None:
                 is_busy = True
                 if floats[engine + STEP_TIME] > widest:
                     widest = floats[engine + STEP_TIME]
+                # Ranks and pipeline stages have a process each.
                 if floats[engine + STEP_HOST] > host:
                     host = floats[engine + STEP_HOST]
             elif ints[engine + WAITING] > 0:

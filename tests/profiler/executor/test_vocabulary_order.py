@@ -19,6 +19,7 @@ from meshwright.profiler.executor.vocabulary_order import (
     VOCABULARY_NAMES,
     vocabulary_operations,
 )
+from meshwright.simcore.domain.model import ModelSpec
 from meshwright.simcore.schedules import BACKWARD, FORWARD
 
 # Seconds of each operation; a stage's slice of the head costs less than its layers.
@@ -113,10 +114,10 @@ def test_a_barrier_costs_a_micro_batch_of_memory(stages: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS_OVER_STAGES)
 @pytest.mark.parametrize("model", [NARROW, NARROW_TIED])
-def test_slices_hold_the_tables_of_the_model(kind: str, model: object) -> None:
+def test_slices_hold_the_tables_of_the_model(kind: str, model: ModelSpec) -> None:
     """A padding of 67 tokens to 68 in four slices of everything that has a row for each."""
     plan = execution(
-        model,  # type: ignore[arg-type]
+        model,
         pp=4,
         schedule="1f1b",
         vocab_parallel=kind,
@@ -124,9 +125,9 @@ def test_slices_hold_the_tables_of_the_model(kind: str, model: object) -> None:
         batch=8,
     ).plan
     order = PipelineOrder(plan, 8)
-    held = sum(tensor.size for stage in range(4) for tensor in local_tensors(model, plan, order, stage))  # type: ignore[arg-type]
+    held = sum(tensor.size for stage in range(4) for tensor in local_tensors(model, plan, order, stage))
     tables = 1 if model is NARROW_TIED else 2
-    assert held == model.num_parameters + tables * 32 + 1  # type: ignore[attr-defined]
+    assert held == model.num_parameters + tables * 32 + 1
 
 
 def test_every_operation_has_a_name_that_a_hang_can_be_told_by() -> None:
