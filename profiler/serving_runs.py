@@ -114,12 +114,6 @@ _RANKS_BY_LOAD: Mapping[tuple[str, str, int], tuple[tuple[int, int], ...]] = {
     ("b200-sxm-180", "nvfp4", 8): ((8, 255), (16, 255), (32, 32)),
     ("b200-sxm-180", "nvfp4", 4): ((32, 255), (32, 255), (32, 32)),
 }
-# Releases whose recipes began cold: the client sent nothing before the measured requests (a warm-up came on 2026-01-21,
-# InferenceX pull request 480), and bursts beyond the first chunk of 16,384 tokens waited once for kernels being built.
-# Builds of FlashInfer's modules take 80 to 120 s (TensorRT-LLM pull request 17286, vLLM issue 47456). That the size of
-# the burst decides is inferred from nine runs: the four beyond it but one of longer prompts each lost 63 to 80 s.
-_COLD_RELEASES = (("sglang", "0.5.3rc1"),)
-_COLD_CHUNK, _COMPILE_TIME = 16384, 72.0
 # The three shapes of the InferenceX recipe draw lengths from 0.8 of the nominal one up whatever the ratio column says:
 # such rows labelled 1.0 repeat both values of rows labelled 0.8. These releases were measured by a campaign of its own,
 # with fixed lengths.
@@ -205,8 +199,6 @@ class ServingSetup:
         Lowest length over the nominal one.
     prompt_wait_steps : int
         Steps that the run's launch flags let prompts wait while others decode.
-    cold_start : float
-        Time that the first request of every client waits for kernels to be compiled [s].
     mixed_step_tokens : int
         Most tokens of a step by the run's launch flags, which put whole prompts beside all decoding sequences; 0
         leaves how steps are formed to the engine.
@@ -223,7 +215,6 @@ class ServingSetup:
     output_length: int
     length_ratio: float
     prompt_wait_steps: int = 0
-    cold_start: float = 0.0
     mixed_step_tokens: int = 0
 
 
@@ -383,7 +374,6 @@ def _setup(run: ServingRun, model: ModelSpec, pool: ServingPool, clients: int) -
         length_ratio=ratio,
         prompt_wait_steps=_batching_wait(run, model, pool, lengths, clients)
         or _prompt_wait(engine, model, pool, cluster, clients),
-        cold_start=_cold_start(run, clients * lengths[0] * 0.5 * (1.0 + ratio)),
         mixed_step_tokens=lengths[0] + _GENERATED_SPARE_TOKENS + clients if is_generated else 0,
     )
 
@@ -398,12 +388,6 @@ def _unsaid_drafts(run: ServingRun, model: ModelSpec, pool: ServingPool) -> tupl
     if recipe in _DRAFTING_DEGREES and model.linear_attention is not None:
         return _DRAFTS_OF_DEGREES
     return _DRAFTING.get((engine, version), (0, 0.0))
-
-
-def _cold_start(run: ServingRun, burst_tokens: float) -> float:
-    """Return how long the first burst waits for kernels that nothing before it had compiled [s]."""
-    is_cold = (run.cell("engine"), _release(run)) in _COLD_RELEASES and burst_tokens > _COLD_CHUNK
-    return _COMPILE_TIME if is_cold else 0.0
 
 
 def _release(run: ServingRun) -> str:

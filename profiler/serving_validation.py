@@ -282,7 +282,6 @@ def simulated_means(one: Replica, setup: ServingSetup, seed: int = 0) -> tuple[f
     )
     result = simulate(one.table, one.behaviour, requests)
     ttft = float((result.first_token_time - result.arrival_time).mean())
-    ttft += setup.cold_start * setup.num_clients / setup.num_requests
     streamed = result.finish_time - result.first_token_time
     return ttft, float((streamed / np.maximum(result.output_length - 1, 1)).mean())
 

@@ -156,23 +156,20 @@ def test_drafts_follow_from_degrees_that_only_one_recipe_has(cells: dict[str, st
 
 
 @pytest.mark.parametrize(
-    ("run_id", "release", "ep", "cold_start"),
+    ("run_id", "release", "ep"),
     [
-        ("serve-00464", "0.5.3rc1", 4, 0.0),  # four prompts fit the first chunk
-        ("serve-00584", "0.5.3rc1", 8, 72.0),
-        ("serve-04137", "0.5.5", 8, 0.0),
-        ("serve-00630", "1.1.0rc2.post2", 8, 0.0),
-        ("serve-00470", "unstated", 8, 0.0),  # gpt-oss of the same labels changed its release
-        ("serve-03178", "unstated", 72, 0.0),  # another system's recipe
-        ("serve-02033", "0.5.9", 4, 0.0),
+        ("serve-00464", "0.5.3rc1", 4),
+        ("serve-00584", "0.5.3rc1", 8),
+        ("serve-04137", "0.5.5", 8),
+        ("serve-00630", "1.1.0rc2.post2", 8),
+        ("serve-00470", "unstated", 8),  # gpt-oss of the same labels changed its release
+        ("serve-03178", "unstated", 72),  # another system's recipe
+        ("serve-02033", "0.5.9", 4),
     ],
 )
-def test_unnamed_releases_follow_from_the_recipes_history(
-    run_id: str, release: str, ep: int, cold_start: float
-) -> None:
+def test_unnamed_releases_follow_from_the_recipes_history(run_id: str, release: str, ep: int) -> None:
     setup = serving_setup(RUNS[run_id])
     assert (setup.plan.engine_version, setup.plan.pools[0].ep) == (release, ep)
-    assert setup.cold_start == cold_start
 
 
 def test_rows_of_separate_pools_state_a_decode_batch_but_no_clients() -> None:

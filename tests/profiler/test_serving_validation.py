@@ -8,12 +8,11 @@ import pytest
 
 from meshwright.errors import CalibrationError, SpecError
 from meshwright.profiler.fitting.serving import fit_engine, search_constants, serving_document
-from meshwright.profiler.serving_runs import ServingRun, read_serving_runs, serving_setup
+from meshwright.profiler.serving_runs import ServingRun, read_serving_runs
 from meshwright.profiler.serving_validation import (
     ScoredServingRun,
     ServingValidator,
     rank_correlations,
-    simulated_means,
     summarise_serving,
 )
 
@@ -92,16 +91,6 @@ def test_every_prediction_says_where_its_constants_come_from(validator: ServingV
     row = validator.score(rows_of("vllm", "Qwen3-32B", "H100")[0])
     assert row.reason.startswith("engine constants: ")
     assert "fitted" in row.reason
-
-
-def test_a_cold_start_is_waited_for_once_by_every_client(validator: ServingValidator) -> None:
-    setup = serving_setup(rows_of("vllm", "Qwen3-32B", "H100")[0])
-    _, one = validator.replica(setup)
-    (warm, tpot), (cold, same) = (
-        simulated_means(one, replace(setup, cold_start=seconds)) for seconds in (0.0, 18.0)
-    )
-    assert cold - warm == pytest.approx(18.0 * setup.num_clients / setup.num_requests)
-    assert same == tpot
 
 
 def test_a_decode_batch_is_what_prefill_can_fill(validator: ServingValidator) -> None:
